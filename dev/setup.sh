@@ -1,0 +1,38 @@
+# Sourced by speedrun_jax.sh, dev/test.sh and .ci/run: makes the virtual environment and installs the project into it.
+#
+#   setup_environment EXTRAS     e.g. setup_environment "" | "cuda12" | "dev"
+#
+# Sets $PY to the environment's Python. Does nothing when the environment already matches the sources.
+# VENV (default .venv) chooses the folder, PYTHON the interpreter to make it with.
+
+die() { echo "error: $*" >&2; exit 1; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python; do
+    if command -v "$candidate" >/dev/null 2>&1 &&
+       "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"; return
+    fi
+  done
+  die "Python 3.11 or newer is needed and was not found. Install it, or name it: PYTHON=/path/to/python3 bash $0"
+}
+
+setup_environment() {
+  local extras=$1 venv=${VENV:-.venv} base sources stamp
+  base=$(find_python)
+  PY=$venv/bin/python
+  stamp=$venv/.nanochat_setup # a line "SOURCES EXTRAS" for everything installed from the current sources
+  sources=$(cat pyproject.toml constraints.txt rustbpe/Cargo.* rustbpe/src/*.rs | cksum | tr ' ' -)
+  grep -q "^$sources.* ${extras:-.}" "$stamp" 2>/dev/null && return
+  [ -x "$PY" ] || "$base" -m venv "$venv" ||
+    die "could not make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"
+  echo "Installing into $venv with $("$PY" -V): a few minutes, once ..."
+  # constraints.txt pins what was tested on Python 3.11; on others pip chooses within the ranges of pyproject.toml
+  local constraints=()
+  if "$PY" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then constraints=(-c constraints.txt); fi
+  "$PY" -m pip install --quiet --disable-pip-version-check ${constraints[@]+"${constraints[@]}"} ".${extras:+[$extras]}" ||
+    die "installing failed; the lines above say why. With no network to fetch Rust, install it first: https://rustup.rs"
+  grep -q "^$sources" "$stamp" 2>/dev/null || : >"$stamp"
+  echo "$sources . $extras" >>"$stamp"
+}

@@ -1,0 +1,1 @@
+"""nanochat in JAX: from raw text to a chat model, one readable file per concept."""

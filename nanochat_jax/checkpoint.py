@@ -1,0 +1,208 @@
+"""Checkpoints and run directories.
+
+    <base>/runs/<run>/tokenizer.json            the tokenizer the run was trained with
+    <base>/runs/<run>/metrics.jsonl             one line per logged step
+    <base>/runs/<run>/checkpoints/00000200/     state/ (orbax arrays) + meta.json
+
+A checkpoint is written under a temporary name and renamed when all of it is on disk, so one that can be seen is
+complete. Arrays are stored in device-independent form: a run continues on any number of devices.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from nanochat_jax import paths
+from nanochat_jax.gpt import GPTConfig, Params, abstract
+from nanochat_jax.tokenizer import Tokenizer
+
+FORMAT = 1
+_STEP = re.compile(r"\d{8}")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, found or used; the message names the path and the remedy."""
+
+
+def run_dir(run: str) -> Path:
+    """The directory of a run name (not created)."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", run) or run.startswith("."):
+        raise ValueError(f"run name {run!r} may hold only letters, digits, dots, dashes and underscores")
+    return paths.runs_dir() / run
+
+
+def step_dir(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"{step:08d}"
+
+
+def steps(run: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if _STEP.fullmatch(p.name) and (p / "meta.json").is_file())
+
+
+def save(run: Path, step: int, state: Any, meta: dict, keep: int = 2) -> Path:
+    """Writes one checkpoint atomically, then drops all but the newest `keep` (0 keeps every one).
+
+    `state` is a tree of arrays, `meta` is JSON-able and must carry what `load_model` needs ("config", "stage",
+    "tokenizer_hash"). Raises CheckpointError, with what is already saved untouched, if the disk is full or the write
+    fails.
+    """
+    final = step_dir(run, step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.writing")
+    _remove_unfinished(final.parent)
+    _check_free_space(run, state)
+    try:
+        ocp.save(temporary / "state", state)
+        files = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
+        document = {"format": FORMAT, "step": step, **meta, "files": files}
+        paths.write_atomic(temporary / "meta.json", json.dumps(document, indent=2))
+        _sync_tree(temporary)
+        if final.exists():  # the same step saved again (for instance the last one, after a resume)
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        paths.sync_directory(final.parent)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"saving step {step} to {final} failed: {error}. {_last_good(run)} Free some space or fix the cause, then "
+            "run the same command again."
+        ) from error
+    if keep:
+        for old in steps(run)[:-keep]:
+            shutil.rmtree(step_dir(run, old))
+    return final
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for leftover in folder.glob(".*.writing"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_free_space(run: Path, state: Any) -> None:
+    need = int(1.02 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))) + (1 << 20)
+    free = shutil.disk_usage(run).free
+    if free < need:
+        raise CheckpointError(
+            f"a checkpoint needs {need / 1e6:,.0f} MB but the disk of {run} has {free / 1e6:,.0f} MB free. "
+            f"{_last_good(run)} Free some space, then run the same command again."
+        )
+
+
+def _last_good(run: Path) -> str:
+    done = steps(run)
+    return f"The last good checkpoint is {step_dir(run, done[-1])}." if done else "No earlier checkpoint exists."
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            paths.sync_directory(path)
+        else:
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+    paths.sync_directory(folder)
+
+
+def load_meta(run: Path, step: int | None = None) -> dict:
+    """The meta.json of a step (default: the newest), checked for completeness."""
+    available = steps(run)
+    if not available:
+        raise CheckpointError(f"no checkpoint in {run / 'checkpoints'}")
+    if step is None:
+        step = available[-1]
+    if step not in available:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {available}")
+    folder = step_dir(run, step)
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has checkpoint format {meta.get('format')}, this version reads {FORMAT}")
+    for name, size in meta["files"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            others = [s for s in available if s < step]
+            hint = f"the previous checkpoint is step {others[-1]}" if others else "there is no earlier checkpoint"
+            raise CheckpointError(f"{folder / name} is missing or damaged; delete {folder} to go on: {hint}")
+    return meta
+
+
+def restore(run: Path, step: int, target: Any) -> Any:
+    """The saved tree in the structure, dtypes and shardings of `target` (jax.ShapeDtypeStruct leaves).
+
+    Leaves of the saved tree that `target` leaves out are not read.
+    """
+    folder = step_dir(run, step) / "state"
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            return ocp.load(folder, target)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{folder} cannot be read into this model: {error}") from error
+
+
+def find_run(run: str | None = None, stage: str | None = None) -> Path:
+    """The directory of the named run, or of the most recently saved one (of `stage`, if given)."""
+    if run is not None:
+        if not steps(run_dir(run)):
+            known = sorted(p.name for p in paths.runs_dir().glob("*") if steps(p)) or ["none"]
+            raise CheckpointError(f"no checkpoint of a run named {run!r} in {paths.runs_dir()}; runs there: {', '.join(known)}")
+        return run_dir(run)
+    found = [p for p in paths.runs_dir().glob("*") if steps(p)]
+    if stage is not None:
+        found = [p for p in found if load_meta(p)["stage"] == stage]
+    if not found:
+        wanted = "model" if stage is None else f"{stage} model"
+        raise CheckpointError(
+            f"no trained {wanted} in {paths.runs_dir()}. Train one first: `bash speedrun_jax.sh`, or "
+            "`python -m scripts.train --stage=base`."
+        )
+    return max(found, key=lambda p: (step_dir(p, steps(p)[-1]) / "meta.json").stat().st_mtime)
+
+
+def load_model(
+    run: str | None = None, stage: str | None = None, step: int | None = None
+) -> tuple[GPTConfig, Params, Tokenizer, dict]:
+    """(config, params on the default device, tokenizer, meta) of a run, by default the newest one."""
+    folder = find_run(run, stage)
+    meta = load_meta(folder, step)
+    config = config_from_dict(meta["config"])
+    tokenizer = load_tokenizer(folder, meta)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract(config))
+    params = restore(folder, meta["step"], {"params": target})["params"]
+    return config, params, tokenizer, {**meta, "run": folder.name}
+
+
+def load_tokenizer(run: Path, meta: dict) -> Tokenizer:
+    """The run's own tokenizer, refused if it is not the one the checkpoint was trained with."""
+    tokenizer = Tokenizer.load(run)
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise CheckpointError(
+            f"{run / 'tokenizer.json'} has hash {tokenizer.hash[:12]}, but the checkpoint was trained with "
+            f"{meta['tokenizer_hash'][:12]}: restore the original file or train a new run (--run_name)"
+        )
+    return tokenizer
+
+
+def config_to_dict(config: GPTConfig) -> dict:
+    return asdict(config)
+
+
+def config_from_dict(saved: dict) -> GPTConfig:
+    """The config of a checkpoint; how it is executed (dtype, kernels, rematerialisation) is this machine's choice."""
+    known = {f.name for f in fields(GPTConfig)}
+    unknown = set(saved) - known
+    if unknown:
+        raise CheckpointError(f"the checkpoint's config has fields this version does not know: {sorted(unknown)}")
+    execution = ("compute_dtype", "attention", "remat")
+    return GPTConfig(**{k: v for k, v in saved.items() if k not in execution})

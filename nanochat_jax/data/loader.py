@@ -1,0 +1,144 @@
+"""Batches from rows, as a pure function of the step: (seed, step, global batch) decide a batch, nothing else.
+
+So a run goes on exactly where it stopped, without reading anything again, and 1, 2 or 8 processes see the same global
+batch, each its own slice of it.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+# Read-ahead of whole batches. Rows are memory-mapped and cheap; more threads would only fight with the host's work.
+_THREADS, _BUFFERED = 1, 4
+
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Rows(Protocol):
+    """What a loader reads: T, a length, rows of T+1 ids, and a mask per row or None (see ``data/rows.py``)."""
+
+    T: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    def mask(self, index: int) -> np.ndarray | None: ...
+
+
+class RowLoader:
+    """Shuffled (anew in every epoch) or ordered batches of ``global_batch`` rows, for ever."""
+
+    def __init__(self, rows: Rows, global_batch: int, seed: int = 0, shuffle: bool = True):
+        if global_batch < 1:
+            raise ValueError(f"global_batch is {global_batch}; it must be 1 or more")
+        if len(rows) < 1:
+            raise ValueError("there are no rows to load; build rows from more text")
+        self.rows, self.global_batch = rows, global_batch
+        order = grain.MapDataset.range(len(rows)).seed(seed)
+        self._order = (order.shuffle() if shuffle else order).repeat()  # position in the endless stream -> row number
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which every row is used once."""
+        return len(self.rows) / self.global_batch
+
+    def indices_for(self, step: int, process_index: int = 0, process_count: int = 1) -> list[int]:
+        """Row numbers of a process's slice of the batch of ``step``."""
+        local = self._local_batch(process_index, process_count)
+        first = step * self.global_batch + process_index * local
+        return [int(self._order[position]) for position in range(first, first + local)]
+
+    def rows_for(self, step: int) -> np.ndarray:
+        """The global batch of ``step``: (global_batch, T+1) int32. Pure."""
+        return np.stack([self.rows[i] for i in self.indices_for(step)]).astype(np.int32)
+
+    def batch_for(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """Inputs, targets (int32) and weights (float32) of a process's slice, each (global_batch / processes, T). Pure.
+
+        A weight is the target's mask, or 1 where rows carry none.
+        """
+        return _as_batch(self.rows, self.indices_for(step, process_index, process_count))
+
+    def iterate(self, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> "BatchIterator":
+        """Endless batches from ``start_step`` on, made ahead of need in a thread; ``close()`` it in the end.
+
+        Whatever goes wrong in the thread is raised by ``next``.
+        """
+        self._local_batch(process_index, process_count)
+        if start_step < 0:
+            raise ValueError(f"start_step is {start_step}; it must be 0 or more")
+        return BatchIterator(self, start_step, process_index, process_count)
+
+    def _local_batch(self, process_index: int, process_count: int) -> int:
+        if self.global_batch % process_count:
+            raise ValueError(
+                f"a global batch of {self.global_batch} rows cannot be divided among {process_count} processes; change "
+                "--total_batch_size or --device_batch_size"
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index {process_index} is not among {process_count} processes")
+        return self.global_batch // process_count
+
+
+class BatchIterator(Iterator[Batch]):
+    """Iterator over the batches of a loader; a context manager that stops its thread on leaving."""
+
+    def __init__(self, loader: RowLoader, start_step: int, process_index: int, process_count: int):
+        steps = grain.MapDataset.range(start_step, sys.maxsize)
+        batches = steps.map(lambda step: loader.batch_for(int(step), process_index, process_count))
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BUFFERED)
+        self._iterator: Any = iter(batches.to_iter_dataset(options))
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise ValueError("this iterator is closed")
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def val_batches(rows: Rows, batch: int, max_tokens: int | None = None) -> Iterator[Batch]:
+    """Rows from the beginning, in order, in batches of ``batch``: floor(max_tokens / (batch * T)) of them, or all.
+
+    If the rows end earlier, the last batch is filled up with rows of target -1 and weight 0, which count for nothing.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be 1 or more")
+    available = -(-len(rows) // batch)
+    count = available if max_tokens is None else min(available, max_tokens // (batch * rows.T))
+    if count < 1:
+        raise ValueError(
+            f"max_tokens={max_tokens} is less than one batch of {batch} x {rows.T} tokens; raise it (--eval_tokens)"
+        )
+    for number in range(count):
+        indices = range(number * batch, min((number + 1) * batch, len(rows)))
+        inputs, targets, weights = _as_batch(rows, indices)
+        missing = batch - len(indices)
+        if missing:
+            inputs = np.pad(inputs, ((0, missing), (0, 0)))
+            targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=-1)
+            weights = np.pad(weights, ((0, missing), (0, 0)))
+        yield inputs, targets, weights
+
+
+def _as_batch(rows: Rows, indices: Any) -> Batch:
+    tokens = np.stack([rows[i] for i in indices])
+    masks = [rows.mask(i) for i in indices]
+    inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
+    if masks[0] is None:
+        return inputs, targets, np.ones(targets.shape, np.float32)
+    return inputs, targets, np.stack([mask for mask in masks if mask is not None])[:, 1:].astype(np.float32)

@@ -1,0 +1,345 @@
+"""Text to token rows, once: the stream of all documents, cut into rows of T+1 tokens.
+
+Every document becomes bos and its tokens; all of them in order are one stream. Row r holds stream[rT : rT + T+1], so
+consecutive rows share one token and every token is an input once and a target once. With ``batch_rows = B`` the
+reference's stride is reproduced: each batch of B rows consumes B*T+1 tokens, whose last one is never an input.
+"""
+
+import contextlib
+import json
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanochat_jax.data.row_files import (
+    MANIFEST,
+    ROWS_FORMAT,
+    ROWS_VERSION,
+    SHARD_BYTES,
+    RowsError,
+    RowWriter,
+    row_dtype,
+)
+from nanochat_jax.data.text import KEPT_MESSAGES, Documents, TextStats
+from nanochat_jax.paths import rows_dir, sha256_file, sha256_hex
+from nanochat_jax.tokenizer import Tokenizer
+
+# Documents are encoded in batches of about this size: enough for all threads, little enough to hold twice.
+_BATCH_CHARS, _BATCH_DOCUMENTS = 4_000_000, 8192
+
+Progress = Callable[[int, int, int], None]
+
+
+class RowSet:
+    """Rows on disk, read through memory maps: ``len(rows)``, ``rows[i]``, safe to share between threads."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]):
+        self.directory, self.manifest = directory, manifest
+        self.T: int = manifest["T"]
+        self.masked: bool = manifest["masked"]
+        self._count: int = manifest["rows"]
+        self._per_shard: int = manifest["rows_per_shard"]
+        self._shards = [self._map(shard["files"]["rows"], shard["rows"]) for shard in manifest["shards"]]
+        self._masks = [self._map(shard["files"]["mask"], shard["rows"]) for shard in manifest["shards"] if self.masked]
+
+    @classmethod
+    def open(cls, directory: str | Path, tokenizer: Tokenizer | str | None = None, verify: bool = False) -> "RowSet":
+        """Opens finished rows; ``tokenizer`` (or its hash) must be the one that made them, if given.
+
+        Checks that every file is there in its full size; ``verify`` reads them all and compares hashes. Raises
+        RowsError when the rows are unfinished, damaged, or made by another tokenizer.
+        """
+        directory = Path(directory)
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise RowsError(
+                f"{directory} holds no finished rows (no {MANIFEST}); run the command that builds them again"
+            )
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            kind = (manifest["format"], manifest["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RowsError(f"{path} is damaged ({error}); delete {directory} and build the rows again") from error
+        if kind != (ROWS_FORMAT, ROWS_VERSION):
+            raise RowsError(
+                f"{path} has format {kind}, this program reads {(ROWS_FORMAT, ROWS_VERSION)}; rebuild the rows"
+            )
+        wanted = tokenizer.hash if isinstance(tokenizer, Tokenizer) else tokenizer
+        if wanted is not None and manifest["tokenizer_hash"] != wanted:
+            raise RowsError(
+                f"{directory} was made by tokenizer {manifest['tokenizer_hash'][:12]}, not by {wanted[:12]}; load that "
+                "tokenizer or build the rows again"
+            )
+        rows = cls(directory, manifest)
+        if verify:
+            rows.verify()
+        return rows
+
+    def verify(self) -> None:
+        """Reads every file and compares its SHA-256. Raises RowsError naming a file that differs."""
+        for shard in self.manifest["shards"]:
+            for file in shard["files"].values():
+                if sha256_file(self.directory / file["name"]) != file["sha256"]:
+                    raise RowsError(
+                        f"{self.directory / file['name']} is damaged; delete {self.directory} and rebuild it"
+                    )
+
+    def _map(self, file: dict[str, Any], rows: int) -> np.ndarray:
+        path = self.directory / file["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != file["size"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {file['size']}"
+            raise RowsError(f"{path} {found}; delete {self.directory} and build the rows again")
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.shape != (rows, self.T + 1):
+            raise RowsError(f"{path} has shape {array.shape}, not {(rows, self.T + 1)}; rebuild the rows")
+        return array
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _find(self, index: int) -> tuple[int, int]:
+        index = int(index)
+        if not 0 <= index < self._count:
+            raise IndexError(f"row {index} of {self._count}")
+        return divmod(index, self._per_shard)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Row ``index`` (T+1,) in the dtype on disk."""
+        shard, row = self._find(index)
+        return self._shards[shard][row]
+
+    def mask(self, index: int) -> np.ndarray | None:
+        """Loss mask of row ``index`` (T+1,) uint8, or None where rows carry none."""
+        if not self.masked:
+            return None
+        shard, row = self._find(index)
+        return self._masks[shard][row]
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer that made the rows."""
+        return self.manifest["tokenizer_hash"]
+
+    @property
+    def key(self) -> str:
+        """Hash of everything the rows were made from."""
+        return identity_key(self.manifest["identity"])
+
+
+def identity_key(identity: dict[str, Any]) -> str:
+    """SHA-256 of a JSON-able identity."""
+    return sha256_hex(json.dumps(identity, sort_keys=True).encode())
+
+
+def build_rows(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    T: int,
+    out_dir: str | Path | None = None,
+    split: str = "train",
+    *,
+    batch_rows: int | None = None,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+    rows_per_shard: int | None = None,
+    num_threads: int = 0,
+) -> RowSet:
+    """Rows of T+1 tokens of ``documents`` in a directory below ``out_dir`` (default: the base directory's rows/).
+
+    The directory's name ends in a hash of everything that decides the bytes (text, tokenizer, T, options): rows made
+    before from the same are opened as they are, an interrupted build goes on after its last complete shard, with the
+    same bytes in the end. At most ``max_rows`` rows, or enough for ``max_tokens`` targets. ``progress(rows, tokens,
+    documents)`` is called after every batch of documents. Raises RowsError when there is not enough text or space.
+    """
+    if T < 1:
+        raise RowsError(f"a row of T = {T} tokens is too short; T must be 1 or more")
+    limits = [limit for limit in (max_rows, None if max_tokens is None else -(-max_tokens // T)) if limit is not None]
+    if any(limit < 1 for limit in limits):
+        raise RowsError(f"max_rows={max_rows}, max_tokens={max_tokens}: at least one row must be allowed")
+    limit = min(limits) if limits else None
+    dtype = row_dtype(tokenizer.vocab_size)
+    rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // ((T + 1) * dtype.itemsize))
+    if batch_rows:  # a shard ends where a batch ends, so that building can go on from there
+        rows_per_shard = -(-rows_per_shard // batch_rows) * batch_rows
+    identity = {
+        "format": [ROWS_FORMAT, ROWS_VERSION],
+        "source": documents.fingerprint(),
+        "tokenizer": tokenizer.hash,
+        "split": split,
+        "T": T,
+        "batch_rows": batch_rows,
+        "max_rows": limit,
+        "rows_per_shard": rows_per_shard,
+    }
+    name = f"{split}-T{T}-{identity_key(identity)[:12]}"
+    directory = Path(out_dir if out_dir is not None else rows_dir()) / name
+    with RowWriter(directory, identity, T, dtype, rows_per_shard=rows_per_shard) as writer:
+        if not writer.complete:
+            facts = _fill(writer, documents, tokenizer, batch_rows, limit, progress, num_threads)
+            if writer.rows == 0:
+                raise RowsError(
+                    f"the {split} text has only {facts['stream_tokens']} tokens, too few for one "
+                    f"{'batch' if batch_rows else 'row'} of {(batch_rows or 1) * T + 1}; give more text or shorter rows"
+                )
+            writer.finish(
+                {"split": split, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, **facts}
+            )
+    return RowSet.open(directory, tokenizer)
+
+
+def _fill(
+    writer: RowWriter,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    batch_rows: int | None,
+    limit: int | None,
+    progress: Progress | None,
+    num_threads: int,
+) -> dict[str, Any]:
+    """Encodes documents into the writer from where it stands; returns facts for the manifest.
+
+    Positions are offsets in the whole stream of tokens. The state kept with a shard is where its next row begins and
+    the batch of documents that this position lies in: from there the same batches, hence the same rows, follow again.
+    """
+    zero = TextStats().as_dict()
+    start = writer.state or {"offset": 0, "batch": {"offset": 0, "document": 0, "characters": 0, "stats": zero}}
+    batch: dict[str, Any] = start["batch"]
+    base = start["offset"]  # of the first token in `tokens`
+    skip = base - batch["offset"]  # tokens of rows that an earlier run has written
+    tokens = np.empty(0, row_dtype(tokenizer.vocab_size))
+    recent = deque([batch])  # batches that the next row may begin in
+    now = dict(batch)  # the same facts after the batch at hand
+
+    def commit(offset: int) -> None:
+        while len(recent) > 1 and recent[1]["offset"] <= offset:
+            recent.popleft()
+        writer.commit({"offset": offset, "batch": recent[0], "now": now})
+
+    if limit is not None and writer.rows >= limit:  # interrupted between the last shard and the manifest
+        return _facts(writer, start["now"])
+    with contextlib.closing(_ahead(_batches(documents, batch["document"]))) as batches:
+        for texts, repairs in batches:
+            encoded, _ = tokenizer.encode_to_numpy(texts, num_threads)
+            recent.append(now)
+            now = {
+                "offset": now["offset"] + len(encoded),
+                "document": now["document"] + len(texts),
+                "characters": now["characters"] + sum(map(len, texts)),
+                "stats": _plus(batch["stats"], repairs),
+            }
+            dropped = min(skip, len(encoded))
+            skip -= dropped
+            tokens = np.concatenate([tokens, encoded[dropped:]])
+            rows, used, row_start = _cut(tokens, writer.T, batch_rows)
+            if limit is not None:
+                rows = rows[: limit - writer.rows]
+            done = 0
+            while done < len(rows):
+                done += writer.add(rows[done:])
+                if writer.full:
+                    commit(base + row_start(done))
+            tokens = tokens[used:]
+            base += used
+            while len(recent) > 1 and recent[1]["offset"] <= base:
+                recent.popleft()
+            if progress is not None:
+                progress(writer.rows, writer.rows * writer.T, now["document"])
+            if limit is not None and writer.rows >= limit:
+                break
+    return _facts(writer, now)
+
+
+def _facts(writer: RowWriter, now: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "tokens": writer.rows * writer.T,
+        "documents": now["document"],
+        "characters": now["characters"],
+        "stream_tokens": now["offset"],
+        **now["stats"],
+    }
+
+
+def _cut(tokens: np.ndarray, T: int, batch_rows: int | None) -> tuple[np.ndarray, int, Callable[[int], int]]:
+    """All whole rows (n, T+1) of a piece of stream, the tokens they use up, and where row i begins."""
+    if batch_rows is None:
+        count = max(0, (len(tokens) - 1) // T)
+        windows = (
+            np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
+            if count
+            else np.empty((0, T + 1), tokens.dtype)
+        )
+        return windows[:count], count * T, lambda row: row * T
+    stride = batch_rows * T + 1
+    count = len(tokens) // stride
+    batches = tokens[: count * stride].reshape(count, stride)
+    if not count:
+        return np.empty((0, T + 1), tokens.dtype), 0, lambda row: 0
+    rows = np.lib.stride_tricks.sliding_window_view(batches, T + 1, axis=1)[:, ::T].reshape(-1, T + 1)
+    return rows, count * stride, lambda row: row // batch_rows * stride
+
+
+def _batches(documents: Documents, start: int) -> Iterator[tuple[list[str], TextStats]]:
+    """Documents from number ``start`` in batches, each with the repairs since ``start`` up to its end.
+
+    Where a batch ends depends only on the documents from its own first one on.
+    """
+    texts: list[str] = []
+    chars = 0
+    for text in documents.iterate(start):
+        texts.append(text)
+        chars += len(text)
+        if chars >= _BATCH_CHARS or len(texts) >= _BATCH_DOCUMENTS:
+            yield texts, TextStats(**documents.stats.as_dict())
+            texts, chars = [], 0
+    yield texts, TextStats(**documents.stats.as_dict())  # the repairs after the last document, and what is left
+
+
+def _plus(before: dict[str, Any], since: TextStats) -> dict[str, Any]:
+    total = TextStats(before["invalid_utf8"] + since.invalid_utf8, before["bad_lines"] + since.bad_lines)
+    total.messages = (before["messages"] + since.messages)[:KEPT_MESSAGES]
+    return total.as_dict()
+
+
+def _ahead(items: Iterable[Any]) -> Generator[Any, None, None]:
+    """The same items, the next one being made in a thread while the caller works on this one."""
+    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # noqa: B036 - handed to the caller, who raises it
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = waiting.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,52 @@
+"""Where the text of a run comes from: the user's own files, the downloaded shards, or the embedded demo data."""
+
+import hashlib
+import itertools
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_jax.data.readers import DataError
+from nanochat_jax.data.text import CallableDocuments, Documents, FileDocuments
+from nanochat_jax.paths import data_dir
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Training and held-out documents, and one line for a person."""
+
+    train: Documents
+    val: Documents
+    description: str
+
+
+def text_source(data: str = "", demo: bool = False, text_column: str = "text") -> TextSource:
+    """`data`, a file or folder; or the embedded demo data; or, with neither, the shards in the base directory.
+
+    Raises DataError saying how to get text when there is none.
+    """
+    if data and demo:
+        raise DataError("--data and --demo exclude each other: give one of them")
+    if demo:
+        return TextSource(_demo("train"), _demo("val"), "embedded demo data")
+    root = Path(data) if data else data_dir()
+    if not data and not any(root.glob("*.parquet")):
+        raise DataError(
+            f"there is no text in {root}. Give your own with --data=PATH, download shards with "
+            "`python -m nanochat_jax.data.download -n 8`, or use --demo"
+        )
+    return TextSource(
+        FileDocuments(root, "train", text_column), FileDocuments(root, "val", text_column), f"text of {root}"
+    )
+
+
+def _demo(split: str) -> CallableDocuments:
+    from nanochat_jax.world import demo_documents
+
+    def make(start: int) -> Iterator[str]:
+        return itertools.islice(demo_documents(split), start, None)
+
+    # The generator's code and the prose of the installed Python decide the text: name the stream by what it yields.
+    digest = hashlib.sha256("\0".join(itertools.islice(make(0), 200)).encode()).hexdigest()[:12]
+    return CallableDocuments(f"demo-{split}-python{platform.python_version()}-{digest}", make)

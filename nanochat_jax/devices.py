@@ -1,0 +1,114 @@
+"""The machine: which devices JAX may use, the caches and flags set before it starts, and how fast a device is."""
+
+import logging
+import os
+import subprocess
+import time
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+NO_USABLE_GPU = 3  # exit code: the operating system sees an NVIDIA GPU that JAX cannot use
+
+# Dense bf16 FLOP/s from the makers' data sheets, by a part of the device's name. Unknown devices are measured.
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class DeviceError(RuntimeError):
+    """The wanted device cannot be used; the message says how to mend it."""
+
+
+def prepare(device: str = "auto") -> None:
+    """Sets what must be set before JAX starts: platform choice and the persistent compilation cache.
+
+    `device` is "auto", "cpu" or "gpu". Call it first thing in a script, before any array is made.
+    """
+    if device not in ("auto", "cpu", "gpu"):
+        raise DeviceError(f"--device must be auto, cpu or gpu, got {device!r}")
+    import jax
+
+    from nanochat_jax.paths import base_dir
+
+    if device != "auto":
+        jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
+    # JAX skips programs that compile in under a second by default; ours are many and small, a resume wants them all.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def check(device: str = "auto") -> str:
+    """One line saying what JAX runs on. Raises DeviceError where an NVIDIA GPU is present but JAX would silently
+    use the CPU."""
+    import jax
+
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:
+        raise DeviceError(f"JAX cannot start on --device={device}: {error}. {_cuda_advice()}") from error
+    if backend == "cpu" and device != "cpu" and (gpus := nvidia_gpus()):
+        raise DeviceError(
+            f"the system has {len(gpus)} NVIDIA GPU(s) ({gpus[0]}), but JAX sees only the CPU. {_cuda_advice()} "
+            "To train on the CPU on purpose, pass --device=cpu."
+        )
+    kinds = sorted({d.device_kind for d in jax.devices()})
+    return f"{len(jax.devices())} x {', '.join(kinds)} ({backend}), {jax.process_count()} process(es)"
+
+
+def nvidia_gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that the operating system sees, whether or not JAX can use them."""
+    try:
+        out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+        names = [line.split(":", 1)[1].split("(")[0].strip() for line in out.stdout.splitlines() if ":" in line]
+        if out.returncode == 0 and names:
+            return names
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    cards = Path("/proc/driver/nvidia/gpus")
+    return [p.name for p in cards.iterdir()] if cards.is_dir() else []
+
+
+def _cuda_advice() -> str:
+    clash = os.environ.get("LD_LIBRARY_PATH", "")
+    hint = f" LD_LIBRARY_PATH is set ({clash}) and may hide the bundled CUDA libraries: unset it." if clash else ""
+    return f"Install the CUDA build: pip install '.[cuda12]' (needs driver 525 or newer; see `nvidia-smi`).{hint}"
+
+
+def peak_flops() -> tuple[float, str]:
+    """(FLOP/s of one device at the training precision, where the number comes from)."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        for name, flops in PEAK_BF16.items():
+            if all(word in kind for word in name.split()):
+                return flops, f"{name} data sheet, bf16 dense"
+    return _measure_matmul_rate()
+
+
+def _measure_matmul_rate() -> tuple[float, str]:
+    """The best of a few large matrix products on the first device, in the dtype that training uses there."""
+    import jax
+    import jax.numpy as jnp
+
+    cpu = jax.default_backend() == "cpu"
+    n, dtype = (1024, jnp.float32) if cpu else (8192, jnp.bfloat16)
+    a = jax.device_put(jnp.ones((n, n), dtype), jax.devices()[0])
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times), f"measured: {n}x{n} {jnp.dtype(dtype).name} matmul on this device"

@@ -1,0 +1,1 @@
+"""Evaluations: each takes parameters and data, none loads a model itself."""

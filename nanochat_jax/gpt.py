@@ -1,0 +1,305 @@
+"""The GPT: configuration, parameters, initialisation and the one forward pass.
+
+Parameters are a plain nested dict and always an argument; the Flax modules below only say how arrays become
+activations. They are split once (`_graphdef`), merged inside traced code, and never cross a jit boundary. Training,
+evaluation and cached decoding all run this same code: a cache is an argument, not a second model.
+
+Shapes in names: B rows, T new tokens, S cache capacity, C width, H query heads, G key/value heads, D head width,
+V vocabulary, L layers. Kernels are Flax-style (in, out): y = x @ kernel.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from nanochat_jax.attention import attention
+from nanochat_jax.kv_cache import KVCache, cached_attention
+
+Params = dict[str, Any]
+
+NORM_EPS = float(np.finfo(np.float32).eps)  # 2**-23, also under bf16 activations (reference behaviour)
+REMAT_MODES = ("none", "mlp", "block")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that fixes the model's function. Hashable, so it can be a static argument of a jitted function.
+
+    The first six fields are the reference's `model_config`. The rest is neutral by default: `window_pattern` is tiled
+    over the layers ("S" = a window of a quarter of the context, rounded up to 128; "L" = full; the last layer is always
+    full), `compute_dtype` "auto" is bfloat16 on accelerators and float32 on CPU, `attention` "auto" is cuDNN where it
+    works and XLA elsewhere, `remat` names what the backward pass recomputes ("none", "mlp", "block").
+    """
+
+    sequence_len: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    rotary_base: float = 10000.0
+    softcap: float = 15.0
+    window_pattern: str = "L"
+    compute_dtype: str = "auto"
+    attention: str = "auto"
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.n_kv_head > self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.head_dim % 2:
+            raise ValueError(f"head width n_embd/n_head = {self.head_dim} must be even for rotary embeddings")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"window_pattern must consist of S and L, got {self.window_pattern!r}")
+        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"compute_dtype must be auto, float32 or bfloat16, got {self.compute_dtype!r}")
+        if self.attention not in ("auto", "cudnn", "xla"):
+            raise ValueError(f"attention must be auto, cudnn or xla, got {self.attention!r}")
+        if self.remat not in REMAT_MODES:
+            raise ValueError(f"remat must be one of {REMAT_MODES}, got {self.remat!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def dtype(self) -> Any:
+        """dtype of activations and matmuls (parameters are always float32)."""
+        if self.compute_dtype == "auto":
+            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.dtype(self.compute_dtype)
+
+    def window(self, layer: int) -> int | None:
+        """How many earlier keys a query of this layer sees besides itself; None means all of them."""
+        if layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L":
+            return None
+        return -(-self.sequence_len // (4 * 128)) * 128
+
+    @classmethod
+    def from_depth(cls, depth: int, vocab_size: int, sequence_len: int, **overrides) -> "GPTConfig":
+        """The one dial: width 64 x depth, heads of width at most 128, as the reference.
+
+        Where the reference's rule gives heads that do not divide the width (most odd depths), the width is rounded up
+        to a multiple of 128 instead of failing.
+        """
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        width = 64 * depth
+        heads = max(1, -(-width // 128))
+        if width % heads or (width // heads) % 2:
+            width = heads * 128
+        shape = dict(n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width)
+        return cls(vocab_size=vocab_size, sequence_len=sequence_len, **{**shape, **overrides})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# modules
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+    """x / rms(x) over the last axis, without a gain; statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPS)).astype(x.dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def rotary_tables(length: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of shape (length, head_dim / 2), float32 holding bfloat16-rounded values (reference behaviour)."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inv_freq = (1.0 / np.power(np.float32(base), exponent)).astype(np.float32)
+    angle = np.arange(length, dtype=np.float32)[:, None] * inv_freq[None, :]
+    bf16 = jnp.bfloat16
+    return np.cos(angle).astype(bf16).astype(np.float32), np.sin(angle).astype(bf16).astype(np.float32)
+
+
+def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates (B, T, heads, D) by minus the angle, first half of D paired with the second; cos, sin (B or 1, T, 1, D/2)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        C, D = config.n_embd, config.head_dim
+        self.config, self.layer = config, layer
+        self.c_q = _linear(config, C, config.n_head * D)
+        self.c_k = _linear(config, C, config.n_kv_head * D)
+        self.c_v = _linear(config, C, config.n_kv_head * D)
+        self.c_proj = _linear(config, C, C)
+
+    def __call__(self, x, rotary, cache: KVCache | None):
+        B, T, C = x.shape
+        config = self.config
+        q = self.c_q(x).reshape(B, T, config.n_head, config.head_dim)
+        k = self.c_k(x).reshape(B, T, config.n_kv_head, config.head_dim)
+        v = self.c_v(x).reshape(B, T, config.n_kv_head, config.head_dim)
+        q, k = rms_norm(apply_rotary(q, *rotary)), rms_norm(apply_rotary(k, *rotary))  # rotary first, then the norm
+        window = config.window(self.layer)
+        if cache is None:
+            y, kv = attention(q, k, v, window=window, implementation=config.attention), None
+        else:
+            y, kv = cached_attention(q, k, v, cache, self.layer, window=window)
+        return self.c_proj(y.reshape(B, T, C)), kv
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: GPTConfig):
+        self.c_fc = _linear(config, config.n_embd, 4 * config.n_embd)
+        self.c_proj = _linear(config, 4 * config.n_embd, config.n_embd)
+
+    def __call__(self, x):
+        h = checkpoint_name(self.c_fc(x), "mlp_hidden")
+        return self.c_proj(jnp.square(jax.nn.relu(h)))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def __call__(self, x, rotary, cache: KVCache | None):
+        y, kv = self.attn(rms_norm(x), rotary, cache)
+        x = x + y
+        return x + self.mlp(rms_norm(x)), kv
+
+
+class GPT(nnx.Module):
+    """Token ids to final normed hidden states; the unembedding is applied by `forward` or, fused, by the loss."""
+
+    def __init__(self, config: GPTConfig):
+        self.config = config
+        self.wte = nnx.Embed(config.vocab_size, config.n_embd, dtype=config.dtype, rngs=nnx.Rngs(0))
+        self.h = nnx.Dict({str(i): Block(config, i) for i in range(config.n_layer)})
+        self.lm_head = _linear(config, config.n_embd, config.vocab_size)
+
+    def __call__(self, ids, cache: KVCache | None = None):
+        config = self.config
+        T = ids.shape[1]
+        if cache is None:
+            cos, sin = rotary_tables(T, config.head_dim, config.rotary_base)
+            rotary = cos[None, :, None, :], sin[None, :, None, :]
+        else:
+            cos, sin = rotary_tables(cache.capacity, config.head_dim, config.rotary_base)
+            position = cache.position[:, None] + jnp.arange(T)
+            rotary = jnp.asarray(cos)[position][:, :, None, :], jnp.asarray(sin)[position][:, :, None, :]
+        x = rms_norm(self.wte(ids))
+        keys_values = []
+        for layer in range(config.n_layer):
+            # merge-free call through a plain function, so that rematerialisation sees the layer as one unit
+            block = _rematerialise(self.h[str(layer)], config) if cache is None else self.h[str(layer)]
+            x, kv = block(x, rotary, cache)
+            keys_values.append(kv)
+        return rms_norm(x), keys_values
+
+
+def _linear(config: GPTConfig, n_in: int, n_out: int) -> nnx.Linear:
+    return nnx.Linear(n_in, n_out, use_bias=False, dtype=config.dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def _rematerialise(block: Block, config: GPTConfig):
+    """The block with the chosen part of its activations recomputed in the backward pass."""
+    if config.remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    keep = policies.save_anything_except_these_names("mlp_hidden") if config.remat == "mlp" else None
+    graphdef, state = nnx.split(block)
+
+    @functools.partial(jax.checkpoint, policy=keep)
+    def run(state, x, rotary):
+        return nnx.merge(graphdef, state)(x, rotary, None)
+
+    return lambda x, rotary, cache: run(state, x, rotary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the functional face
+
+
+@functools.lru_cache(maxsize=32)
+def _split(config: GPTConfig):
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def abstract(config: GPTConfig) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves, without allocating anything."""
+    return _split(config)[1]
+
+
+def init(config: GPTConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters as the reference draws them.
+
+    Embedding N(0, 1); linear kernels N(0, s^2) with s = min(1, sqrt(out / in)) / sqrt(in) (arXiv:2310.17813); the
+    unembedding and both output projections of every block zero, so the first loss is exactly ln V.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract(config))
+    out: list[Any] = [None] * len(leaves)
+    drawn: dict[tuple[int, ...], list[int]] = {}
+    for i, (path, leaf) in enumerate(leaves):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith("lm_head") or "c_proj" in name:
+            out[i] = jnp.zeros(leaf.shape, leaf.dtype)
+        elif name.startswith("wte"):
+            out[i] = jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
+        else:
+            drawn.setdefault(leaf.shape, []).append(i)
+    for shape, indices in drawn.items():  # one random program per shape: a d20 init compiles in 1 s instead of 5
+        fan_in, fan_out = shape
+        std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.array(indices))
+        stacked = jax.vmap(lambda k, shape=shape: jax.random.normal(k, shape, jnp.float32))(keys) * std
+        for row, i in enumerate(indices):
+            out[i] = stacked[row]
+    return jax.tree_util.tree_unflatten(treedef, out)
+
+
+def hidden_states(config: GPTConfig, params: Params, ids: jax.Array) -> jax.Array:
+    """Final normed hidden states (B, T, C) in the compute dtype for ids (B, T)."""
+    if ids.shape[1] > 10 * config.sequence_len:
+        raise ValueError(f"{ids.shape[1]} tokens exceed the rotary range of 10 x sequence_len = {10 * config.sequence_len}")
+    return nnx.merge(_split(config)[0], params)(ids)[0]
+
+
+def unembed(config: GPTConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Softcapped float32 logits (..., V) of hidden states (..., C)."""
+    kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    return config.softcap * jnp.tanh(logits / config.softcap)
+
+
+def forward(config: GPTConfig, params: Params, ids: jax.Array) -> jax.Array:
+    """Softcapped float32 logits (B, T, V) for ids (B, T). Causal: logits at t depend on ids up to t."""
+    return unembed(config, params, hidden_states(config, params, ids))
+
+
+def forward_cached(config: GPTConfig, params: Params, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Hidden states (B, T, C) of T new tokens per row, appended to the cache at each row's own position.
+
+    Returns the cache with the new keys and values written but `position` unchanged: the caller advances it by the
+    number of *real* tokens of each row (`cache.advance`), so padded prefill needs no second code path. Positions beyond
+    the capacity are the caller's error: XLA clamps them silently.
+    """
+    hidden, keys_values = nnx.merge(_split(config)[0], params)(ids, cache)
+    return hidden, cache.replace_layers(keys_values)
+
+
+def num_params(config: GPTConfig) -> int:
+    """All parameters, both embeddings included."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Training FLOPs per token: 6 (N - V C) + 12 L H D T, attention counted full (reference formula)."""
+    embedding = config.vocab_size * config.n_embd
+    attention_flops = 12 * config.n_layer * config.n_embd * config.sequence_len
+    return 6 * (num_params(config) - embedding) + attention_flops

@@ -1,0 +1,171 @@
+"""The KV cache of the decoder: fixed slots, every row at its own position, nothing large ever copied.
+
+Two objects. `KVSlots` is the storage that lives as long as the engine: per layer one (B, G, S, D) array of keys and one
+of values, one row per slot. `KVCache` is what a forward pass sees: the part of the storage that can matter, read-only,
+and a small buffer for the tokens of this call, which all rows fill in lockstep. `KVSlots.view` opens one, the model
+appends to it as often as it likes, `KVSlots.commit` writes the buffer back, each row at its own position.
+
+Why not write every token straight into the storage: rows at different positions make that write a scatter, which XLA
+on CPU runs as a loop over rows, and reading what was just written makes it copy the whole storage. Measured on 2 cores
+(8 rows, 2 heads of 128, 128 visible positions) 119 us a layer and token against 46 us; 1254 us once all 2048
+positions are visible.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values a forward pass attends to: `b` rows, up to `visible` old tokens and a buffer for `room` new ones.
+
+    Per layer: old_keys, old_values (b, G, visible, D) or None where nothing old is visible; new_keys, new_values
+    (b, G, room, D). Row r holds old tokens 0 .. start[r] - 1, then `filled` new ones, the same number for every row.
+    Entries beyond are masked, never read as content. `capacity` bounds every position (it sizes the rotary tables).
+    """
+
+    old_keys: list[jax.Array] | None
+    old_values: list[jax.Array] | None
+    new_keys: list[jax.Array]
+    new_values: list[jax.Array]
+    start: jax.Array
+    filled: jax.Array
+    capacity: int = field(metadata=dict(static=True))
+
+    @classmethod
+    def create(cls, n_layer: int, rows: int, n_kv_head: int, capacity: int, head_dim: int, dtype) -> "KVCache":
+        """An empty stand-alone cache: `rows` rows that advance in lockstep, up to `capacity` tokens each."""
+        return _open(n_layer, (rows, n_kv_head, capacity, head_dim), dtype, None, None, jnp.zeros((rows,), jnp.int32), capacity)
+
+    @property
+    def position(self) -> jax.Array:
+        """(b,) int32: how many tokens of each row the model has seen, so the position of its next one."""
+        return self.start + self.filled
+
+    def replace_layers(self, keys_values: list[tuple[jax.Array, jax.Array]]) -> "KVCache":
+        """The cache with the per-layer buffers that `cached_attention` returned."""
+        return replace(self, new_keys=[k for k, _ in keys_values], new_values=[v for _, v in keys_values])
+
+    def advance(self, n: int | jax.Array) -> "KVCache":
+        """Marks n more tokens of the buffer as valid, for all rows alike (n is a scalar)."""
+        return replace(self, filled=self.filled + n)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVSlots:
+    """The engine's storage: per layer keys and values (B, G, S, D), one row per slot. Donate it to every jitted call.
+
+    It knows nothing about lengths: the engine does, and passes them in. What a row holds beyond its length is garbage
+    that is overwritten before it becomes visible.
+    """
+
+    keys: list[jax.Array]
+    values: list[jax.Array]
+
+    @classmethod
+    def create(cls, n_layer: int, rows: int, n_kv_head: int, capacity: int, head_dim: int, dtype) -> "KVSlots":
+        """Storage for `rows` rows of `capacity` tokens, 2 * n_layer * rows * n_kv_head * capacity * head_dim elements."""
+
+        def zeros():
+            return [jnp.zeros((rows, n_kv_head, capacity, head_dim), dtype) for _ in range(n_layer)]
+
+        return cls(zeros(), zeros())
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    def view(self, start: jax.Array, visible: int, room: int, slot: jax.Array | None = None) -> KVCache:
+        """Opens the rows (or the one row `slot`) for up to `room` more tokens.
+
+        start (b,) int32 counts the valid tokens of each row, visible (static) must be at least its maximum, and
+        start + room must not exceed the capacity: XLA would clamp the later write silently, so the caller checks.
+        """
+        B, G, S, D = self.keys[0].shape
+        rows = B if slot is None else 1
+        old_keys = old_values = None
+        if visible:
+            at = (0 if slot is None else slot, 0, 0, 0)
+            old_keys = [jax.lax.dynamic_slice(k, at, (rows, G, visible, D)) for k in self.keys]
+            old_values = [jax.lax.dynamic_slice(v, at, (rows, G, visible, D)) for v in self.values]
+        return _open(len(self.keys), (rows, G, room, D), self.keys[0].dtype, old_keys, old_values, start, S)
+
+    def commit(self, cache: KVCache, slot: jax.Array | None = None) -> "KVSlots":
+        """Writes the whole buffer of an opened view back, each row after its own old tokens.
+
+        Columns never filled are written too; they lie beyond the row's length. In place where the storage is donated.
+        """
+
+        def put(storage, new):
+            if slot is not None:
+                return jax.lax.dynamic_update_slice(storage, new, (slot, 0, cache.start[0], 0))
+            return jax.vmap(lambda s, n, at: jax.lax.dynamic_update_slice(s, n, (0, at, 0)))(storage, new, cache.start)
+
+        return KVSlots(
+            [put(s, n) for s, n in zip(self.keys, cache.new_keys, strict=True)],
+            [put(s, n) for s, n in zip(self.values, cache.new_values, strict=True)],
+        )
+
+    def copy_row(self, source: jax.Array, target: jax.Array, visible: int) -> "KVSlots":
+        """Copies the first `visible` tokens of one slot to another."""
+
+        def copy(storage):
+            _, G, _, D = storage.shape
+            row = jax.lax.dynamic_slice(storage, (source, 0, 0, 0), (1, G, visible, D))
+            return jax.lax.dynamic_update_slice(storage, row, (target, 0, 0, 0))
+
+        return KVSlots([copy(k) for k in self.keys], [copy(v) for v in self.values])
+
+
+def _open(n_layer, shape, dtype, old_keys, old_values, start, capacity) -> KVCache:
+    def zeros():
+        return [jnp.zeros(shape, dtype) for _ in range(n_layer)]
+
+    return KVCache(old_keys, old_values, zeros(), zeros(), start, jnp.zeros((), jnp.int32), capacity)
+
+
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int, window: int | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention of T new tokens per row against the cached ones and themselves, causal by absolute position.
+
+    q (b, T, H, D), k and v (b, T, G, D); returns (b, T, H, D) and the layer's updated buffers (keys, values). Query t
+    of row r sits at position p = cache.position[r] + t and sees keys max(0, p - window) .. p.
+    """
+    b, T, H, D = q.shape
+    G = k.shape[2]
+    dtype = cache.new_keys[layer].dtype
+    at = (0, 0, cache.filled, 0)
+    new_keys = jax.lax.dynamic_update_slice(cache.new_keys[layer], k.swapaxes(1, 2).astype(dtype), at)
+    new_values = jax.lax.dynamic_update_slice(cache.new_values[layer], v.swapaxes(1, 2).astype(dtype), at)
+    q = q.reshape(b, T, G, H // G, D).swapaxes(1, 2)  # (b, G, T, H/G, D): rows and heads are the batch of both products
+
+    def score(keys, visible):
+        s = jnp.einsum("bgthd,bgsd->bgths", q, keys, preferred_element_type=jnp.float32) / math.sqrt(D)
+        return jnp.where(visible[:, None, :, None, :], s, -jnp.inf)
+
+    # the buffer: column j holds the j-th token of this call, in every row
+    query = cache.filled + jnp.arange(T)[:, None]
+    column = jnp.arange(new_keys.shape[2])
+    visible = column <= query
+    if window is not None:
+        visible &= column >= query - window
+    scores = score(new_keys, visible[None])
+    n_old = 0
+    if cache.old_keys is not None and cache.old_values is not None:
+        n_old = cache.old_keys[layer].shape[2]
+        column = jnp.arange(n_old)
+        visible = jnp.broadcast_to(column < cache.start[:, None, None], (b, T, n_old))
+        if window is not None:
+            visible &= column >= cache.position[:, None, None] + jnp.arange(T)[:, None] - window
+        scores = jnp.concatenate([score(cache.old_keys[layer], visible), scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    y = jnp.einsum("bgths,bgsd->bgthd", weights[..., n_old:], new_values)
+    if cache.old_values is not None:
+        y += jnp.einsum("bgths,bgsd->bgthd", weights[..., :n_old], cache.old_values[layer])
+    return y.swapaxes(1, 2).reshape(b, T, H, D), (new_keys, new_values)

@@ -1,0 +1,115 @@
+"""Where things live on disk, and how they get there without ever being seen half written.
+
+Everything the project makes goes below one base directory (``NANOCHAT_BASE_DIR``, default
+``~/.cache/nanochat_jax``). A file appears under its final name only when it is complete: it is written beside
+its destination, flushed to the disk, then renamed.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+BASE_DIR_VARIABLE = "NANOCHAT_BASE_DIR"
+OFFLINE_VARIABLE = "NANOCHAT_OFFLINE"
+
+
+def base_dir() -> Path:
+    """The directory that holds everything the project makes, created if it is missing.
+
+    Raises NotADirectoryError when the chosen place exists and is not a directory.
+    """
+    chosen = os.environ.get(BASE_DIR_VARIABLE) or ""
+    path = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nanochat_jax"
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{BASE_DIR_VARIABLE}={path} is not a directory; set it to one")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _sub(name: str) -> Path:
+    path = base_dir() / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def tokenizer_dir() -> Path:
+    """Directory of the trained tokenizer."""
+    return _sub("tokenizer")
+
+
+def data_dir() -> Path:
+    """Directory of downloaded or made text."""
+    return _sub("data")
+
+
+def rows_dir() -> Path:
+    """Directory of token rows made from text."""
+    return _sub("rows")
+
+
+def runs_dir() -> Path:
+    """Directory of training runs (checkpoints, metrics, reports)."""
+    return _sub("runs")
+
+
+def offline() -> bool:
+    """True when ``NANOCHAT_OFFLINE`` asks that no socket be opened."""
+    return os.environ.get(OFFLINE_VARIABLE, "").strip().lower() not in ("", "0", "false", "no")
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that takes the name ``path`` only if the block ends without an error.
+
+    The bytes are flushed to the disk before the rename, and the rename itself is made durable by flushing the
+    directory, so that after a power cut there is either the old file or the whole new one. On any error the
+    temporary file is removed and the old file is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    # Some systems (Windows, a few network file systems) cannot flush a directory; the rename is still atomic there.
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a whole file (text as UTF-8) so that it is never seen half written."""
+    with atomic_writer(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def sha256_hex(*parts: bytes) -> str:
+    """Hexadecimal SHA-256 of the concatenation of ``parts``."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

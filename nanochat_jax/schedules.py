@@ -1,0 +1,103 @@
+"""Learning-rate multipliers and the Muon momentum as pure functions of the step.
+
+Every schedule is a callable of the step index (0 for the first update). Called with a Python number it computes in
+float64 and returns a float, which is what logs and plans print; called with a traced or concrete JAX array it computes
+in float32 and can live inside a jitted update. It is one piece of arithmetic, so the two cannot drift apart, and
+because the step is its only input a resumed run follows the same curve as an uninterrupted one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Schedule = Callable[[Any], Any]
+
+
+def _numeric(step) -> tuple[Any, Any]:
+    """The step as a floating number and the namespace (numpy or jax.numpy) to compute with."""
+    if isinstance(step, jax.Array):
+        return step.astype(jnp.float32), jnp
+    return np.float64(step), np
+
+
+def _result(value):
+    return value if isinstance(value, jax.Array) else float(value)
+
+
+def warmup_warmdown(
+    num_iterations: int, warmup_ratio: float = 0.0, warmdown_ratio: float = 0.2, final_lr_frac: float = 0.0
+) -> Schedule:
+    """Linear warm-up, constant, linear warm-down: the multiplier of pretraining (reference behaviour).
+
+    The lengths are round(ratio * num_iterations) with Python's rounding (halves to even). The step t gives
+    (t + 1) / warmup during the warm-up, 1 up to and including num_iterations - warmdown, then a line that reaches
+    `final_lr_frac` at t = num_iterations, one step after the last update. Raises ValueError for ratios outside 0..1 or
+    fewer than 1 step.
+    """
+    if num_iterations < 1:
+        raise ValueError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
+    for name, ratio in (("warmup_ratio", warmup_ratio), ("warmdown_ratio", warmdown_ratio)):
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"{name} is a fraction of the run and must lie in 0..1, got {ratio}")
+    warmup, warmdown = round(warmup_ratio * num_iterations), round(warmdown_ratio * num_iterations)
+
+    def multiplier(step):
+        t, xp = _numeric(step)
+        left = (num_iterations - t) / max(warmdown, 1)
+        down = left + (1 - left) * final_lr_frac
+        value = xp.where(t <= num_iterations - warmdown, 1.0, down)
+        return _result(xp.where(t < warmup, (t + 1) / max(warmup, 1), value))
+
+    return multiplier
+
+
+def linear_to_zero(num_iterations: int) -> Schedule:
+    """1 - step / num_iterations: the multiplier of supervised finetuning and of reinforcement learning."""
+    if num_iterations < 1:
+        raise ValueError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
+
+    def multiplier(step):
+        t, _ = _numeric(step)
+        return _result(1.0 - t / num_iterations)
+
+    return multiplier
+
+
+def late_decay(progress, *, fraction: float = 0.2, allow_negative: bool = False):
+    """Midtraining's multiplier as a function of progress through the data (0..1): 1, then linear to 0.
+
+    `fraction` is the share of the run spent on the line. The reference lets the line go on below zero when progress
+    overshoots 1, which would climb the loss; here it stops at 0 unless `allow_negative` asks for its numbers.
+    """
+    p, xp = _numeric(progress)
+    value = xp.where(p < 1.0 - fraction, 1.0, 1.0 - (p - (1.0 - fraction)) / fraction)
+    return _result(value if allow_negative else xp.maximum(value, 0.0))
+
+
+def late_decay_over(num_iterations: int, fraction: float = 0.2) -> Schedule:
+    """`late_decay` for a run of known length: progress is step / num_iterations."""
+    if num_iterations < 1:
+        raise ValueError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
+
+    def multiplier(step):
+        t, xp = _numeric(step)
+        # the same line counted back from the end: differences of whole steps are exact in float32, progress is not
+        return _result(xp.clip((num_iterations - t) / (fraction * num_iterations), 0.0, 1.0))
+
+    return multiplier
+
+
+def momentum_warmup(warmup_steps: int = 300, start: float = 0.85, end: float = 0.95) -> Schedule:
+    """Muon's momentum: linear from `start` to `end` over `warmup_steps` updates, then `end`; 0 steps: always `end`."""
+    if warmup_steps < 0:
+        raise ValueError(f"momentum warm-up must be >= 0 steps, got {warmup_steps}")
+
+    def momentum(step):
+        t, xp = _numeric(step)
+        done = xp.minimum(t / warmup_steps, 1.0) if warmup_steps else xp.ones_like(t)
+        return _result((1 - done) * start + done * end)
+
+    return momentum

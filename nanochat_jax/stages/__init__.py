@@ -1,0 +1,1 @@
+"""What each stage adds to the one training loop: its flags and defaults, its rows, its evaluations."""

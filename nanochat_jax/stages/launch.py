@@ -1,0 +1,56 @@
+"""From a command line to a stage: which settings class, and how errors end the process."""
+
+import logging
+import sys
+
+from nanochat_jax import cli, devices
+
+STAGES = ("base",)
+
+
+def main(argv: list[str]) -> int:
+    """Runs `--stage=NAME [flags]`. Returns the exit status: 0 done or stopped cleanly, 1 error, 2 bad flags, 3 no GPU."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("absl", "jax", "orbax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    stage, rest = _take_stage(argv)
+    from nanochat_jax.stages import base  # after the flags are known to be sane: JAX takes a second to import
+
+    settings_type = base.DemoSettings if cli.is_set("demo", rest) else base.BaseSettings
+    settings = cli.parse(settings_type, rest, f"python -m scripts.train --stage={stage}: {base.__doc__}")
+    try:
+        base.run(settings)
+    except devices.DeviceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return devices.NO_USABLE_GPU
+    except (ValueError, RuntimeError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_ours(error: Exception) -> bool:
+    """Errors raised by this project carry their remedy and need no traceback; any other is shown whole."""
+    return type(error).__module__.startswith("nanochat_jax") or isinstance(error, FileNotFoundError)
+
+
+def _take_stage(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of --stage and the other arguments. Exits with status 2 on a missing or unknown stage."""
+    stage, rest = None, []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument.startswith("--stage="):
+            stage = argument.partition("=")[2]
+        elif argument == "--stage":
+            stage = next(arguments, "")
+        else:
+            rest.append(argument)
+    if stage is None and any(a in ("-h", "--help") for a in rest):
+        stage = "base"
+    if stage not in STAGES:
+        got = "is missing" if stage is None else f"{stage!r} is not known"
+        print(f"error: --stage {got}; give one of: {', '.join(f'--stage={s}' for s in STAGES)}", file=sys.stderr)
+        raise SystemExit(2)
+    return stage, rest

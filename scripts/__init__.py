@@ -1,0 +1,1 @@
+"""Command-line faces: each parses flags, calls one function and prints."""

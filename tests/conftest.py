@@ -1,0 +1,57 @@
+"""Every test runs on eight simulated devices, with strict shapes and without a network."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+# Before JAX starts: the number of CPU devices cannot be changed afterwards, and a GPU would change the arithmetic.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+_connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
+_getaddrinfo = socket.getaddrinfo
+
+
+def _is_local(address) -> bool:
+    if not isinstance(address, tuple):  # a Unix socket path
+        return True
+    host = str(address[0])
+    return host in ("", "localhost", "::1", "0.0.0.0", "::") or host.startswith("127.")
+
+
+def _refuse(address):
+    raise OSError(f"tests may not use the network (tried {address!r}); copy what the test needs into tests/golden")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Only loopback connections: a test that needs the internet fails here instead of on someone else's machine."""
+
+    def connect(self, address):
+        return _connect(self, address) if _is_local(address) else _refuse(address)
+
+    def connect_ex(self, address):
+        return _connect_ex(self, address) if _is_local(address) else _refuse(address)
+
+    def getaddrinfo(host, *args, **kwargs):
+        return _getaddrinfo(host, *args, **kwargs) if host is None or _is_local((host,)) else _refuse(host)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        patch.setattr(socket.socket, "connect_ex", connect_ex)
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder with the numbers produced by the reference system."""
+    return GOLDEN

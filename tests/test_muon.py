@@ -1,0 +1,274 @@
+"""Newton-Schulz and Muon against the reference's numbers and against a slow float64 version."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nanochat_jax.muon import aspect_scale, default_ns_dtype, muon, orthogonalize
+
+NS_CASES = ("tall", "wide", "square", "near_square", "batched", "rank1")
+MUON_RUNS = {
+    "nesterov_fp32": {"ns_dtype": "float32"},
+    "nesterov_bf16": {"ns_dtype": "bfloat16"},
+    "plain_fp32": {"ns_dtype": "float32", "nesterov": False},
+    "plain_bf16": {"ns_dtype": "bfloat16", "nesterov": False},
+    "nesterov_3steps_fp32": {"ns_dtype": "float32", "ns_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def data(golden):
+    with np.load(golden / "optim_v1.npz") as arrays:
+        return dict(arrays)
+
+
+def slow_orthogonalize(x, steps=5):
+    """One matrix, float64."""
+    x = np.asarray(x, np.float64)
+    flip = x.shape[0] > x.shape[1]
+    x = x.T if flip else x
+    x = x / (np.sqrt((x * x).sum()) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if flip else x
+
+
+def slow_muon(params, grads, lr, momentum, steps=5, nesterov=True, weight_decay=0.0):
+    """float64 trajectories of (out, in) matrices: a list over updates of lists of matrices."""
+    params = [np.asarray(p, np.float64) for p in params]
+    buffers, out = [np.zeros_like(p) for p in params], []
+    for t, gs in enumerate(grads):
+        for i, g in enumerate(gs):
+            mu = momentum[t]
+            buffers[i] = mu * buffers[i] + (1 - mu) * g
+            u = (1 - mu) * g + mu * buffers[i] if nesterov else buffers[i]
+            n_out, n_in = g.shape
+            step = max(1, n_out / n_in) ** 0.5 * slow_orthogonalize(u, steps) + weight_decay * params[i]
+            params[i] = params[i] - lr[t] * step
+        out.append([p.copy() for p in params])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Newton-Schulz
+
+
+@pytest.mark.parametrize("case", NS_CASES)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_newton_schulz_fp32(data, case, steps):
+    result = jax.jit(lambda x: orthogonalize(x, steps, jnp.float32))(jnp.asarray(data[f"ns/{case}/input"]))
+    atol = 1e-4 if case == "rank1" else 2e-5
+    np.testing.assert_allclose(result, data[f"ns/{case}/fp32_steps{steps}"], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("case", NS_CASES)
+@pytest.mark.parametrize("jit", [False, True])
+def test_newton_schulz_bf16_follows_the_eager_recipe(data, case, jit):
+    """Rounded after every operation, compiled or not: exact here; atol 1e-2 allows matmuls that add in another order.
+
+    The chaotic near-rank-one matrix is compared after one and two steps only.
+    """
+    for steps in (1, 2) if case == "rank1" else (1, 2, 5):
+        run = jax.jit(orthogonalize, static_argnums=(1, 2)) if jit else orthogonalize
+        result = run(jnp.asarray(data[f"ns/{case}/input"]), steps, jnp.bfloat16)
+        assert result.dtype == jnp.bfloat16
+        expected = data[f"ns/{case}/bf16_steps{steps}"]
+        np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_zero_stays_zero(data, dtype):
+    assert not np.any(orthogonalize(jnp.asarray(data["ns/zero/input"]), 5, dtype))
+    stack = jnp.zeros((3, 8, 4)).at[1].set(jax.random.normal(jax.random.key(0), (8, 4)))
+    result = np.asarray(orthogonalize(stack, 5, dtype), np.float32)
+    assert not result[0].any() and not result[2].any() and np.isfinite(result).all() and result[1].any()
+
+
+@pytest.mark.parametrize("shape", [(5, 64, 48), (2, 3, 16, 40), (128, 128), (1, 7), (7, 1), (1, 1)])
+def test_newton_schulz_against_float64(shape):
+    x = np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+    slow = np.stack([slow_orthogonalize(m) for m in x.reshape(-1, *shape[-2:])]).reshape(shape)
+    result = np.asarray(orthogonalize(jnp.asarray(x), 5, "float32"))
+    np.testing.assert_allclose(result, slow, rtol=0, atol=2e-5)
+    bf16 = np.asarray(orthogonalize(jnp.asarray(x), 5, "bfloat16"), np.float32)
+    assert np.linalg.norm(bf16 - slow) <= 0.12 * np.linalg.norm(slow)
+
+
+def test_scalar_map_of_the_specification():
+    """Singular values go through the quintic five times; the matrix U diag(s) V' makes each of them visible."""
+    expected = {0.001: 0.47054, 0.01: 0.69892, 0.05: 0.75812, 0.1: 0.71212, 0.3: 1.07959, 0.5: 0.76544, 0.9: 0.68201}
+    for s, value in expected.items():
+        rest = np.sqrt(1 - s * s)  # Frobenius norm 1, so the division changes nothing
+        result = orthogonalize(jnp.diag(jnp.array([s, rest], jnp.float32)), 5, "float32")
+        assert float(result[0, 0]) == pytest.approx(value, abs=2e-4)
+
+
+def test_transposition_and_scale_do_not_matter():
+    x = jax.random.normal(jax.random.key(1), (24, 60))
+    wide = np.asarray(orthogonalize(x, 5, "float32"))
+    np.testing.assert_allclose(orthogonalize(x.T, 5, "float32").T, wide, atol=1e-6)
+    np.testing.assert_allclose(orthogonalize(x * 1000, 5, "float32"), wide, atol=2e-5)
+
+
+def test_result_is_nearly_orthogonal():
+    values = np.linalg.svd(
+        np.asarray(orthogonalize(jax.random.normal(jax.random.key(2), (64, 160)), 5, "float32")), compute_uv=False
+    )
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize(
+    "x, kwargs, words",
+    [
+        (jnp.ones(3), {}, "matrix"),
+        (jnp.ones((2, 2)), {"steps": -1}, "steps"),
+        (jnp.ones((2, 2)), {"dtype": "float16"}, "float32 or bfloat16"),
+    ],
+)
+def test_newton_schulz_errors(x, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        orthogonalize(x, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the optimizer
+
+
+def run_muon(transform, params, grads):
+    """Parameters and momentum buffers after every update."""
+    state, update, out = transform.init(params), jax.jit(transform.update), []
+    for grad in grads:
+        updates, state = update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+        out.append((params, state.momentum))
+    return out, state
+
+
+@pytest.mark.parametrize("run", MUON_RUNS)
+def test_muon_runs(data, run):
+    names = [f"p{i}" for i in range(4)]
+    momentum = jnp.asarray(data["muon/momentum_per_step"])
+    transform = muon(float(data["muon/lr"]), lambda count: momentum[count], kernel_layout="out_in", **MUON_RUNS[run])
+    params = {name: jnp.asarray(data[f"muon/{name}/init"]) for name in names}
+    grads = [{name: jnp.asarray(data[f"muon/{name}/grad_step{t}"]) for name in names} for t in range(4)]
+    history, state = run_muon(transform, params, grads)
+    for t, (values, buffers) in enumerate(history):
+        for name in names:
+            start, where = data[f"muon/{name}/init"], f"muon/{run}/{name}"
+            expected = data[f"{where}/param_step{t}"]
+            if run.endswith("fp32"):
+                np.testing.assert_allclose(values[name], expected, rtol=0, atol=1e-5)
+            else:
+                assert np.linalg.norm(values[name] - expected) <= 0.1 * np.linalg.norm(expected - start)
+            np.testing.assert_allclose(
+                buffers[name], data[f"{where}/momentum_buffer_step{t}"], rtol=1e-6, atol=1e-5, err_msg=f"{name} {t}"
+            )
+    assert int(state.count) == 4
+
+
+def test_both_layouts_are_the_same_optimizer():
+    """(in, out) kernels and their transposes with the other layout: transposed updates, the aspect factor included."""
+    keys = jax.random.split(jax.random.key(3), 2)
+    kernels = {"up": jax.random.normal(keys[0], (2, 8, 32)), "down": jax.random.normal(keys[1], (32, 8))}
+    weights = jax.tree.map(lambda k: k.mT, kernels)
+    ours, _ = muon(0.02, ns_dtype="float32").update(kernels, muon(0.02).init(kernels))
+    theirs, _ = muon(0.02, ns_dtype="float32", kernel_layout="out_in").update(weights, muon(0.02).init(weights))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.mT, atol=1e-6), ours, theirs)
+    size = {name: np.linalg.norm(update) / np.sqrt(8 * (2 if name == "up" else 1)) for name, update in ours.items()}
+    assert size["up"] / size["down"] == pytest.approx(2, rel=0.2)  # sqrt(32 / 8) = 2 against 1
+
+
+def test_stack_equals_separate_matrices():
+    grads = jax.random.normal(jax.random.key(4), (5, 12, 20))
+    transform = muon(0.1, 0.9, ns_dtype="float32")
+    stacked, _ = transform.update({"w": grads}, transform.init({"w": grads}))
+    separate = {str(i): grads[i] for i in range(5)}
+    alone, _ = transform.update(separate, transform.init(separate))
+    for i in range(5):
+        np.testing.assert_allclose(stacked["w"][i], alone[str(i)], atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_muon_against_float64(nesterov, weight_decay):
+    """Other shapes, seeds, schedules and decay than the recorded runs, through callables of the count."""
+    rng = np.random.default_rng(7)
+    shapes = [(48, 12), (10, 30), (16, 16)]
+    params = [rng.normal(size=s).astype(np.float32) for s in shapes]
+    grads = [[rng.normal(size=s).astype(np.float32) * 10.0**-t for s in shapes] for t in range(5)]
+    lr, momentum = [0.1, 0.05, 0.2, 0.0, 0.03], [0.8, 0.9, 0.95, 0.5, 0.99]
+    lr_array, momentum_array = jnp.array(lr), jnp.array(momentum)
+    transform = muon(
+        lambda count: lr_array[count],
+        lambda count: momentum_array[count],
+        nesterov,
+        ns_dtype="float32",
+        kernel_layout="out_in",
+        weight_decay=weight_decay,
+    )
+    history, _ = run_muon(transform, params, grads)
+    expected = slow_muon(params, grads, lr, momentum, 5, nesterov, weight_decay)
+    for (values, _), reference in zip(history, expected, strict=True):
+        for value, want in zip(values, reference, strict=True):
+            np.testing.assert_allclose(value, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ns_dtype", ["float32", "bfloat16"])
+def test_zero_gradients_give_zero_updates(ns_dtype):
+    params = {"w": jnp.ones((2, 4, 6))}
+    transform = muon(0.1, ns_dtype=ns_dtype)
+    updates, state = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+    assert not np.any(updates["w"]) and not np.any(state.momentum["w"])
+
+
+def test_state_is_float32_arrays_and_dtype_of_parameters_is_kept():
+    params = {"w": jnp.ones((3, 4, 6), jnp.bfloat16)}
+    transform = muon(0.1)
+    state = transform.init(params)
+    assert state.momentum["w"].dtype == jnp.float32 and state.count.dtype == jnp.int32
+    updates, state = transform.update(params, state, params)
+    assert updates["w"].dtype == jnp.bfloat16 and state.momentum["w"].dtype == jnp.float32
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+
+
+def test_errors_name_the_leaf_and_the_remedy():
+    with pytest.raises(ValueError, match=r"norm/gain has shape \(4,\).*another optimizer"):
+        muon(0.1).init({"norm": {"gain": jnp.ones(4)}, "w": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match="kernel_layout"):
+        muon(0.1, kernel_layout="oi")
+    transform = muon(0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        transform.update({"w": jnp.ones((2, 2))}, transform.init({"w": jnp.ones((2, 2))}))
+
+
+def test_custom_scale_and_defaults():
+    assert aspect_scale(256, 1024) == 2 and aspect_scale(1024, 256) == 1
+    assert default_ns_dtype() == jnp.float32  # tests run on CPU
+    g = {"w": jax.random.normal(jax.random.key(5), (4, 16))}
+    plain, double = muon(0.1, update_scale=lambda n_in, n_out: 1.0), muon(0.1, update_scale=lambda n_in, n_out: 3.0)
+    first, _ = plain.update(g, plain.init(g))
+    second, _ = double.update(g, double.init(g))
+    np.testing.assert_allclose(second["w"], 3 * np.asarray(first["w"]), rtol=1e-6)
+
+
+def test_sharded_stack_needs_no_communication():
+    """Eight devices, the stack axis sharded: the same numbers, and not one collective in the compiled update."""
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    grads = {"w": jax.random.normal(jax.random.key(6), (16, 8, 24))}
+    transform = muon(lambda count: 0.1 / (1 + count), ns_dtype="float32")
+    expected, _ = transform.update(grads, transform.init(grads))
+    sharded = jax.device_put(grads, sharding)
+    update = jax.jit(transform.update)
+    state = jax.jit(transform.init)(sharded)
+    state = jax.device_put(
+        state, jax.tree.map(lambda x: sharding if x.ndim else jax.NamedSharding(mesh, jax.P()), state)
+    )
+    text = update.lower(sharded, state).compile().as_text()
+    assert not [
+        line for line in text.splitlines() if "all-reduce" in line or "all-gather" in line or "all-to-all" in line
+    ]
+    np.testing.assert_allclose(update(sharded, state)[0]["w"], expected["w"], atol=1e-6)

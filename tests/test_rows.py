@@ -1,0 +1,375 @@
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanochat_jax.data import row_files, rows
+from nanochat_jax.data.row_files import RowsError, RowWriter
+from nanochat_jax.data.rows import RowSet, build_rows
+from nanochat_jax.data.text import CallableDocuments, FileDocuments
+from nanochat_jax.tokenizer import Tokenizer
+from tests.tokenizer_fixtures import golden_tokenizer
+
+WORDS = "the river runs past old mill and miller counts his sacks while rain falls on stone roof at night".split()
+
+
+def document(i):
+    source = random.Random(i)
+    return " ".join(source.choices(WORDS, k=source.randint(0, 40))) + "."
+
+
+def numbered(count, name="numbered"):
+    return CallableDocuments(f"{name}-{count}", lambda start: (document(i) for i in range(start, count)))
+
+
+def slow_stream(texts, tokenizer):
+    """The whole stream, the slow way: one list, one document at a time, through tiktoken."""
+    return [token for text in texts for token in (tokenizer.bos_id, *tokenizer.encode(text))]
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != row_files.LOCK}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # hundreds of tiny shards; nobody cuts the power in a test
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(rows, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(rows, "_BATCH_CHARS", 300)
+
+
+@pytest.mark.parametrize("T", [1, 5, 64])
+def test_rows_are_the_stream(tmp_path, small_batches, T):
+    tokenizer = golden_tokenizer()
+    found = build_rows(numbered(50), tokenizer, T, tmp_path, rows_per_shard=130 // T)
+    stream = slow_stream([document(i) for i in range(50)], tokenizer)
+    assert len(found) == (len(stream) - 1) // T and found.T == T
+    for r in range(len(found)):
+        assert found[r].dtype == np.uint16 and found[r].tolist() == stream[r * T : r * T + T + 1]
+    manifest = found.manifest
+    assert manifest["documents"] == 50 and manifest["stream_tokens"] == len(stream)
+    assert manifest["tokens"] == len(found) * T and manifest["characters"] == sum(len(document(i)) for i in range(50))
+    assert found.mask(0) is None
+    for index in (-1, len(found)):
+        with pytest.raises(IndexError, match="of"):
+            found[index]
+    found.verify()
+
+
+@pytest.mark.parametrize(("T", "B", "per_shard"), [(8, 2, 3), (5, 1, 4), (3, 7, 1)])
+def test_reference_stride_skips_one_token_a_batch(tmp_path, small_batches, T, B, per_shard):
+    tokenizer = golden_tokenizer()
+    found = build_rows(numbered(40), tokenizer, T, tmp_path, batch_rows=B, rows_per_shard=per_shard)
+    stream = slow_stream([document(i) for i in range(40)], tokenizer)
+    expected = []
+    while len(stream) >= B * T + 1:
+        chunk, stream = stream[: B * T + 1], stream[B * T + 1 :]
+        expected += [chunk[j * T : j * T + T + 1] for j in range(B)]
+    assert [found[r].tolist() for r in range(len(found))] == expected
+
+
+def test_limits(tmp_path, small_batches):
+    tokenizer = golden_tokenizer()
+    whole = build_rows(numbered(50), tokenizer, 8, tmp_path)
+    for options, expected in [({"max_rows": 5}, 5), ({"max_tokens": 33}, 5), ({"max_tokens": 32, "max_rows": 9}, 4)]:
+        found = build_rows(numbered(50), tokenizer, 8, tmp_path, rows_per_shard=3, **options)
+        assert len(found) == expected
+        assert all((found[i] == whole[i]).all() for i in range(expected))
+        assert found.manifest["documents"] < 50  # it does not read on
+    for options in ({"max_rows": 0}, {"max_tokens": -5}):
+        with pytest.raises(RowsError, match="at least one row"):
+            build_rows(numbered(50), tokenizer, 8, tmp_path, **options)
+
+
+def test_the_same_rows_are_not_built_twice(tmp_path):
+    tokenizer = golden_tokenizer()
+    first = build_rows(numbered(30), tokenizer, 8, tmp_path)
+
+    def never(start):
+        raise AssertionError("read again")
+
+    again = build_rows(CallableDocuments("numbered-30", never), tokenizer, 8, tmp_path)
+    assert again.directory == first.directory and again.key == first.key
+    others = [
+        build_rows(numbered(31), tokenizer, 8, tmp_path),
+        build_rows(numbered(30), tokenizer, 9, tmp_path),
+        build_rows(numbered(30), tokenizer, 8, tmp_path, split="val"),
+        build_rows(numbered(30), tokenizer, 8, tmp_path, batch_rows=2),
+        build_rows(numbered(30), tokenizer, 8, tmp_path, max_rows=3),
+        build_rows(numbered(30), Tokenizer(tokenizer.ranks[:400], {"<|bos|>": 400}), 8, tmp_path),
+    ]
+    assert len({rows.directory for rows in [first, *others]}) == 7
+
+
+def test_wide_vocabularies_use_uint32(tmp_path):
+    ranks = [bytes([i]) for i in range(256)]
+    ranks += [bytes([a, b, c]) for a, b, c in itertools.product(range(256), range(256), range(1))]
+    tokenizer = Tokenizer(ranks, {"<|bos|>": len(ranks)})
+    found = build_rows(numbered(3), tokenizer, 4, tmp_path)
+    assert found[0].dtype == np.uint32 and found[0][0] == tokenizer.bos_id > 65535
+    exact = Tokenizer(ranks[:65535], {"<|bos|>": 65535})
+    assert build_rows(numbered(3), exact, 4, tmp_path)[0].dtype == np.uint16
+
+
+def test_too_little_text(tmp_path):
+    with pytest.raises(RowsError, match="only 2 tokens.*65"):
+        build_rows(CallableDocuments("tiny", lambda start: iter(["", ""][start:])), golden_tokenizer(), 64, tmp_path)
+    with pytest.raises(RowsError, match="T = 0"):
+        build_rows(numbered(3), golden_tokenizer(), 0, tmp_path)
+
+
+def test_odd_documents(tmp_path):
+    odd = ["x", "", "\x00\x01", "é", "word " * 300_000, "a" * 50_000, "<|bos|>"]
+    found = build_rows(CallableDocuments("odd", lambda start: iter(odd[start:])), golden_tokenizer(), 16, tmp_path)
+    stream = slow_stream(odd, golden_tokenizer())
+    assert np.concatenate([found[r][:-1] for r in range(len(found))]).tolist() == stream[: len(found) * 16]
+
+
+# --- interruption ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_rows": 3}, {"max_rows": 200}, {"max_rows": 210}])
+def test_an_error_anywhere_then_again_gives_the_same_bytes(tmp_path, small_batches, options):
+    tokenizer = golden_tokenizer()
+    whole = build_rows(numbered(60), tokenizer, 8, tmp_path / "whole", rows_per_shard=30, **options)
+    started_at = []
+    for stop in range(0, 60, 9):
+
+        def make(start, stop=stop):
+            started_at.append(start)
+            for i in range(start, 60):
+                if i == stop:
+                    raise OSError("the network drive is gone")
+                yield document(i)
+
+        place = tmp_path / str(stop)
+        read = whole.manifest["documents"]
+        if stop < read:
+            with pytest.raises(OSError, match="network drive"):
+                build_rows(CallableDocuments("numbered-60", make), tokenizer, 8, place, rows_per_shard=30, **options)
+            [unfinished] = place.iterdir()
+            with pytest.raises(RowsError, match="no finished rows"):
+                RowSet.open(unfinished)
+        rest = CallableDocuments(
+            "numbered-60", lambda start: started_at.append(start) or map(document, range(start, 60))
+        )
+        found = build_rows(rest, tokenizer, 8, place, rows_per_shard=30, **options)
+        assert contents(found.directory) == contents(whole.directory)
+    assert max(started_at) > 15, "it never went on from the middle"
+
+
+@pytest.mark.parametrize("limit", [None, 210, 213])
+def test_killed_between_the_last_shard_and_the_manifest(tmp_path, small_batches, monkeypatch, limit):
+    tokenizer, options = golden_tokenizer(), {"rows_per_shard": 6, "max_rows": limit}
+    whole = build_rows(numbered(60), tokenizer, 8, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RowWriter, "finish", lambda *facts: (_ for _ in ()).throw(KeyboardInterrupt))
+        build_rows(numbered(60), tokenizer, 8, tmp_path / "again", **options)
+    found = build_rows(numbered(60), tokenizer, 8, tmp_path / "again", **options)
+    assert contents(found.directory) == contents(whole.directory)
+
+
+CHILD = textwrap.dedent("""
+    import sys, time
+    from nanochat_jax.data import rows
+    from nanochat_jax.data.text import CallableDocuments
+    from tests.test_rows import document
+    from tests.tokenizer_fixtures import golden_tokenizer
+    rows._BATCH_DOCUMENTS = 20
+    def make(start):
+        for i in range(start, 3000):
+            time.sleep(0.0001)
+            yield document(i)
+    print("ready", flush=True)
+    rows.build_rows(CallableDocuments("numbered-3000", make), golden_tokenizer(), 16, sys.argv[1], rows_per_shard=50)
+    print("done", flush=True)
+""")
+
+
+def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_BATCH_DOCUMENTS", 20)
+    whole = build_rows(numbered(3000), golden_tokenizer(), 16, tmp_path / "whole", rows_per_shard=50)
+    chance = random.Random(0)
+    kills = 0
+    for _ in range(60):
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "killed")]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        if kills < 6:
+            time.sleep(chance.uniform(0.02, 0.25))
+            child.send_signal(signal.SIGKILL)
+            kills += child.wait() == -signal.SIGKILL
+            continue
+        assert child.wait() == 0
+        break
+    child.stdout.close()
+    assert kills == 6
+    assert contents(tmp_path / "killed" / whole.directory.name) == contents(whole.directory)
+
+
+def test_half_written_files_are_never_read(tmp_path):
+    tokenizer = golden_tokenizer()
+    found = build_rows(numbered(60), tokenizer, 8, tmp_path, rows_per_shard=6)
+    shard = found.directory / "rows_00001.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(RowsError, match="rows_00001.npy has .* bytes instead of"):
+        build_rows(numbered(60), tokenizer, 8, tmp_path, rows_per_shard=6)
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(RowsError, match="rows_00001.npy is damaged"):
+        RowSet.open(found.directory, verify=True)
+    shard.unlink()
+    with pytest.raises(RowsError, match="rows_00001.npy is missing"):
+        RowSet.open(found.directory)
+    (found.directory / "manifest.json").write_text("{")
+    with pytest.raises(RowsError, match="manifest.json is damaged"):
+        RowSet.open(found.directory)
+
+
+def test_progress_that_does_not_fit_is_started_over(tmp_path, small_batches, caplog):
+    tokenizer = golden_tokenizer()
+    whole = build_rows(numbered(60), tokenizer, 8, tmp_path / "whole", rows_per_shard=6)
+    for damage in ("cut", "identity", "shard"):
+        place = tmp_path / damage / whole.directory.name
+        place.mkdir(parents=True)
+        for name, data in contents(whole.directory).items():
+            (place / name).write_bytes(data)
+        manifest = json.loads((place / "manifest.json").read_text())
+        (place / "manifest.json").unlink()
+        progress = {"identity": manifest["identity"], "shards": manifest["shards"][:2], "state": {}}
+        text = json.dumps(progress)
+        if damage == "cut":
+            text = text[:-10]
+        elif damage == "identity":
+            text = json.dumps({**progress, "identity": {}})
+        else:
+            (place / "rows_00001.npy").write_bytes(b"short")
+        (place / "progress.json").write_text(text)
+        found = build_rows(numbered(60), tokenizer, 8, tmp_path / damage, rows_per_shard=6)
+        assert contents(found.directory) == contents(whole.directory)
+        assert "starting over" in caplog.text
+        caplog.clear()
+
+
+def test_full_disk_is_told_and_loses_nothing(tmp_path, small_batches, monkeypatch):
+    tokenizer = golden_tokenizer()
+    whole = build_rows(numbered(60), tokenizer, 8, tmp_path / "whole", rows_per_shard=6)
+    usage = row_files.shutil.disk_usage(tmp_path)
+    answers = itertools.chain([10**12] * 6, itertools.repeat(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(row_files.shutil, "disk_usage", lambda path: usage._replace(free=next(answers)))
+        with pytest.raises(RowsError, match=r"rows_00003.npy: .* MiB free. 18 rows are safe.*NANOCHAT_BASE_DIR"):
+            build_rows(numbered(60), tokenizer, 8, tmp_path / "full", rows_per_shard=6)
+    with monkeypatch.context() as patch:  # the disk fills up while a file is being written
+        calls = itertools.count()
+
+        def fsync(handle):
+            if next(calls) == 4:
+                raise OSError(row_files.errno.ENOSPC, "No space left on device")
+
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(RowsError, match="no space"):
+            build_rows(numbered(60), tokenizer, 8, tmp_path / "full", rows_per_shard=6)
+    assert not list((tmp_path / "full").glob("*/*.tmp"))
+    found = build_rows(numbered(60), tokenizer, 8, tmp_path / "full", rows_per_shard=6)
+    assert contents(found.directory) == contents(whole.directory)
+
+
+def test_a_second_builder_waits_and_reuses(tmp_path):
+    code = CHILD.replace('print("done"', 'import glob; print(glob.glob(sys.argv[1] + "/*/*.npy").__len__()')
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    outputs = [child.communicate()[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0] and outputs[0] == outputs[1]
+    RowSet.open(next(tmp_path.glob("train-*")), golden_tokenizer(), verify=True)
+
+
+def test_repairs_are_counted_the_same_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setattr(rows, "_BATCH_DOCUMENTS", 4)
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = []
+    for i in range(60):
+        lines.append(json.dumps({"text": document(i)}) if i % 5 else "{bad")
+        lines += [b"\xff".decode("latin1")] if i % 9 == 0 else []
+    (data / "a.jsonl").write_bytes("\n".join(lines).encode("latin1"))
+    (data / "b.txt").write_bytes(b"tail \xff\xff")
+    (data / "val.txt").write_text("held out")
+    tokenizer = golden_tokenizer()
+    whole = build_rows(FileDocuments(data), tokenizer, 8, tmp_path / "whole", rows_per_shard=6)
+    assert whole.manifest["bad_lines"] == 12 + 7 and whole.manifest["invalid_utf8"] == 2
+    for stop in (3, 17, 30, 44):
+        spec = FileDocuments(data)
+        real = spec.iterate
+
+        def interrupted(start=0, stop=stop, real=real):
+            for count, text in enumerate(real(start), start):
+                if count == stop:
+                    raise KeyboardInterrupt
+                yield text
+
+        spec.iterate = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            build_rows(spec, tokenizer, 8, tmp_path / str(stop), rows_per_shard=6)
+        again = build_rows(FileDocuments(data), tokenizer, 8, tmp_path / str(stop), rows_per_shard=6)
+        assert contents(again.directory) == contents(whole.directory)
+
+
+# --- opening, masks, progress --------------------------------------------------------------------------------------------
+
+
+def test_another_tokenizer_is_named(tmp_path):
+    tokenizer = golden_tokenizer()
+    found = build_rows(numbered(30), tokenizer, 8, tmp_path)
+    other = Tokenizer(tokenizer.ranks[:-1], {"<|bos|>": 600})
+    with pytest.raises(RowsError, match=f"{tokenizer.hash[:12]}.*{other.hash[:12]}"):
+        RowSet.open(found.directory, other)
+    assert len(RowSet.open(found.directory, tokenizer.hash)) == len(found)
+    manifest = json.loads((found.directory / "manifest.json").read_text())
+    (found.directory / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
+    with pytest.raises(RowsError, match="format"):
+        RowSet.open(found.directory)
+
+
+def test_masked_rows(tmp_path):
+    source = np.random.default_rng(0)
+    tokens = source.integers(0, 500, (20, 9)).astype(np.uint16)
+    masks = source.integers(0, 2, (20, 9)).astype(np.uint8)
+    with RowWriter(tmp_path / "masked", {"kind": "chat"}, 8, np.dtype("<u2"), masked=True, rows_per_shard=6) as writer:
+        done = 0
+        while done < len(tokens):
+            done += writer.add(tokens[done:], masks[done:])
+            if writer.full:
+                writer.commit({"row": done})
+        with pytest.raises(ValueError, match="masks"):
+            writer.add(tokens)
+        writer.finish({"tokenizer_hash": "x"})
+    found = RowSet.open(tmp_path / "masked", verify=True)
+    assert all((found[i] == tokens[i]).all() and (found.mask(i) == masks[i]).all() for i in range(20))
+    assert len(list((tmp_path / "masked").glob("mask_*.npy"))) == 4
+
+
+def test_progress_is_called(tmp_path, small_batches):
+    calls = []
+    found = build_rows(numbered(50), golden_tokenizer(), 8, tmp_path, progress=lambda *facts: calls.append(facts))
+    assert calls[-1] == (len(found), len(found) * 8, 50) and calls == sorted(calls) and len(calls) > 3
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RowsError, match="another base directory"):
+        build_rows(numbered(3), golden_tokenizer(), 8, tmp_path / "file")

@@ -1,0 +1,322 @@
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax.data.readers import (
+    PIECE_CHARS,
+    PIECE_CHARS_MAX,
+    WHOLE_FILE_BYTES,
+    DataError,
+    iter_row_groups,
+    read_documents,
+)
+from nanochat_jax.data.text import CallableDocuments, FileDocuments, find_files, is_held_out, pin_path, text_iterator
+from tests.tokenizer_fixtures import golden
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "data"
+    path.mkdir()
+    return path
+
+
+def parquet(path, groups, column="text"):
+    """A parquet file with the given row groups."""
+    schema = pa.schema([(column, pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for group in groups:
+            writer.write_table(pa.table({column: group}, schema=schema))
+    return path
+
+
+def texts(path, **options):
+    return [item.text for item in read_documents(path, **options) if hasattr(item, "text")]
+
+
+def documents(count, start=0):
+    return [f"document number {i}: " + "words " * (i % 7) for i in range(start, start + count)]
+
+
+# --- golden ------------------------------------------------------------------------------------------------------------
+
+
+def test_row_group_stride_equals_the_reference(folder):
+    case = golden("loader_v1")
+    files = [parquet(folder / f"shard_{i:05d}.parquet", groups) for i, groups in enumerate(case["files"])]
+    for call in case["parquets_iter_batched"]:
+        chosen = files[:-1] if call["split"] == "train" else files[-1:]
+        assert list(iter_row_groups(chosen, call["start"], call["step"])) == call["batches"]
+
+
+def test_text_iterator_equals_the_reference():
+    case = golden("tokenizer_v1")
+    for call in case["main"]["text_iterator"]:
+        found = list(text_iterator(case["corpora"]["prose"], call["doc_cap"], call["max_chars"]))
+        assert found == call["yielded"]
+
+
+# --- formats -----------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_resumes_anywhere(folder):
+    path = parquet(folder / "a.parquet", [documents(3), documents(4, 3), [None, ""], documents(1, 9)])
+    whole = texts(path)
+    assert whole == [*documents(7), "", "", *documents(1, 9)]
+    for start in range(len(whole) + 1):
+        assert texts(path, start=start) == whole[start:]
+
+
+def test_parquet_columns(folder):
+    path = parquet(folder / "a.parquet", [["x"]], column="content")
+    assert texts(path, column="content") == ["x"]
+    with pytest.raises(DataError, match="no column 'text'.*content"):
+        texts(path)
+    pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
+    with pytest.raises(DataError, match="numbers.parquet.*int64"):
+        texts(folder / "numbers.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "none.parquet")
+    with pytest.raises(DataError, match="none.parquet has no rows"):
+        texts(folder / "none.parquet")
+
+
+def test_invalid_utf8_in_parquet_is_replaced_and_counted(folder):
+    values = pa.array([b"good", b"b\xffd", b"\xc3"], pa.binary())
+    pq.write_table(pa.table({"text": values}), folder / "binary.parquet")
+    broken = pa.Array.from_buffers(pa.string(), 3, values.buffers())  # a string column that is not UTF-8
+    pq.write_table(pa.table({"text": broken}), folder / "string.parquet")
+    for name in ("binary.parquet", "string.parquet"):
+        found = list(read_documents(folder / name))
+        assert found == [("good", 0), ("b\ufffdd", 1), ("\ufffd", 1)], name
+
+
+def test_damaged_parquet_is_named(folder):
+    good = parquet(folder / "a.parquet", [documents(200)]).read_bytes()
+    for name, data in (("cut.parquet", good[: len(good) // 2]), ("noise.parquet", os.urandom(5000))):
+        (folder / name).write_bytes(data)
+        with pytest.raises(DataError, match=name):
+            texts(folder / name)
+    (folder / "inside.parquet").write_bytes(good[:50] + bytes(100) + good[150:])
+    with pytest.raises(DataError, match="inside.parquet"):
+        texts(folder / "inside.parquet")
+
+
+def test_small_text_file_is_one_document(folder):
+    (folder / "a.txt").write_text("one\n\ntwo\n\n\nthree\n")
+    assert texts(folder / "a.txt") == ["one\n\ntwo\n\n\nthree"]
+    (folder / "b.md").write_bytes(b"\xef\xbb\xbf# Title\r\n\r\ntext\r\n")
+    assert texts(folder / "b.md") == ["# Title\r\n\r\ntext"]
+    (folder / "c.txt").write_text("x")
+    assert texts(folder / "c.txt") == ["x"]
+
+
+def test_separator_lines_end_documents(folder):
+    (folder / "a.txt").write_text("first\n<|endoftext|>\n\n<|endoftext|>\nsecond\nstill <|endoftext|> second\n")
+    assert texts(folder / "a.txt") == ["first", "second\nstill <|endoftext|> second"]
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r\n", ""])
+def test_large_text_files_are_cut_at_blank_lines_or_lines(folder, blank):
+    paragraph = ("A line of some words. " * 10 + "\n") * 3 + blank
+    (folder / "a.txt").write_text(paragraph * 400, newline="")
+    assert (folder / "a.txt").stat().st_size > WHOLE_FILE_BYTES
+    found = texts(folder / "a.txt")
+    assert len(found) > 10
+    top = PIECE_CHARS + len(paragraph) if blank else PIECE_CHARS_MAX + 300
+    assert all(PIECE_CHARS <= len(text) <= top for text in found[:-1])
+    joined = "".join(found).replace("\n", "").replace("\r", "")
+    assert joined == (paragraph * 400).replace("\n", "").replace("\r", "")  # nothing lost, nothing twice
+    for start in (1, 5, len(found)):
+        assert texts(folder / "a.txt", start=start) == found[start:]
+
+
+def test_ten_megabyte_document(folder):
+    text = "The river runs past the mill. " * 350_000
+    (folder / "long.txt").write_text(text)
+    (folder / "long.jsonl").write_text(json.dumps({"text": text}))
+    parquet(folder / "long.parquet", [[text]])
+    assert len(text) > 10_000_000
+    for name in ("long.txt", "long.jsonl", "long.parquet"):
+        assert texts(folder / name) == [text]
+
+
+def test_invalid_utf8_in_text_is_replaced_and_counted(folder):
+    (folder / "a.txt").write_bytes("caf\ufffd é ".encode() + b"\xff\xfe bad \xe4\xbd\n")
+    [(text, invalid)] = list(read_documents(folder / "a.txt"))
+    assert text == "caf\ufffd é \ufffd\ufffd bad \ufffd" and invalid == 3
+
+
+def test_binary_empty_and_blank_files_are_named(folder):
+    (folder / "binary.txt").write_bytes(b"PK\x03\x04\x00\x00" + os.urandom(100))
+    (folder / "wide.txt").write_text("words", encoding="utf-16")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "blank.txt").write_text(" \n\n\t\n")
+    (folder / "image.png").write_bytes(b"x")
+    for name, reason in [
+        ("binary.txt", "binary"),
+        ("wide.txt", "UTF-16"),
+        ("empty.txt", "empty"),
+        ("blank.txt", "white space"),
+        ("image.png", "cannot read .png"),
+    ]:
+        with pytest.raises(DataError, match=f"{name}.*{reason}"):
+            texts(folder / name)
+
+
+def test_jsonl_bad_lines_are_counted_by_number(folder, caplog):
+    lines = ['{"text": "one"}', "{broken", "", '{"other": 1}', '{"text": 5}', "[1]", '{"text": "two \\ud800"}', "nul"]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "val.jsonl").write_text('{"text": "held out"}\n')
+    train = FileDocuments(folder)
+    assert list(train.iterate()) == ["one", "two \ufffd"]
+    assert train.stats.bad_lines == 5 and train.stats.invalid_utf8 == 1
+    assert [message.split(":")[1] for message in train.stats.messages] == ["2", "4", "5", "6", "8"]
+    assert "a.jsonl:2" in caplog.text and "'text'" in train.stats.messages[1]
+    assert list(train.iterate(1)) == ["two \ufffd"]
+    assert train.stats.bad_lines == 5  # those after the first document
+    assert list(train.iterate(2)) == [] and train.stats.bad_lines == 1
+
+
+def test_jsonl_with_nothing_usable_is_an_error(folder):
+    (folder / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl.*all 2 lines are bad, line 1: no key 'text' \(keys: body\)"):
+        texts(folder / "a.jsonl")
+    assert texts(folder / "a.jsonl", column="body") == ["x", "y"]
+
+
+# --- which text is held out --------------------------------------------------------------------------------------------
+
+
+def test_files_named_val_are_held_out(folder):
+    parquet(folder / "shard_00000.parquet", [["a"]])
+    parquet(folder / "shard_00001.parquet", [["b"]])
+    parquet(folder / "val_00010.parquet", [["v"]])
+    (folder / "more").mkdir()
+    (folder / "more" / "validation.txt").write_text("w")
+    (folder / ".hidden.txt").write_text("never")
+    assert list(FileDocuments(folder, "train").iterate()) == ["a", "b"]
+    assert list(FileDocuments(folder, "val").iterate()) == ["w", "v"]
+    assert list(FileDocuments(folder, "all").iterate()) == ["w", "a", "b", "v"]
+
+
+def test_the_last_shard_is_pinned(folder):
+    for i in range(3):
+        parquet(folder / f"shard_{i:05d}.parquet", [[f"text {i}"]])
+    assert list(FileDocuments(folder, "val").iterate()) == ["text 2"]
+    for i in (3, 1822):  # downloaded later: the held-out shard stays what it was
+        parquet(folder / f"shard_{i:05d}.parquet", [[f"text {i}"]])
+    assert list(FileDocuments(folder, "val").iterate()) == ["text 2"]
+    assert list(FileDocuments(folder, "train").iterate()) == ["text 0", "text 1", "text 3", "text 1822"]
+    (folder / "shard_00002.parquet").unlink()
+    with pytest.raises(DataError, match="shard_00002.parquet"):
+        FileDocuments(folder, "train")
+    pin_path([folder]).unlink()
+    assert list(FileDocuments(folder, "val").iterate()) == ["text 1822"]
+
+
+def test_hash_split_is_disjoint_stable_and_about_one_percent(folder):
+    corpus = documents(5000)
+    parquet(folder / "mine.parquet", [corpus[:3000], corpus[3000:]])
+    train, val = (list(FileDocuments(folder, split).iterate()) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(corpus) and not set(train) & set(val)
+    assert 25 <= len(val) <= 85
+    (folder / "mine.parquet").unlink()
+    parquet(folder / "renamed.parquet", [list(reversed(corpus)), documents(100, 5000)])
+    again = list(FileDocuments(folder, "val").iterate())
+    assert set(val) <= set(again)  # decided by the text, not by its place
+    middle = len(train) // 2
+    assert (
+        list(FileDocuments(folder, "train").iterate(middle)) == list(FileDocuments(folder, "train").iterate())[middle:]
+    )
+
+
+def test_duplicates_never_straddle_the_splits(folder):
+    parquet(folder / "a.parquet", [documents(300) * 2])
+    train, val = (set(FileDocuments(folder, split).iterate()) for split in ("train", "val"))
+    assert val and not train & val
+
+
+def test_a_tiny_corpus_holds_out_exactly_one_document(folder):
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"text {i}")
+    train, val = (list(FileDocuments(folder, split).iterate()) for split in ("train", "val"))
+    assert len(train) == 3 and len(val) == 1 and set(train + val) == {f"text {i}" for i in range(4)}
+
+
+def test_too_little_to_hold_out(folder):
+    (folder / "only.txt").write_text("one document")
+    with pytest.raises(DataError, match="too small to hold anything out"):
+        FileDocuments(folder / "only.txt")
+    assert list(FileDocuments(folder / "only.txt", "all").iterate()) == ["one document"]
+    (folder / "only.txt").rename(folder / "val.txt")
+    with pytest.raises(DataError, match="none is left for training"):
+        FileDocuments(folder)
+
+
+def test_hash_is_a_fixed_function():
+    threshold = 2**64 // 100
+    held = [i for i in range(1000) if is_held_out(f"document {i}", threshold)]
+    assert held == [609, 665, 773, 860, 870, 873, 954, 989]  # recorded once: it must not change between versions
+
+
+def test_nothing_to_read(folder):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        find_files([folder / "missing"])
+    with pytest.raises(DataError, match="holds no file to read.*parquet"):
+        FileDocuments(folder)
+    (folder / "a.txt").write_text("x")
+    (folder / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="empty.txt is empty"):
+        FileDocuments(folder)
+    with pytest.raises(ValueError, match="test"):
+        FileDocuments(folder, "test")
+
+
+def test_resuming_over_several_files_of_all_kinds(folder):
+    parquet(folder / "b.parquet", [documents(5), documents(5, 5)])
+    parquet(folder / "e.parquet", [documents(3, 10)])
+    (folder / "a.txt").write_text("plain")
+    (folder / "c.jsonl").write_text('{"text": "j1"}\nbad\n{"text": "j2"}\n')
+    (folder / "val.txt").write_text("held out")
+    for spec in (FileDocuments(folder, "train"), FileDocuments(folder, "all")):
+        whole = list(spec.iterate())
+        for start in range(len(whole) + 2):
+            assert list(spec.iterate(start)) == whole[start:]
+
+
+def test_fingerprints_tell_contents_apart(folder):
+    (folder / "a.txt").write_text("one")
+    (folder / "val.txt").write_text("two")
+    first = FileDocuments(folder).fingerprint()
+    assert first == FileDocuments(folder).fingerprint() and json.loads(json.dumps(first)) == first
+    assert first != FileDocuments(folder, "val").fingerprint()
+    (folder / "a.txt").write_text("One")
+    assert first != FileDocuments(folder).fingerprint()
+    big = folder / "big.txt"
+    big.write_text("word " * 500_000)
+    before = FileDocuments(folder).fingerprint()
+    with open(big, "r+b") as file:
+        file.seek(1_234_567)
+        file.write(b"X")
+    os.utime(big, ns=(1, 1))
+    assert before != FileDocuments(folder).fingerprint()
+
+
+def test_callable_documents():
+    spec = CallableDocuments("numbers", lambda start: (str(i) for i in range(start, 5)))
+    assert list(spec.iterate()) == ["0", "1", "2", "3", "4"] and list(spec.iterate(3)) == ["3", "4"]
+    assert spec.fingerprint() == {"kind": "callable", "name": "numbers"}
+
+
+def test_text_iterator_refuses_a_useless_cap():
+    with pytest.raises(ValueError, match="doc_cap"):
+        list(text_iterator(["a"], 0, 10))
