@@ -190,7 +190,7 @@ class GPT(nnx.Module):
             rotary = cos[None, :, None, :], sin[None, :, None, :]
         else:
             cos, sin = rotary_tables(cache.capacity, config.head_dim, config.rotary_base)
-            position = cache.position[:, None] + jnp.arange(T)
+            position = cache.position[:, None] + jnp.arange(T)[None]
             rotary = jnp.asarray(cos)[position][:, :, None, :], jnp.asarray(sin)[position][:, :, None, :]
         x = rms_norm(self.wte(ids))
         keys_values = []

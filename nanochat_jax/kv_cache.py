@@ -151,7 +151,7 @@ def cached_attention(
 
     # the buffer: column j holds the j-th token of this call, in every row
     query = cache.filled + jnp.arange(T)[:, None]
-    column = jnp.arange(new_keys.shape[2])
+    column = jnp.arange(new_keys.shape[2])[None]
     visible = column <= query
     if window is not None:
         visible &= column >= query - window
@@ -159,10 +159,10 @@ def cached_attention(
     n_old = 0
     if cache.old_keys is not None and cache.old_values is not None:
         n_old = cache.old_keys[layer].shape[2]
-        column = jnp.arange(n_old)
+        column = jnp.arange(n_old)[None, None]
         visible = jnp.broadcast_to(column < cache.start[:, None, None], (b, T, n_old))
         if window is not None:
-            visible &= column >= cache.position[:, None, None] + jnp.arange(T)[:, None] - window
+            visible &= column >= cache.position[:, None, None] + jnp.arange(T)[None, :, None] - window
         scores = jnp.concatenate([score(cache.old_keys[layer], visible), scores], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
     y = jnp.einsum("bgths,bgsd->bgthd", weights[..., n_old:], new_values)

@@ -57,6 +57,9 @@ class OptimHyper:
         for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "init_lr_frac"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("adam_b1", "adam_b2", "momentum", "momentum_start"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in 0..1 (1 excluded), got {getattr(self, name)}")
 
 
 class OptimState(NamedTuple):

@@ -73,7 +73,7 @@ def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 def _among_few(logits, scale, top_k, uniforms) -> jax.Array:
     values, ids = jax.lax.top_k(logits, min(SMALL_TOP_K, logits.shape[-1]))
-    kept = jnp.arange(values.shape[-1]) < top_k[:, None]
+    kept = jnp.arange(values.shape[-1])[None] < top_k[:, None]
     weights = jnp.where(kept, jnp.exp((values - values[:, :1]) / scale), 0.0)
     return jnp.take_along_axis(ids, _pick(weights, uniforms[:, 0])[:, None], axis=-1)[:, 0].astype(jnp.int32)
 

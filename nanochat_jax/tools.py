@@ -12,7 +12,6 @@ Python's `eval`; answers agree with it, except that
 
 import ast
 import operator
-import warnings
 
 MAX_LENGTH = 256
 MAX_BITS = 3322  # of an integer: about 1,000 decimal digits
@@ -62,10 +61,8 @@ def use_calculator(expression: str) -> Answer | None:
     else:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # "1 (2)" is an error, not a message on the user's terminal
-            tree = ast.parse(expression.lstrip(" "), mode="eval")
-        return evaluate(tree.body, 0)
+        # parsed only, never compiled: the compiler is what would print warnings about "1 (2)"
+        return evaluate(ast.parse(expression.lstrip(" "), mode="eval").body, 0)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, _Refused):
         return None
 
@@ -91,8 +88,8 @@ def _arithmetic(node: ast.expr, depth: int) -> Answer:
 
 def _string_count(node: ast.expr, depth: int) -> Answer:
     match node:
-        case ast.Attribute(value=ast.Call() as call, attr=name) if name in _COUNT_ATTRIBUTES:
-            return getattr(_string_count(call, depth), name)
+        case ast.Attribute(value=count, attr=name) if name in _COUNT_ATTRIBUTES and depth < MAX_DEPTH:
+            return getattr(_string_count(count, depth + 1), name)
         case ast.Call(func=ast.Attribute(value=text, attr="count"), args=[part], keywords=[]):
             return _string(text).count(_string(part))
     raise _Refused

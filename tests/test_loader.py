@@ -29,7 +29,10 @@ class FakeRows:
         return np.full(self.T + 1, index, np.uint16)
 
     def mask(self, index):
-        return (np.arange(self.T + 1) % 2 == index % 2).astype(np.uint8) if self.masked else None
+        return self.a_mask(index) if self.masked else None
+
+    def a_mask(self, index):
+        return (np.arange(self.T + 1) % 2 == index % 2).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +101,13 @@ def test_shuffling_is_a_fixed_function():
 
 @pytest.mark.parametrize("processes", [1, 2, 8])
 def test_the_global_batch_does_not_depend_on_processes(processes):
-    loader = RowLoader(FakeRows(50, masked=True), 16, seed=5)
+    rows = FakeRows(50, masked=True)
+    loader = RowLoader(rows, 16, seed=5)
     whole = loader.rows_for(9)
     parts = [loader.batch_for(9, index, processes) for index in range(processes)]
     assert (np.concatenate([part[0] for part in parts]) == whole[:, :-1]).all()
     assert (np.concatenate([part[1] for part in parts]) == whole[:, 1:]).all()
-    masks = np.stack([loader.rows.mask(i) for i in loader.indices_for(9)])
+    masks = np.stack([rows.a_mask(i) for i in loader.indices_for(9)])
     assert (np.concatenate([part[2] for part in parts]) == masks[:, 1:]).all()
 
 
@@ -176,7 +180,7 @@ def test_validation_is_in_order_and_padded_with_nothing():
     inputs, targets, weights = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     assert inputs.shape == (12, 4) and (inputs[:10, 0] == np.arange(10)).all()
     assert (targets[10:] == -1).all() and (weights[10:] == 0).all() and (targets[:10] >= 0).all()
-    assert (weights[:10] == np.stack([rows.mask(i) for i in range(10)])[:, 1:]).all()
+    assert (weights[:10] == np.stack([rows.a_mask(i) for i in range(10)])[:, 1:]).all()
     assert len(list(val_batches(rows, 4, max_tokens=4 * 4 * 2 + 15))) == 2
     assert len(list(val_batches(rows, 5))) == 2 and len(list(val_batches(rows, 16))) == 1
     with pytest.raises(ValueError, match="--eval_tokens"):

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,12 +85,18 @@ def test_reference_stride_skips_one_token_a_batch(tmp_path, small_batches, T, B,
 def test_limits(tmp_path, small_batches):
     tokenizer = golden_tokenizer()
     whole = build_rows(numbered(50), tokenizer, 8, tmp_path)
-    for options, expected in [({"max_rows": 5}, 5), ({"max_tokens": 33}, 5), ({"max_tokens": 32, "max_rows": 9}, 4)]:
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({"max_rows": 5}, 5),
+        ({"max_tokens": 33}, 5),
+        ({"max_tokens": 32, "max_rows": 9}, 4),
+    ]
+    for options, expected in cases:
         found = build_rows(numbered(50), tokenizer, 8, tmp_path, rows_per_shard=3, **options)
         assert len(found) == expected
         assert all((found[i] == whole[i]).all() for i in range(expected))
         assert found.manifest["documents"] < 50  # it does not read on
-    for options in ({"max_rows": 0}, {"max_tokens": -5}):
+    useless: list[dict[str, Any]] = [{"max_rows": 0}, {"max_tokens": -5}]
+    for options in useless:
         with pytest.raises(RowsError, match="at least one row"):
             build_rows(numbered(50), tokenizer, 8, tmp_path, **options)
 
@@ -138,7 +145,7 @@ def test_odd_documents(tmp_path):
     assert np.concatenate([found[r][:-1] for r in range(len(found))]).tolist() == stream[: len(found) * 16]
 
 
-# --- interruption ------------------------------------------------------------------------------------------------------
+# --- interruption ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_rows": 3}, {"max_rows": 200}, {"max_rows": 210}])
@@ -173,7 +180,8 @@ def test_an_error_anywhere_then_again_gives_the_same_bytes(tmp_path, small_batch
 
 @pytest.mark.parametrize("limit", [None, 210, 213])
 def test_killed_between_the_last_shard_and_the_manifest(tmp_path, small_batches, monkeypatch, limit):
-    tokenizer, options = golden_tokenizer(), {"rows_per_shard": 6, "max_rows": limit}
+    tokenizer = golden_tokenizer()
+    options: dict[str, Any] = {"rows_per_shard": 6, "max_rows": limit}
     whole = build_rows(numbered(60), tokenizer, 8, tmp_path / "whole", **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RowWriter, "finish", lambda *facts: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -204,6 +212,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, monkeypatch):
     whole = build_rows(numbered(3000), golden_tokenizer(), 16, tmp_path / "whole", rows_per_shard=50)
     chance = random.Random(0)
     kills = 0
+    child = None
     for _ in range(60):
         command = [sys.executable, "-c", CHILD, str(tmp_path / "killed")]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
@@ -215,6 +224,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, monkeypatch):
             continue
         assert child.wait() == 0
         break
+    assert child is not None and child.stdout is not None
     child.stdout.close()
     assert kills == 6
     assert contents(tmp_path / "killed" / whole.directory.name) == contents(whole.directory)
@@ -329,7 +339,7 @@ def test_repairs_are_counted_the_same_after_an_interruption(tmp_path, monkeypatc
         assert contents(again.directory) == contents(whole.directory)
 
 
-# --- opening, masks, progress --------------------------------------------------------------------------------------------
+# --- opening, masks, progress ---------------------------------------------------------------------------
 
 
 def test_another_tokenizer_is_named(tmp_path):

@@ -10,6 +10,7 @@ from nanochat_jax.data.readers import (
     PIECE_CHARS_MAX,
     WHOLE_FILE_BYTES,
     DataError,
+    Document,
     iter_row_groups,
     read_documents,
 )
@@ -40,14 +41,14 @@ def parquet(path, groups, column="text"):
 
 
 def texts(path, **options):
-    return [item.text for item in read_documents(path, **options) if hasattr(item, "text")]
+    return [item.text for item in read_documents(path, **options) if isinstance(item, Document)]
 
 
 def documents(count, start=0):
     return [f"document number {i}: " + "words " * (i % 7) for i in range(start, start + count)]
 
 
-# --- golden ------------------------------------------------------------------------------------------------------------
+# --- golden ---------------------------------------------------------------------------------------------
 
 
 def test_row_group_stride_equals_the_reference(folder):
@@ -65,7 +66,7 @@ def test_text_iterator_equals_the_reference():
         assert found == call["yielded"]
 
 
-# --- formats -----------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------------
 
 
 def test_parquet_resumes_anywhere(folder):
@@ -151,7 +152,9 @@ def test_ten_megabyte_document(folder):
 
 def test_invalid_utf8_in_text_is_replaced_and_counted(folder):
     (folder / "a.txt").write_bytes("caf\ufffd é ".encode() + b"\xff\xfe bad \xe4\xbd\n")
-    [(text, invalid)] = list(read_documents(folder / "a.txt"))
+    [item] = read_documents(folder / "a.txt")
+    assert isinstance(item, Document)
+    text, invalid = item
     assert text == "caf\ufffd é \ufffd\ufffd bad \ufffd" and invalid == 3
 
 
@@ -193,7 +196,7 @@ def test_jsonl_with_nothing_usable_is_an_error(folder):
     assert texts(folder / "a.jsonl", column="body") == ["x", "y"]
 
 
-# --- which text is held out --------------------------------------------------------------------------------------------
+# --- which text is held out -----------------------------------------------------------------------------
 
 
 def test_files_named_val_are_held_out(folder):

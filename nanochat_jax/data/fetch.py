@@ -82,8 +82,13 @@ _DISK_ERRORS = {28, 30, 122, 13}  # no space, read-only, over quota, not permitt
 def fetch_bytes(url: str, timeout: float = TIMEOUT_S) -> bytes:
     """Contents of a small file, one attempt. Raises OfflineError or OSError."""
     refuse_offline(url)
-    with urllib.request.urlopen(url, timeout=timeout) as answer:
+    with _open(url, timeout) as answer:
         return answer.read()
+
+
+def _open(request: str | urllib.request.Request, timeout: float) -> Any:
+    # urllib keeps the proxies of its first call for ever unless an opener is made anew.
+    return urllib.request.build_opener().open(request, timeout=timeout)
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
@@ -101,7 +106,7 @@ def _attempt(url: str, path: Path, token: str | None, progress: Callable[[int, i
     if done:
         request.add_header("Range", f"bytes={done}-")
     try:
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        answer = _open(request, TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == 416 and done:  # nothing is left to send: the part is whole, or it is not this file's
             error.close()

@@ -39,7 +39,8 @@ class RowLoader:
             raise ValueError("there are no rows to load; build rows from more text")
         self.rows, self.global_batch = rows, global_batch
         order = grain.MapDataset.range(len(rows)).seed(seed)
-        self._order = (order.shuffle() if shuffle else order).repeat()  # position in the endless stream -> row number
+        # position in the endless stream -> row number
+        self._order: Any = (order.shuffle() if shuffle else order).repeat()
 
     @property
     def steps_per_epoch(self) -> float:

@@ -1,0 +1,225 @@
+"""From one dial to everything a pretraining run needs, printed before anything is spent."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanochat_jax import optim
+from nanochat_jax.gpt import GPTConfig, flops_per_token, num_params
+
+
+class PlanError(ValueError):
+    """A run that cannot be; the message names the flag and a value that works."""
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """A pretraining run, derived by `derive`. Every field is final: nothing is decided later.
+
+    Units: batch sizes of devices in rows, the total batch in tokens; FLOPs count forward and backward.
+    """
+
+    depth: int
+    max_seq_len: int
+    device_batch_size: int
+    total_batch_size: int
+    num_iterations: int
+    horizon: str  # which flag decided num_iterations
+    vocab_size: int
+    devices: int
+    config: GPTConfig
+    hyper: optim.OptimHyper
+
+    @classmethod
+    def derive(
+        cls,
+        *,
+        depth: int,
+        vocab_size: int,
+        max_seq_len: int = 2048,
+        device_batch_size: int = 32,
+        total_batch_size: int = 524288,
+        num_iterations: int = -1,
+        target_flops: float = -1.0,
+        target_param_data_ratio: float = 20.0,
+        devices: int = 1,
+        hyper: optim.OptimHyper | None = None,
+    ) -> "BasePlan":
+        """The plan of the reference's rules. Raises PlanError for anything that cannot work.
+
+        The horizon is the first that applies: num_iterations if positive; round(target_flops / FLOPs per step) if
+        positive; floor(target_param_data_ratio * all parameters / total_batch_size).
+        """
+        for name, value in (
+            ("depth", depth),
+            ("max_seq_len", max_seq_len),
+            ("device_batch_size", device_batch_size),
+            ("total_batch_size", total_batch_size),
+        ):
+            if value < 1:
+                raise PlanError(f"--{name} must be at least 1, got {value}")
+        _check_batch(total_batch_size, device_batch_size, max_seq_len, devices)
+        config = GPTConfig.from_depth(depth, vocab_size, max_seq_len)
+        steps, horizon = _horizon(config, total_batch_size, num_iterations, target_flops, target_param_data_ratio)
+        hyper = hyper or optim.OptimHyper()
+        try:
+            optim.lr_schedule(hyper, steps)
+        except ValueError as error:
+            raise PlanError(f"--{error}") from None
+        shape = depth, max_seq_len, device_batch_size, total_batch_size
+        return cls(*shape, steps, horizon, vocab_size, devices, config, hyper)
+
+    @classmethod
+    def from_settings(cls, settings: Any, *, vocab_size: int, devices: int) -> "BasePlan":
+        """The plan of a settings object with the flags as attributes (optimizer flags included where it has them)."""
+        given = {f.name: getattr(settings, f.name) for f in fields(optim.OptimHyper) if hasattr(settings, f.name)}
+        try:
+            hyper = optim.OptimHyper(**given)
+        except ValueError as error:
+            raise PlanError(f"--{error}") from None
+        return cls.derive(
+            depth=settings.depth,
+            vocab_size=vocab_size,
+            max_seq_len=settings.max_seq_len,
+            device_batch_size=settings.device_batch_size,
+            total_batch_size=settings.total_batch_size,
+            num_iterations=settings.num_iterations,
+            target_flops=settings.target_flops,
+            target_param_data_ratio=settings.target_param_data_ratio,
+            devices=devices,
+            hyper=hyper,
+        )
+
+    @property
+    def n_params(self) -> int:
+        """All parameters, both embeddings included."""
+        return num_params(self.config)
+
+    @property
+    def flops_per_token(self) -> int:
+        return flops_per_token(self.config)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens that all devices together take in one micro-step."""
+        return self.device_batch_size * self.max_seq_len * self.devices
+
+    @property
+    def grad_accum(self) -> int:
+        """Micro-steps per optimizer step."""
+        return self.total_batch_size // self.micro_batch_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        return self.num_iterations * self.total_batch_size
+
+    @property
+    def total_flops(self) -> int:
+        return self.flops_per_token * self.total_tokens
+
+    @property
+    def lr_scale(self) -> float:
+        """The factor of the width on both AdamW learning rates."""
+        return optim.width_scale(self.config.n_embd)
+
+    def state_bytes(self) -> int:
+        """Bytes of float32 parameters, gradients and optimizer state on each device (activations come on top).
+
+        Parameters and gradients are whole on every device; moments are split over the devices.
+        """
+        embeddings = 2 * self.vocab_size * self.config.n_embd
+        matrices = self.n_params - embeddings
+        return 4 * (2 * self.n_params + math.ceil((2 * embeddings + matrices) / self.devices))
+
+    def describe(self) -> str:
+        """The whole plan as a table of text."""
+        c, hyper = self.config, self.hyper
+        rates = optim.initial_learning_rates(hyper, c.n_embd)
+        warmup, warmdown = (round(r * self.num_iterations) for r in (hyper.warmup_ratio, hyper.warmdown_ratio))
+        plural = "s" if self.devices > 1 else ""
+        scaled = f"base rate x {self.lr_scale:.4f} for width {c.n_embd}"
+        rows = [
+            ("model", f"depth {self.depth}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads of {c.head_dim}"),
+            ("vocabulary", f"{self.vocab_size:,}"),
+            ("context", f"{self.max_seq_len:,} tokens"),
+            ("parameters", f"{self.n_params:,} ({self.n_params - 2 * self.vocab_size * c.n_embd:,} in matrices)"),
+            ("FLOPs per token", f"{self.flops_per_token:,} (forward and backward)"),
+            ("devices", f"{self.devices}, with {_bytes(self.state_bytes())} of parameters and training state on each"),
+            (
+                "batch",
+                f"{self.total_batch_size:,} tokens = {self.device_batch_size} rows x {self.max_seq_len:,} tokens x "
+                f"{self.devices} device{plural} x {self.grad_accum} accumulated",
+            ),
+            ("steps", f"{self.num_iterations:,} (from --{self.horizon})"),
+            ("tokens", f"{self.total_tokens:,} ({self.total_tokens / self.n_params:.3g} per parameter)"),
+            ("FLOPs", f"{self.total_flops:.4g}"),
+            ("embedding lr", f"{rates['embedding']:.5g} ({scaled})"),
+            ("unembedding lr", f"{rates['unembedding']:.5g} ({scaled})"),
+            ("matrix lr", f"{rates['matrices']:.5g} (Muon, not scaled)"),
+            ("weight decay", f"{hyper.weight_decay:g} (embeddings)"),
+            (
+                "schedule",
+                f"{warmup:,} steps up, constant, {warmdown:,} steps down to {hyper.final_lr_frac:g} of the rate",
+            ),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _horizon(
+    config: GPTConfig, total_batch_size: int, num_iterations: int, target_flops: float, ratio: float
+) -> tuple[int, str]:
+    if num_iterations > 0:
+        return num_iterations, "num_iterations"
+    if num_iterations != -1:
+        raise PlanError(f"--num_iterations must be positive, or -1 to derive it, got {num_iterations}")
+    if target_flops > 0:
+        per_step = flops_per_token(config) * total_batch_size
+        steps = round(target_flops / per_step)
+        if steps < 1:
+            raise PlanError(
+                f"--target_flops={target_flops:g} buys no step: one takes {per_step:.4g} FLOPs. Give at least that, or "
+                "a smaller --total_batch_size or --depth"
+            )
+        return steps, "target_flops"
+    if ratio <= 0:
+        raise PlanError(
+            f"nothing says how long to train: --num_iterations and --target_flops are off and "
+            f"--target_param_data_ratio is {ratio:g}; make one of them positive (20 tokens per parameter is usual)"
+        )
+    parameters = num_params(config)
+    steps = int(ratio * parameters // total_batch_size)
+    if steps < 1:
+        raise PlanError(
+            f"--target_param_data_ratio={ratio:g} gives {ratio * parameters:,.0f} tokens, less than one step of "
+            f"--total_batch_size={total_batch_size:,}; raise the ratio or lower the batch, or give --num_iterations"
+        )
+    return steps, "target_param_data_ratio"
+
+
+def _check_batch(total: int, device_batch_size: int, max_seq_len: int, devices: int) -> None:
+    """The total batch must be a whole number of micro-steps over all devices."""
+    row = max_seq_len * devices
+    micro = device_batch_size * row
+    if total % micro == 0:
+        return
+    lower, upper = total // micro * micro, -(-total // micro) * micro
+    totals = f"{lower} or {upper}" if lower else f"{upper}"
+    message = (
+        f"--total_batch_size={total} is no multiple of the {micro} tokens of one micro-step ({device_batch_size} rows "
+        f"x {max_seq_len} tokens x {devices} devices); use --total_batch_size={totals}"
+    )
+    if total % row == 0:
+        valid = [d for d in range(1, total // row + 1) if (total // row) % d == 0]
+        near = [max((d for d in valid if d < device_batch_size), default=None)]
+        near.append(min((d for d in valid if d > device_batch_size), default=None))
+        message += f", or --device_batch_size={' or '.join(str(d) for d in near if d is not None)}"
+    raise PlanError(message)
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            break
+        n /= 1024
+    return f"{n:.4g} {unit}"

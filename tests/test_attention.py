@@ -1,0 +1,225 @@
+"""Attention: every path against a slow numpy version, causality, windows, gradients, and which path is chosen."""
+
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import attention as module
+from nanochat_jax.attention import attention, blocked_attention, choose_implementation
+
+SHAPES = [  # B, T, H, G, D: multi-head, grouped, one shared head; lengths of one block, of several, and awkward ones
+    (2, 64, 2, 2, 16),
+    (2, 70, 4, 2, 16),
+    (1, 200, 4, 1, 8),
+    (1, 1, 2, 2, 16),
+    (1, 600, 2, 1, 8),
+]
+WINDOWS = [None, 0, 1, 7, 64, 10_000]
+
+
+def xla_attention(q, k, v, window):
+    local = None if window is None else (window, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="xla")
+
+
+PATHS = {"blocked": blocked_attention, "xla": xla_attention}
+
+
+def tensors(shape, dtype=jnp.float32, seed=0):
+    B, T, H, G, D = shape
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(B, T, n, D)), dtype) for n in (H, G, G)]
+
+
+def slow_attention(q, k, v, window):
+    """One query at a time in float64: itself and at most `window` earlier keys."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    B, T, H, D = q.shape
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // k.shape[2])
+            for t in range(T):
+                first = 0 if window is None else max(0, t - window)
+                scores = k[b, first : t + 1, g] @ q[b, t, h] / np.sqrt(D)
+                weights = np.exp(scores - scores.max())
+                out[b, t, h] = weights @ v[b, first : t + 1, g] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_slow_version(shape, window):
+    q, k, v = tensors(shape)
+    out = attention(q, k, v, window=window)
+    assert out.dtype == q.dtype and out.shape == q.shape
+    np.testing.assert_allclose(out, slow_attention(q, k, v, window), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", [None, 5, 64])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_causal_on_every_path(path, shape, window):
+    """Perturbing token t changes nothing before t, and with a window nothing after t + window; t itself changes."""
+    q, k, v = tensors(shape)
+    run = jax.jit(functools.partial(PATHS[path], window=window))
+    base = np.asarray(run(q, k, v))
+    T = shape[1]
+    for t in {0, 1, T // 2, T - 1}:
+        changed = np.asarray(run(*(x.at[:, t].add(3.0) for x in (q, k, v))))
+        moved = np.abs(changed - base).max(axis=(0, 2, 3)) > 0
+        assert not moved[:t].any()
+        assert moved[t]
+        if window is not None:
+            assert not moved[t + window + 1 :].any()
+            assert moved[min(t + window, T - 1)]
+
+
+@pytest.mark.parametrize("window", [None, 0, 9, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_match_plain_formula(shape, window):
+    q, k, v = tensors(shape)
+    d_out = tensors(shape, seed=1)[0]
+
+    def gradients(f):
+        return jax.jit(lambda *x: jax.vjp(functools.partial(f, window=window), *x)[1](d_out))(q, k, v)
+
+    for ours, plain in zip(gradients(blocked_attention), gradients(xla_attention), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_bf16_inputs(window):
+    """bf16 in and out, the softmax in float32: both directions within bf16 rounding of the float32 result."""
+    shape = (2, 150, 4, 2, 16)
+    low = tensors(shape, jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in low]
+    d_low = tensors(shape, jnp.bfloat16, seed=1)[0]
+    out_low, back_low = jax.vjp(lambda *x: blocked_attention(*x, window), *low)
+    out, back = jax.vjp(lambda *x: xla_attention(*x, window), *exact)
+    assert out_low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out_low.astype(jnp.float32), out, atol=0.03)
+    for ours, plain in zip(back_low(d_low), back(d_low.astype(jnp.float32)), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), plain, atol=0.03 * float(jnp.abs(plain).max()))
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = tensors((1, 80, 1, 1, 16))
+    out, back = jax.vjp(blocked_attention, 300.0 * q, 300.0 * k, v)
+    np.testing.assert_allclose(out, slow_attention(300.0 * q, 300.0 * k, v, None), atol=1e-4)
+    assert all(bool(jnp.isfinite(x).all()) for x in back(v))
+
+
+def test_probabilities_are_not_kept_for_the_backward_pass():
+    """What the forward pass hands over is linear in the length: no (T, T) array."""
+    T = 1024
+    q, k, v = tensors((1, T, 2, 2, 8))
+    _, back = jax.vjp(blocked_attention, q, k, v)
+    assert max(x.size for x in jax.tree.leaves(back)) <= q.size
+
+
+def test_same_under_shard_map():
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+    q, k, v = tensors((2, 70, 4, 2, 16))
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.square(attention(q, k, v, window=9)))
+
+    grad = jax.grad(loss, (0, 1, 2))
+    rows = jax.P("data")
+    for check in (False, True):
+        sharded = jax.shard_map(grad, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check)
+        for ours, plain in zip(jax.jit(sharded)(q, k, v), grad(q, k, v), strict=True):
+            np.testing.assert_allclose(ours, plain, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which path
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that the first device is a GPU; call it with a platform version and a compute capability."""
+
+    def pretend(version="cuda 12090", capability="9.0"):
+        device = types.SimpleNamespace(
+            client=types.SimpleNamespace(platform_version=version), compute_capability=capability
+        )
+        monkeypatch.setattr(module.jax, "devices", lambda: [device])
+
+    choose_implementation.cache_clear()
+    yield pretend
+    choose_implementation.cache_clear()
+
+
+def test_cudnn_is_chosen_on_a_capable_gpu(gpu):
+    gpu()
+    chosen, reason = choose_implementation("auto", "gpu", "bfloat16", 128)
+    assert chosen == "cudnn" and "9.0" in reason
+    assert choose_implementation("cudnn", "gpu", "bfloat16", 128)[0] == "cudnn"
+    assert choose_implementation("xla", "gpu", "bfloat16", 128) == ("xla", "requested")
+
+
+@pytest.mark.parametrize(
+    "device, dtype, head, word",
+    [
+        ({}, "float32", 128, "float32"),
+        ({}, "bfloat16", 256, "256"),
+        ({}, "bfloat16", 36, "36"),
+        ({"version": "rocm 6"}, "bfloat16", 128, "NVIDIA"),
+        ({"capability": "7.5"}, "bfloat16", 128, "7.5"),
+    ],
+)
+def test_gpu_without_cudnn_says_why(gpu, device, dtype, head, word):
+    gpu(**device)
+    chosen, reason = choose_implementation("auto", "gpu", dtype, head)
+    assert chosen == "xla" and word in reason
+    with pytest.raises(ValueError, match=word):
+        choose_implementation("cudnn", "gpu", dtype, head)
+
+
+def test_cpu_runs_the_blocked_path():
+    assert choose_implementation("auto", "cpu", "float32", 128) == ("blocked", "the backend is cpu")
+    assert choose_implementation("xla", "cpu", "float32", 128)[0] == "blocked"
+    with pytest.raises(ValueError, match="bf16"):
+        choose_implementation("cudnn", "cpu", "float32", 128)
+    with pytest.raises(ValueError, match="must be"):
+        choose_implementation("flash", "cpu", "float32", 128)
+
+
+def _without_cudnn(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    def absent():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", absent)
+
+
+def test_requested_cudnn_without_the_plugin_names_the_remedy(monkeypatch):
+    _without_cudnn(monkeypatch)
+    q, k, v = tensors((1, 16, 2, 2, 16), jnp.bfloat16)
+    with pytest.raises(RuntimeError, match="cuda12"):
+        attention(q, k, v, implementation="cudnn")
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_cudnn_request_lowers_to_cudnn_calls(monkeypatch, window):
+    """Compiled for CUDA (no GPU needed to lower), forward and backward are cuDNN's, grouped heads and window included."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91002)
+    q, k, v = tensors((2, 16, 6, 2, 32), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return attention(q, k, v, window=window, implementation="cudnn").astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    calls = set(re.findall(r"custom_call @([\w$.]+)", text))
+    assert calls >= {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}

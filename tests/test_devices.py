@@ -1,0 +1,51 @@
+"""The choice of device never falls back to the CPU in silence."""
+
+import jax
+import pytest
+
+from nanochat_jax import devices
+
+
+def test_gpu_that_jax_cannot_use_is_an_error_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA H100 80GB HBM3"])
+    with pytest.raises(devices.DeviceError, match=r"H100.*\[cuda12\].*--device=cpu"):
+        devices.check("auto")
+    assert "cpu" in devices.check("cpu")
+
+
+def test_cpu_machine_is_fine(monkeypatch):
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: [])
+    assert "cpu" in devices.check("auto")
+
+
+def test_library_path_clash_is_named(monkeypatch):
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA A100"])
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/cuda-11/lib64")
+    with pytest.raises(devices.DeviceError, match="/opt/cuda-11/lib64"):
+        devices.check("auto")
+
+
+def test_unknown_device_flag():
+    with pytest.raises(devices.DeviceError, match="auto, cpu or gpu"):
+        devices.prepare("tpu9")
+
+
+class FakeDevice:
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GeForce RTX 4090", 165e12)],
+)
+def test_known_gpus_use_their_data_sheet(monkeypatch, kind, flops):
+    monkeypatch.setattr(jax, "devices", lambda *a: [FakeDevice(kind)])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert devices.peak_flops()[0] == flops
+
+
+def test_unknown_device_is_measured_and_labelled():
+    flops, source = devices.peak_flops()
+    assert 1e9 < flops < 1e14
+    assert source.startswith("measured")

@@ -1,0 +1,143 @@
+"""Cached decoding computes what the full forward computes: every shape, any chunking, rows at different positions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import gpt
+from nanochat_jax.kv_cache import KVCache, KVSlots
+
+SHAPES = {
+    "mha": dict(n_head=4, n_kv_head=4),
+    "gqa": dict(n_head=4, n_kv_head=2),
+    "mqa": dict(n_head=4, n_kv_head=1),
+    "windows": dict(n_head=4, n_kv_head=2, window_pattern="SSL", n_layer=4),
+}
+
+
+def build(shape, **overrides):
+    config = gpt.GPTConfig(**{**dict(sequence_len=512, vocab_size=97, n_layer=3, n_embd=64), **SHAPES[shape], **overrides})
+    params = gpt.init(config, jax.random.key(3))
+    # the zero-initialised projections would hide everything behind them
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(4), len(leaves))
+    return config, tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def slots_for(config, rows, capacity):
+    return KVSlots.create(config.n_layer, rows, config.n_kv_head, capacity, config.head_dim, jnp.float32)
+
+
+def logits_of(config, params, hidden):
+    return np.asarray(gpt.unembed(config, params, hidden))
+
+
+def ids_for(config, rows, length, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chunks", [[1] * 20, [20], [7, 1, 1, 5, 6], [128, 1, 127, 1, 1, 1, 2, 126, 3]], ids=len)
+def test_lockstep_cache_equals_forward(shape, chunks):
+    """The window of the "S" layers is 128, so the last chunking crosses its edge at w-1, w, w+1 and 2w."""
+    config, params = build(shape)
+    ids = ids_for(config, 2, sum(chunks))
+    expected = np.asarray(gpt.forward(config, params, ids))
+    cache = KVCache.create(config.n_layer, 2, config.n_kv_head, 400, config.head_dim, jnp.float32)
+    step = jax.jit(lambda params, ids, cache: gpt.forward_cached(config, params, ids, cache))
+    at = 0
+    for T in chunks:
+        hidden, cache = step(params, ids[:, at : at + T], cache)
+        np.testing.assert_allclose(logits_of(config, params, hidden), expected[:, at : at + T], atol=2e-5, rtol=1e-4)
+        cache = cache.advance(T)
+        at += T
+    assert cache.position.tolist() == [at, at]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slots_at_different_positions_equal_forward(shape):
+    """Rows are prefilled one by one in padded chunks, then decoded together in calls of several steps, with reuse."""
+    config, params = build(shape)
+    rng = np.random.default_rng(1)
+    slots = slots_for(config, 4, 384)
+    lengths = np.zeros(4, np.int32)
+    ids = ids_for(config, 4, 384)
+    # garbage everywhere: what is beyond a row's length must not matter
+    slots = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 100, x.dtype), slots)
+
+    def prefill(slots, row, n, pad):
+        at = int(lengths[row])
+        chunk = np.zeros((1, n + pad), np.int32)
+        chunk[0, :n] = ids[row, at : at + n]
+        cache = slots.view(jnp.array([at]), -(-at // 64) * 64, n + pad, jnp.int32(row))
+        hidden, cache = gpt.forward_cached(config, params, chunk, cache)
+        expected = np.asarray(gpt.forward(config, params, ids[row : row + 1, : at + n]))[0, at:]
+        np.testing.assert_allclose(logits_of(config, params, hidden)[0, :n], expected, atol=2e-5, rtol=1e-4)
+        lengths[row] = at + n
+        return slots.commit(cache, jnp.int32(row))
+
+    def decode(slots, steps, room):
+        visible = -(-int(lengths.max()) // 64) * 64
+        cache = slots.view(jnp.asarray(lengths), visible, room)
+        for _ in range(steps):
+            tokens = ids[np.arange(4), lengths][:, None]
+            hidden, cache = gpt.forward_cached(config, params, tokens, cache)
+            got = logits_of(config, params, hidden)[:, 0]
+            for row in range(4):
+                expected = np.asarray(gpt.forward(config, params, ids[row : row + 1, : lengths[row] + 1]))[0, -1]
+                np.testing.assert_allclose(got[row], expected, atol=2e-5, rtol=1e-4)
+            cache = cache.advance(1)
+            lengths[:] += 1
+        return slots.commit(cache)
+
+    for row, n, pad in ((0, 5, 11), (1, 130, 0), (2, 64, 64), (1, 3, 13)):
+        slots = prefill(slots, row, n, pad)
+    slots = decode(slots, 3, 8)
+    slots = decode(slots, 4, 4)
+    lengths[1] = 0  # the slot is given to another request
+    ids[1] = ids_for(config, 1, 384, seed=9)[0]
+    slots = prefill(slots, 1, 17, 15)
+    slots = decode(slots, 2, 8)
+    slots = slots.copy_row(jnp.int32(2), jnp.int32(0), 128)
+    lengths[0], ids[0] = lengths[2], ids[2]
+    decode(slots, 2, 2)
+
+
+def test_storage_is_updated_in_place():
+    """Donated storage aliases its result, and neither program holds a second copy of it."""
+    config, _ = build("gqa")
+    params = gpt.abstract(config)
+    slots = jax.eval_shape(lambda: slots_for(config, 4, 8192))
+    size = sum(x.size * 4 for x in jax.tree.leaves(slots))
+    row = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def decode(params, slots, start):
+        def body(_, carry):
+            token, cache = carry
+            hidden, cache = gpt.forward_cached(config, params, token[:, None], cache)
+            return jnp.argmax(gpt.unembed(config, params, hidden[:, 0]), -1).astype(jnp.int32), cache.advance(1)
+
+        start = jnp.zeros(4, jnp.int32), slots.view(start, 128, 8)
+        token, cache = jax.lax.fori_loop(0, 8, body, start)
+        return token, slots.commit(cache)
+
+    def prefill(params, slots, start):
+        cache = slots.view(start[:1], 128, 16, start[0])
+        _, cache = gpt.forward_cached(config, params, jnp.zeros((1, 16), jnp.int32), cache)
+        return slots.commit(cache, start[0])
+
+    for program in (decode, prefill):
+        memory = jax.jit(program, donate_argnums=1).lower(params, slots, row).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= size
+        assert memory.temp_size_in_bytes < size / 4
+
+
+def test_bf16_storage_keeps_its_dtype():
+    config, params = build("gqa")
+    config = dataclasses.replace(config, compute_dtype="bfloat16")
+    cache = KVCache.create(config.n_layer, 1, config.n_kv_head, 32, config.head_dim, jnp.bfloat16)
+    hidden, cache = gpt.forward_cached(config, params, ids_for(config, 1, 8), cache)
+    assert hidden.dtype == jnp.bfloat16 and {x.dtype for x in cache.new_keys} == {jnp.dtype(jnp.bfloat16)}

@@ -1,0 +1,67 @@
+"""The metrics file and its sinks: nothing that a sink does may reach the run."""
+
+import time
+
+import pytest
+
+from nanochat_jax import metrics
+
+
+def test_lines_are_read_back_and_a_torn_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = metrics.MetricsLog(path)
+    log.write({"kind": "train", "step": 0, "loss": 1.5})
+    log.close()
+    with open(path, "a") as f:
+        f.write('{"kind": "train", "st')
+    assert metrics.read(path) == [{"kind": "train", "step": 0, "loss": 1.5}]
+    assert metrics.read(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("keep_eval", [True, False])
+def test_rewind_drops_exactly_what_will_be_written_again(tmp_path, keep_eval):
+    path = tmp_path / "metrics.jsonl"
+    log = metrics.MetricsLog(path)
+    for step in range(4):
+        log.write({"kind": "eval", "step": step})
+        log.write({"kind": "train", "step": step})
+    log.close()
+    metrics.rewind(path, 2, keep_eval)
+    kept = [(r["kind"], r["step"]) for r in metrics.read(path)]
+    expected = [("eval", 0), ("train", 0), ("eval", 1), ("train", 1)]
+    assert kept == expected + ([("eval", 2)] if keep_eval else [])
+
+
+def test_a_sink_that_raises_or_hangs_does_not_stop_the_run(tmp_path):
+    seen = []
+
+    def hangs(record):
+        time.sleep(60)
+
+    def raises(record):
+        raise ConnectionError("no route")
+
+    log = metrics.MetricsLog(tmp_path / "m.jsonl", {"hangs": hangs, "raises": raises, "works": seen.append})
+    began = time.monotonic()
+    for step in range(2000):
+        log.write({"kind": "train", "step": step})
+    assert time.monotonic() - began < 10
+    deadline = time.monotonic() + 20
+    while len(seen) < 2000 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(metrics.read(tmp_path / "m.jsonl")) == 2000
+    assert [r["step"] for r in seen[:10]] == list(range(10))
+    log._sinks[0]._failed = True  # do not wait for the sleeper
+    log._sinks = [s for s in log._sinks if s._name != "hangs"]
+    log.close()
+
+
+def test_unknown_sink_is_an_error_that_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="wandb, tensorboard"):
+        metrics.open_sinks("wandbb", "run", tmp_path, {})
+
+
+def test_a_missing_sink_package_is_reported_and_left_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert metrics.open_sinks("wandb", "run", tmp_path, {}) == {}
+    assert "cannot start" in caplog.text

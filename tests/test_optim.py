@@ -1,0 +1,276 @@
+"""Groups, AdamW and clipping against the reference's numbers; the combined optimizer's state and sharding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nanochat_jax import optim
+from nanochat_jax.gpt import GPTConfig, abstract, init
+
+CONFIG = GPTConfig(sequence_len=8, vocab_size=20, n_layer=12, n_head=4, n_kv_head=2, n_embd=16)
+NAMES = {"embedding": "transformer.wte.weight", "unembedding": "lm_head.weight"}
+
+
+def constant(step):
+    return 1.0
+
+
+@pytest.fixture(scope="module")
+def data(golden):
+    with np.load(golden / "optim_v1.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Every entry different, so that any mix-up shows."""
+    shapes = abstract(CONFIG)
+    start, out = 0, []
+    for leaf in jax.tree.leaves(shapes):
+        size = int(np.prod(leaf.shape))
+        out.append(jnp.arange(start, start + size, dtype=jnp.float32).reshape(leaf.shape))
+        start += size
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# groups
+
+
+def test_group_order_is_by_number_of_layer_then_by_name(params):
+    """Twelve layers: as strings "10" would come before "2"."""
+    groups = optim.group(params)
+    assert set(groups) == {"embedding", "unembedding", "matrices"}
+    assert {k: v.shape for k, v in groups["matrices"].items()} == {
+        "16x16": (24, 16, 16),
+        "16x8": (24, 16, 8),
+        "16x64": (12, 16, 64),
+        "64x16": (12, 64, 16),
+    }
+    for layer in range(12):
+        block = params["h"][str(layer)]
+        stacks = groups["matrices"]
+        np.testing.assert_array_equal(stacks["16x16"][2 * layer], block["attn"]["c_q"]["kernel"])
+        np.testing.assert_array_equal(stacks["16x16"][2 * layer + 1], block["attn"]["c_proj"]["kernel"])
+        np.testing.assert_array_equal(stacks["16x8"][2 * layer], block["attn"]["c_k"]["kernel"])
+        np.testing.assert_array_equal(stacks["16x8"][2 * layer + 1], block["attn"]["c_v"]["kernel"])
+        np.testing.assert_array_equal(stacks["16x64"][layer], block["mlp"]["c_fc"]["kernel"])
+        np.testing.assert_array_equal(stacks["64x16"][layer], block["mlp"]["c_proj"]["kernel"])
+
+
+@pytest.mark.parametrize("multiple", [1, 5, 8])
+def test_ungroup_and_unpad_are_inverses(params, multiple):
+    groups = optim.group(params)
+    padded = optim.pad_stacks(groups, multiple)
+    for name, stack in padded["matrices"].items():
+        size = groups["matrices"][name].shape[0]
+        assert stack.shape[0] % multiple == 0 and stack.shape[0] - size < multiple and not np.any(stack[size:])
+    for restored in (optim.ungroup(CONFIG, groups), optim.ungroup(CONFIG, padded)):
+        jax.tree.map(np.testing.assert_array_equal, restored, params)
+    jax.tree.map(np.testing.assert_array_equal, optim.unpad_stacks(CONFIG, padded), groups)
+
+
+def test_grouping_works_on_shapes_alone():
+    shapes = jax.eval_shape(lambda p: optim.pad_stacks(optim.group(p), 8), abstract(CONFIG))
+    assert shapes["matrices"]["16x64"].shape == (16, 16, 64)
+    assert optim.stack_sizes(CONFIG) == {"16x16": 24, "16x8": 24, "16x64": 12, "64x16": 12}
+    back = jax.eval_shape(lambda g: optim.ungroup(CONFIG, g), shapes)
+    assert jax.tree.map(lambda x: x.shape, back) == jax.tree.map(lambda x: x.shape, abstract(CONFIG))
+
+
+def test_unknown_matrix_is_an_error(params):
+    extra = {**params, "h": {"0": {"attn": {**params["h"]["0"]["attn"], "gate": {}}, "mlp": params["h"]["0"]["mlp"]}}}
+    with pytest.raises(ValueError, match="attn/gate"):
+        optim.group(extra)
+    with pytest.raises(ValueError, match="device count"):
+        optim.pad_stacks(optim.group(params), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdamW
+
+
+def slow_adamw(params, grads, lr, weight_decay, b1=0.8, b2=0.95, eps=1e-10):
+    p, m, v = (np.array(x, np.float64) for x in (params, 0 * params, 0 * params))
+    for t, g in enumerate(np.asarray(grads, np.float64), start=1):
+        p *= 1 - lr * weight_decay
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        p -= lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    return p
+
+
+@pytest.mark.parametrize("weight_decay, run", [(0.0, "wd0"), (0.1, "wd0.1")])
+def test_adamw_runs(data, weight_decay, run):
+    """Through the combined optimizer, learning rates derived from the width; rows without gradients stay put."""
+
+    def grouped(prefix):
+        wte, head = (jnp.asarray(data[f"{prefix}/{NAMES[k]}"]) for k in ("embedding", "unembedding"))
+        return {"embedding": wte, "unembedding": head.T, "matrices": {}}
+
+    hyper = optim.OptimHyper(weight_decay=weight_decay)
+    rates = optim.initial_learning_rates(hyper, n_embd=16)
+    np.testing.assert_allclose(rates["unembedding"], data[f"adamw/{run}/group0/lr"], rtol=1e-6)
+    np.testing.assert_allclose(rates["embedding"], data[f"adamw/{run}/group1/lr"], rtol=1e-6)
+    transform = optim.make_optimizer(hyper, constant, n_embd=16)
+    groups = grouped("adamw/init")
+    state, update, t = transform.init(groups), jax.jit(transform.update), 0
+    while f"adamw/grad_step{t}/lm_head.weight" in data:
+        updates, state = update(grouped(f"adamw/grad_step{t}"), state, groups)
+        groups = optax.apply_updates(groups, updates)
+        for kind, tree in (("param", groups), ("exp_avg", state.adam.mu), ("exp_avg_sq", state.adam.nu)):
+            for name, reference_name in NAMES.items():
+                expected = data[f"adamw/{run}/{kind}_step{t}/{reference_name}"]
+                value = tree[name] if name == "embedding" else tree[name].T
+                rtol, atol = {"param": (0, 2e-5), "exp_avg": (1e-5, 1e-8), "exp_avg_sq": (1e-5, 0)}[kind]
+                np.testing.assert_allclose(value, expected, rtol=rtol, atol=atol, err_msg=f"{kind} {name} step {t}")
+        # the distributed class puts its epsilon elsewhere, which only the row of tiny gradients (4) can show
+        for name, reference_name in NAMES.items():
+            value = groups[name] if name == "embedding" else groups[name].T
+            expected = data[f"adamw_dist/{run}/param_step{t}/{reference_name}"]
+            rows = np.arange(value.shape[0]) != 4
+            np.testing.assert_allclose(value[rows], expected[rows], rtol=0, atol=2e-5)
+        t += 1
+    assert t == 4
+
+
+def test_adamw_against_float64():
+    rng = np.random.default_rng(11)
+    wte, head = rng.normal(size=(9, 32)), rng.normal(size=(32, 9))
+    grads = rng.normal(size=(6, 9, 32)) * 10.0 ** rng.integers(-6, 1, size=(6, 9, 32))
+    hyper = optim.OptimHyper(embedding_lr=0.03, unembedding_lr=0.01, weight_decay=0.2, init_lr_frac=0.5)
+    transform = optim.make_optimizer(hyper, constant, n_embd=32)
+    groups = {"embedding": jnp.asarray(wte), "unembedding": jnp.asarray(head), "matrices": {}}
+    groups = jax.tree.map(lambda x: x.astype(jnp.float32), groups)
+    state, update = transform.init(groups), jax.jit(transform.update)
+    for g in grads.astype(np.float32):
+        updates, state = update({"embedding": g, "unembedding": g.T, "matrices": {}}, state, groups)
+        groups = optax.apply_updates(groups, updates)
+    scale = 0.5 * (32 / 768) ** -0.5
+    np.testing.assert_allclose(groups["embedding"], slow_adamw(wte, grads, 0.03 * scale, 0.2), atol=2e-5)
+    np.testing.assert_allclose(
+        groups["unembedding"], slow_adamw(head, grads.transpose(0, 2, 1), 0.01 * scale, 0.2), atol=2e-5
+    )
+
+
+def test_zero_gradient_is_a_zero_update():
+    groups = optim.group(init(CONFIG, jax.random.key(0)))
+    transform = optim.make_optimizer(optim.OptimHyper(), 10, CONFIG.n_embd)
+    updates, _ = jax.jit(transform.update)(jax.tree.map(jnp.zeros_like, groups), transform.init(groups), groups)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole
+
+
+def test_width_scale():
+    for width, scale in {256: 1.7320508, 512: 1.2247449, 768: 1.0, 1280: 0.7745967, 2048: 0.6123724}.items():
+        assert optim.width_scale(width) == pytest.approx(scale, rel=1e-6)
+    rates = optim.initial_learning_rates(optim.OptimHyper(init_lr_frac=0.02), 256)
+    assert rates["matrices"] == pytest.approx(0.02 * 0.02)  # never scaled by the width
+    assert rates["embedding"] == pytest.approx(0.02 * 0.2 * 1.7320508, rel=1e-6)
+
+
+def test_learning_rate_scales_every_group():
+    """Half the multiplier, half the update, in each of the three groups."""
+    groups = optim.group(init(CONFIG, jax.random.key(0)))
+    grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), groups)
+    full, half = (optim.make_optimizer(optim.OptimHyper(), lambda t, f=f: f, CONFIG.n_embd) for f in (1.0, 0.5))
+    a, _ = jax.jit(full.update)(grads, full.init(groups), groups)
+    b, _ = jax.jit(half.update)(grads, half.init(groups), groups)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(y, 0.5 * np.asarray(x), rtol=1e-6), a, b)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(a))
+
+
+def test_state_is_plain_arrays_and_resumes_exactly():
+    groups = optim.pad_stacks(optim.group(init(CONFIG, jax.random.key(0))), 8)
+    transform = optim.make_optimizer(optim.OptimHyper(momentum_warmup=3, warmdown_ratio=0.5), 6, CONFIG.n_embd)
+    update = jax.jit(transform.update)
+    state = transform.init(groups)
+    leaves = jax.tree.leaves(state)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert len(leaves) == 2 + 2 * 2 + 4  # two counts, two moments of two embeddings, four stacks
+    paths = {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_leaves_with_path(state)}
+    assert {"adam/count", "adam/mu/embedding", "adam/nu/unembedding", "muon/momentum/16x64", "muon/count"} <= paths
+
+    def run(groups, state, steps):
+        for t in steps:
+            grads = jax.tree.map(lambda p, t=t: jnp.sin(p + t), groups)
+            updates, state = update(grads, state, groups)
+            groups = optax.apply_updates(groups, updates)
+        return groups, state
+
+    whole = run(groups, state, range(6))
+    half = run(groups, state, range(3))
+    on_disk = [np.asarray(leaf) for leaf in jax.tree.leaves(half)]
+    resumed = jax.tree.unflatten(jax.tree.structure(half), [jnp.asarray(leaf) for leaf in on_disk])
+    jax.tree.map(np.testing.assert_array_equal, run(*resumed, range(3, 6)), whole)
+
+
+def test_update_needs_parameters():
+    groups = optim.group(init(CONFIG, jax.random.key(0)))
+    transform = optim.make_optimizer(optim.OptimHyper(), 10, CONFIG.n_embd)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        transform.update(groups, transform.init(groups))
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [({"ns_dtype": "fp8"}, "ns_dtype"), ({"matrix_lr": -1.0}, "matrix_lr"), ({"momentum": 1.5}, "momentum")],
+)
+def test_bad_hyperparameters(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        optim.OptimHyper(**kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clipping
+
+
+def test_clip_scales_to_the_norm():
+    grads = {"a": jnp.full((3, 4), 2.0), "b": {"c": jnp.full((4,), -1.0)}}
+    norm = np.sqrt(12 * 4 + 4)
+    clipped, measured = optim.clip_by_global_norm(grads, 1.0)
+    assert float(measured) == pytest.approx(norm, rel=1e-6)
+    np.testing.assert_allclose(clipped["a"], 2.0 / (norm + 1e-6), rtol=1e-6)
+    np.testing.assert_allclose(optim.global_norm(clipped), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, 100.0])
+def test_clip_leaves_small_gradients_alone_and_can_be_off(max_norm):
+    grads = {"a": jnp.array([3.0, 4.0])}
+    clipped, norm = optim.clip_by_global_norm(grads, max_norm)
+    np.testing.assert_array_equal(clipped["a"], grads["a"])
+    assert float(norm) == 5.0
+
+
+def test_norm_of_many_numbers_is_accurate():
+    """Sixteen million entries summed in float32."""
+    x = jnp.full((1 << 14, 1 << 10), 1e-3)
+    assert float(jax.jit(optim.global_norm)({"x": x})) == pytest.approx(1e-3 * 2**12, rel=1e-5)
+
+
+def test_sharded_norm_and_update_equal_the_single_device_ones():
+    """Padded stacks over eight devices, embeddings over their rows: same norm, same updates."""
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    config = GPTConfig(sequence_len=8, vocab_size=24, n_layer=2, n_head=4, n_kv_head=4, n_embd=16)
+    groups = optim.pad_stacks(optim.group(init(config, jax.random.key(0))), 8)
+    transform = optim.make_optimizer(optim.OptimHyper(ns_dtype="float32"), 10, config.n_embd)
+
+    @jax.jit
+    def step(groups):
+        grads, norm = optim.clip_by_global_norm(jax.tree.map(jnp.cos, groups), 1.0)
+        return transform.update(grads, transform.init(groups), groups), norm
+
+    place = {
+        "embedding": jax.P("data"),
+        "unembedding": jax.P(None, "data"),
+        "matrices": {name: jax.P("data") for name in groups["matrices"]},
+    }
+    sharded = jax.device_put(groups, jax.tree.map(lambda p: jax.NamedSharding(mesh, p), place))
+    (expected, _), norm = step(groups)
+    (updates, _), sharded_norm = step(sharded)
+    np.testing.assert_allclose(sharded_norm, norm, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), updates, expected)

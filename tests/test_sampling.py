@@ -1,0 +1,124 @@
+"""Sampling: the reference's distributions, exact top-k, rows that do not see each other, no recompiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import sampling
+from tests.tokenizer_fixtures import golden
+
+draw = jax.jit(sampling.sample)
+
+
+def call(logits, temperature=1.0, top_k=0, seed=0, stream=0, count=0):
+    """`sample` with scalars spread over the rows."""
+    B = logits.shape[0]
+
+    def spread(x, dtype):
+        return np.broadcast_to(np.asarray(x, dtype), (B,)).copy()
+
+    return np.asarray(
+        draw(
+            jnp.asarray(logits, jnp.float32),
+            spread(temperature, np.float32),
+            spread(top_k, np.int32),
+            spread(seed, np.uint32),
+            spread(stream, np.int32),
+            spread(count, np.int32),
+        )
+    )
+
+
+def frequencies(row, n=20000, **settings):
+    tokens = call(np.tile(row, (n, 1)), seed=np.arange(n), **settings)
+    return np.bincount(tokens, minlength=len(row)) / n
+
+
+def assert_same_distribution(measured, expected, n=20000):
+    np.testing.assert_array_equal(measured[expected == 0], 0)
+    # five standard deviations of each frequency, plus one draw
+    assert np.all(np.abs(measured - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1 / n)
+
+
+@pytest.mark.parametrize("case", golden("engine_v1")["sampling"]["cases"], ids=lambda c: f"{c['temperature']}-{c['top_k']}")
+def test_golden_distributions(case):
+    for b, row in enumerate(golden("engine_v1")["sampling"]["logits"]):
+        expected = np.zeros(len(row))
+        ids = case["candidate_ids"][b] if case["candidate_ids"] else np.arange(len(row))
+        expected[ids] = case["probs"][b]
+        measured = frequencies(np.array(row), temperature=case["temperature"], top_k=case["top_k"] or 0)
+        assert_same_distribution(measured, expected)
+
+
+@pytest.mark.parametrize("V,top_k", [(300, 0), (300, 64), (300, 65), (300, 299), (300, 300), (300, 10**6), (1000, 200)])
+def test_large_vocabularies(V, top_k):
+    row = np.random.default_rng(V + top_k).normal(size=V).astype(np.float32)
+    k = V if top_k in (0, 10**6) else top_k
+    kept = np.argsort(-row, kind="stable")[:k]
+    expected = np.zeros(V)
+    expected[kept] = np.exp(row[kept].astype(np.float64) / 0.8)
+    assert_same_distribution(frequencies(row, temperature=0.8, top_k=top_k), expected / expected.sum())
+
+
+@pytest.mark.parametrize("top_k", [3, 70])
+def test_ties_at_the_edge_of_top_k_keep_exactly_k(top_k):
+    row = np.zeros(100, np.float32)
+    row[50] = 0.5
+    seen = np.flatnonzero(frequencies(row, n=5000, top_k=top_k))
+    expected = sorted({50, *[i for i in range(100) if i != 50][: top_k - 1]})
+    assert seen.tolist() == expected
+
+
+def test_temperature_zero_is_argmax_whatever_else_is_set():
+    logits = np.random.default_rng(0).normal(size=(7, 500))
+    logits[3, 100] = logits[3, 7] = 9.0  # a tie: the lower id
+    expected = logits.argmax(-1)
+    for top_k in (0, 5, 100):
+        np.testing.assert_array_equal(call(logits, temperature=0.0, top_k=top_k, seed=3), expected)
+    np.testing.assert_array_equal(call(logits, temperature=1e-30), expected)
+    np.testing.assert_array_equal(call(logits, temperature=5.0, top_k=1), expected)
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_place():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(12, 700)).astype(np.float32) * 3
+    settings = dict(
+        temperature=rng.choice([0.0, 0.5, 1.0, 1.7], 12),
+        top_k=rng.choice([0, 1, 5, 50, 64, 65, 300, 5000], 12),
+        seed=rng.integers(0, 2**32, 12),
+        stream=rng.integers(0, 9, 12),
+        count=rng.integers(0, 1000, 12),
+    )
+    together = call(logits, **settings)
+    order = rng.permutation(12)
+    np.testing.assert_array_equal(call(logits[order], **{k: v[order] for k, v in settings.items()}), together[order])
+    for i in range(12):
+        alone = call(logits[i : i + 1], **{k: v[i : i + 1] for k, v in settings.items()})
+        assert alone[0] == together[i]
+
+
+def test_seed_stream_and_count_each_change_the_draw():
+    logits = np.zeros((64, 5000))
+    base = call(logits, seed=np.arange(64))
+    assert len(set(base)) > 50
+    for other in (dict(seed=np.arange(64) + 2**31), dict(seed=np.arange(64), stream=1), dict(seed=np.arange(64), count=1)):
+        assert np.mean(call(logits, **other) == base) < 0.1
+    np.testing.assert_array_equal(call(logits, seed=np.arange(64)), base)
+
+
+def test_never_draws_what_has_no_probability():
+    row = np.full(600, -1e9)
+    row[[0, 599]] = 0.0
+    assert set(np.flatnonzero(frequencies(row, n=4000))) == {0, 599}
+    assert set(np.flatnonzero(frequencies(row, n=4000, top_k=2))) == {0, 599}
+
+
+def test_settings_do_not_recompile():
+    logits = np.random.default_rng(0).normal(size=(4, 333))
+    call(logits)
+    before = draw._cache_size()
+    for temperature in (0.0, 0.3, 2.0):
+        for top_k in (0, 1, 64, 65, 400):
+            call(logits, temperature=temperature, top_k=top_k, seed=top_k)
+    assert draw._cache_size() == before
