@@ -142,9 +142,9 @@ def parse(settings: type[T], argv: Sequence[str], description: str = "", *, echo
 
 
 def is_set(name: str, argv: Sequence[str]) -> bool:
-    """Whether a bool flag is given as true, before the rest is parsed (the last one counts; nonsense counts as false)."""
+    """Whether a bool flag is given as true, before the rest is parsed. The last one counts; nonsense is false."""
     found = False
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
         key, equals, value = argument.partition("=")
         if argument.startswith("--") and _normal(key) == name:
             value = value if equals else (following if following.lower() in _TRUE | _FALSE else "true")

@@ -23,7 +23,7 @@ def _numeric(step) -> tuple[Any, Any]:
     return np.float64(step), np
 
 
-def _result(value):
+def _result(value) -> Any:
     return value if isinstance(value, jax.Array) else float(value)
 
 
@@ -66,7 +66,7 @@ def linear_to_zero(num_iterations: int) -> Schedule:
     return multiplier
 
 
-def late_decay(progress, *, fraction: float = 0.2, allow_negative: bool = False):
+def late_decay(progress, *, fraction: float = 0.2, allow_negative: bool = False) -> Any:
     """Midtraining's multiplier as a function of progress through the data (0..1): 1, then linear to 0.
 
     `fraction` is the share of the run spent on the line. The reference lets the line go on below zero when progress

@@ -161,15 +161,18 @@ class Tokenizer:
     def from_tiktoken(cls, name: str) -> "Tokenizer":
         """A stock tiktoken encoding such as ``gpt2`` or ``cl100k_base``, with ``<|endoftext|>`` as bos.
 
-        Raises ValueError for an unknown name and ConnectionError when the encoding is neither in tiktoken's cache nor
+        Raises TokenizerError for an unknown name and ConnectionError when the encoding is neither in tiktoken's cache nor
         reachable (or ``NANOCHAT_OFFLINE`` is set).
         """
         from nanochat_jax.data.fetch import stock_encoding
 
-        encoding = stock_encoding(name)
+        try:
+            encoding = stock_encoding(name)
+        except ValueError as error:
+            raise TokenizerError(f"tiktoken knows no encoding {name!r}; it knows gpt2, cl100k_base and others") from error
         ranks = sorted(encoding._mergeable_ranks.items(), key=lambda pair: pair[1])
         if [rank for _, rank in ranks] != list(range(len(ranks))):
-            raise ValueError(f"the encoding {name} has gaps in its ids and cannot be used here")
+            raise TokenizerError(f"the encoding {name} has gaps in its ids and cannot be used here")
         special = dict(encoding._special_tokens)
         return cls([token for token, _ in ranks], special, encoding._pat_str, bos="<|endoftext|>")
 

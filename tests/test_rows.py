@@ -108,7 +108,9 @@ def test_the_same_rows_are_not_built_twice(tmp_path):
     def never(start):
         raise AssertionError("read again")
 
+    first.directory.chmod(0o555)
     again = build_rows(CallableDocuments("numbered-30", never), tokenizer, 8, tmp_path)
+    first.directory.chmod(0o755)
     assert again.directory == first.directory and again.key == first.key
     others = [
         build_rows(numbered(31), tokenizer, 8, tmp_path),
@@ -307,7 +309,7 @@ def test_a_second_builder_waits_and_reuses(tmp_path):
     RowSet.open(next(tmp_path.glob("train-*")), golden_tokenizer(), verify=True)
 
 
-def test_repairs_are_counted_the_same_after_an_interruption(tmp_path, monkeypatch):
+def test_repairs_are_counted_the_same_after_an_interruption(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(rows, "_BATCH_DOCUMENTS", 4)
     data = tmp_path / "data"
@@ -321,6 +323,7 @@ def test_repairs_are_counted_the_same_after_an_interruption(tmp_path, monkeypatc
     (data / "val.txt").write_text("held out")
     tokenizer = golden_tokenizer()
     whole = build_rows(FileDocuments(data), tokenizer, 8, tmp_path / "whole", rows_per_shard=6)
+    assert "2 invalid UTF-8 sequences replaced, 19 lines left out" in caplog.text
     assert whole.manifest["bad_lines"] == 12 + 7 and whole.manifest["invalid_utf8"] == 2
     for stop in (3, 17, 30, 44):
         spec = FileDocuments(data)

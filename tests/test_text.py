@@ -209,6 +209,8 @@ def test_files_named_val_are_held_out(folder):
     assert list(FileDocuments(folder, "train").iterate()) == ["a", "b"]
     assert list(FileDocuments(folder, "val").iterate()) == ["w", "v"]
     assert list(FileDocuments(folder, "all").iterate()) == ["w", "a", "b", "v"]
+    assert FileDocuments(folder).held_out() == "more/validation.txt, val_00010.parquet"
+    assert FileDocuments(folder, "all").held_out() == "nothing"
 
 
 def test_the_last_shard_is_pinned(folder):
@@ -232,6 +234,7 @@ def test_hash_split_is_disjoint_stable_and_about_one_percent(folder):
     train, val = (list(FileDocuments(folder, split).iterate()) for split in ("train", "val"))
     assert sorted(train + val) == sorted(corpus) and not set(train) & set(val)
     assert 25 <= len(val) <= 85
+    assert FileDocuments(folder).held_out() == "1 % of the documents, chosen by a hash of their text"
     (folder / "mine.parquet").unlink()
     parquet(folder / "renamed.parquet", [list(reversed(corpus)), documents(100, 5000)])
     again = list(FileDocuments(folder, "val").iterate())

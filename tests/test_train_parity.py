@@ -1,5 +1,9 @@
 """Training trajectories against the reference: model, loss, accumulation, clipping, schedules, both optimizers."""
 
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalSubscript=false, reportOperatorIssue=false
+# (optax types every tree as a union of arrays and containers)
+
 import dataclasses
 import functools
 

@@ -165,7 +165,7 @@ _tiktoken_lock = threading.Lock()
 def stock_encoding(name: str) -> Any:
     """tiktoken's encoding ``name``, from its cache or fetched (time limit, proxies, offline mode as everywhere here).
 
-    Raises ValueError for an unknown name, ConnectionError when it is not cached and cannot be fetched.
+    Raises ValueError for an unknown name, FetchError when it is not cached and cannot be fetched.
     """
     import tiktoken
     import tiktoken.load
@@ -177,7 +177,7 @@ def stock_encoding(name: str) -> Any:
         try:
             return tiktoken.get_encoding(name)
         except OSError as error:
-            raise ConnectionError(
+            raise FetchError(
                 f"the encoding {name} is not in tiktoken's cache and cannot be fetched ({error}); load it once with a "
                 "network, or point TIKTOKEN_CACHE_DIR to a copy of the cache"
             ) from error

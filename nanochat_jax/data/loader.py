@@ -14,6 +14,11 @@ import numpy as np
 # Read-ahead of whole batches. Rows are memory-mapped and cheap; more threads would only fight with the host's work.
 _THREADS, _BUFFERED = 1, 4
 
+
+class LoaderError(ValueError):
+    """Sizes that do not fit; the message names the flag to change."""
+
+
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -34,9 +39,9 @@ class RowLoader:
 
     def __init__(self, rows: Rows, global_batch: int, seed: int = 0, shuffle: bool = True):
         if global_batch < 1:
-            raise ValueError(f"global_batch is {global_batch}; it must be 1 or more")
+            raise LoaderError(f"global_batch is {global_batch}; it must be 1 or more")
         if len(rows) < 1:
-            raise ValueError("there are no rows to load; build rows from more text")
+            raise LoaderError("there are no rows to load; build rows from more text")
         self.rows, self.global_batch = rows, global_batch
         order = grain.MapDataset.range(len(rows)).seed(seed)
         # position in the endless stream -> row number
@@ -71,17 +76,17 @@ class RowLoader:
         """
         self._local_batch(process_index, process_count)
         if start_step < 0:
-            raise ValueError(f"start_step is {start_step}; it must be 0 or more")
+            raise LoaderError(f"start_step is {start_step}; it must be 0 or more")
         return BatchIterator(self, start_step, process_index, process_count)
 
     def _local_batch(self, process_index: int, process_count: int) -> int:
         if self.global_batch % process_count:
-            raise ValueError(
+            raise LoaderError(
                 f"a global batch of {self.global_batch} rows cannot be divided among {process_count} processes; change "
                 "--total_batch_size or --device_batch_size"
             )
         if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index} is not among {process_count} processes")
+            raise LoaderError(f"process_index {process_index} is not among {process_count} processes")
         return self.global_batch // process_count
 
 
@@ -96,7 +101,7 @@ class BatchIterator(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            raise ValueError("this iterator is closed")
+            raise LoaderError("this iterator is closed")
         return next(self._iterator)
 
     def close(self) -> None:
@@ -118,11 +123,11 @@ def val_batches(rows: Rows, batch: int, max_tokens: int | None = None) -> Iterat
     If the rows end earlier, the last batch is filled up with rows of target -1 and weight 0, which count for nothing.
     """
     if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be 1 or more")
+        raise LoaderError(f"batch is {batch}; it must be 1 or more")
     available = -(-len(rows) // batch)
     count = available if max_tokens is None else min(available, max_tokens // (batch * rows.T))
     if count < 1:
-        raise ValueError(
+        raise LoaderError(
             f"max_tokens={max_tokens} is less than one batch of {batch} x {rows.T} tokens; raise it (--eval_tokens)"
         )
     for number in range(count):

@@ -8,7 +8,6 @@
 A shard appears under its name only when it is whole, and counts only when ``progress.json`` or the manifest lists it.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -212,10 +211,3 @@ class RowWriter:
                 f"{self.rows - self._filled} rows are safe; free some space and run again to go on from there, or set "
                 "NANOCHAT_BASE_DIR to a larger disk, or ask for fewer tokens"
             ) from error
-
-
-def remove_rows(directory: str | Path) -> None:
-    """Removes a directory of rows, the manifest first so that no reader takes a half-removed one for valid."""
-    with contextlib.suppress(FileNotFoundError):
-        (Path(directory) / MANIFEST).unlink()
-    shutil.rmtree(directory, ignore_errors=True)

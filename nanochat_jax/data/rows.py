@@ -7,6 +7,7 @@ reference's stride is reproduced: each batch of B rows consumes B*T+1 tokens, wh
 
 import contextlib
 import json
+import logging
 import queue
 import threading
 from collections import deque
@@ -28,6 +29,8 @@ from nanochat_jax.data.row_files import (
 from nanochat_jax.data.text import KEPT_MESSAGES, Documents, TextStats
 from nanochat_jax.paths import rows_dir, sha256_file, sha256_hex
 from nanochat_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Documents are encoded in batches of about this size: enough for all threads, little enough to hold twice.
 _BATCH_CHARS, _BATCH_DOCUMENTS = 4_000_000, 8192
@@ -180,9 +183,18 @@ def build_rows(
     }
     name = f"{split}-T{T}-{identity_key(identity)[:12]}"
     directory = Path(out_dir if out_dir is not None else rows_dir()) / name
+    if (directory / MANIFEST).is_file():  # also where the place is read-only
+        return RowSet.open(directory, tokenizer)
     with RowWriter(directory, identity, T, dtype, rows_per_shard=rows_per_shard) as writer:
         if not writer.complete:
             facts = _fill(writer, documents, tokenizer, batch_rows, limit, progress, num_threads)
+            if facts["invalid_utf8"] or facts["bad_lines"]:
+                logger.warning(
+                    "%s text: %d invalid UTF-8 sequences replaced, %d lines left out",
+                    split,
+                    facts["invalid_utf8"],
+                    facts["bad_lines"],
+                )
             if writer.rows == 0:
                 raise RowsError(
                     f"the {split} text has only {facts['stream_tokens']} tokens, too few for one "

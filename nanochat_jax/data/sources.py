@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_jax.data.download import shards_dir
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.text import CallableDocuments, Documents, FileDocuments
-from nanochat_jax.paths import data_dir
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,14 @@ def text_source(data: str = "", demo: bool = False, text_column: str = "text") -
         raise DataError("--data and --demo exclude each other: give one of them")
     if demo:
         return TextSource(_demo("train"), _demo("val"), "embedded demo data")
-    root = Path(data) if data else data_dir()
+    root = Path(data) if data else shards_dir()
     if not data and not any(root.glob("*.parquet")):
         raise DataError(
             f"there is no text in {root}. Give your own with --data=PATH, download shards with "
             "`python -m nanochat_jax.data.download -n 8`, or use --demo"
         )
-    return TextSource(
-        FileDocuments(root, "train", text_column), FileDocuments(root, "val", text_column), f"text of {root}"
-    )
+    train, val = FileDocuments(root, "train", text_column), FileDocuments(root, "val", text_column)
+    return TextSource(train, val, f"text of {root} (held out: {train.held_out()})")
 
 
 def _demo(split: str) -> CallableDocuments:

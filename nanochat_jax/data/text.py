@@ -110,6 +110,15 @@ class FileDocuments:
             "files": [{"name": name, **file_identity(path)} for name, path in self.files.items()],
         }
 
+    def held_out(self) -> str:
+        """What validation text is, for a person."""
+        if self.rule["mode"] == "files":
+            names = self.rule["val_files"]
+            return ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+        if self.rule["mode"] == "hash":
+            return f"{100 * self.rule['threshold'] / 2**64:.2g} % of the documents, chosen by a hash of their text"
+        return "nothing"
+
     def iterate(self, start: int = 0) -> Iterator[str]:
         """Texts from document number ``start`` of this split on; ``stats`` counts from there."""
         stats = self.stats = TextStats()

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::prefetch::prefetch;
 use crate::key::{FastBuild, MAX_KEY_BYTES, hash_key, key, key_len};
+use crate::prefetch::prefetch;
 
 /// Pieces whose table slots are fetched ahead together.
 const BATCH: usize = 32;
@@ -53,6 +53,17 @@ impl PieceCounter {
             }
         } else {
             self.add_long(&bytes[start..end], 1);
+        }
+    }
+
+    /// Counts `count` occurrences of `piece`.
+    pub fn add_many(&mut self, piece: &[u8], count: u64) {
+        if piece.len() <= MAX_KEY_BYTES {
+            self.flush();
+            let key = key(piece, 0, piece.len());
+            self.bump(key, hash_key(key), count);
+        } else {
+            self.add_long(piece, count);
         }
     }
 

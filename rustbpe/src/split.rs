@@ -8,7 +8,8 @@ use crate::fast_split::FastSplitter;
 
 /// The split pattern used when none is given: GPT-4's with numbers cut into groups of at most two digits
 /// (reference behaviour, core spec 6.2).
-pub const DEFAULT_PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+pub const DEFAULT_PATTERN: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
 enum Kind {
     Fast(FastSplitter),
@@ -66,7 +67,11 @@ impl Splitter {
             Kind::Regex(regex) => {
                 for found in regex.find_iter(text) {
                     let found = found.map_err(|e| {
-                        Error::Value(format!("split pattern {:?} failed on a text of {} bytes: {e}", self.pattern, text.len()))
+                        Error::Value(format!(
+                            "split pattern {:?} failed on a text of {} bytes: {e}",
+                            self.pattern,
+                            text.len()
+                        ))
                     })?;
                     if !found.range().is_empty() {
                         f(found.start(), found.end());

@@ -70,7 +70,8 @@ impl Trainer {
         Self::with_threshold(words, guess.max(1))
     }
 
-    fn with_threshold(words: Words, threshold: u64) -> Self {
+    /// As `new`, with a given first guess of the count below which no pair will be merged. It affects speed only.
+    pub fn with_threshold(words: Words, threshold: u64) -> Self {
         let symbols = words.num_symbols();
         let mut trainer = Trainer {
             words,

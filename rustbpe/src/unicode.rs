@@ -33,9 +33,7 @@ impl Classes {
         let mut flat = vec![OTHER; char::MAX as usize + 1];
         for (pattern, class) in [(r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", SPACE)] {
             let hir = regex_syntax::parse(pattern).expect("a constant pattern parses");
-            let HirKind::Class(Class::Unicode(set)) = hir.kind() else {
-                unreachable!("{pattern} is a Unicode class")
-            };
+            let HirKind::Class(Class::Unicode(set)) = hir.kind() else { unreachable!("{pattern} is a Unicode class") };
             for range in set.ranges() {
                 flat[range.start() as usize..=range.end() as usize].fill(class);
             }

@@ -29,7 +29,8 @@ impl Vocab {
     /// Builds a vocabulary. Every single byte must be there, and ranks must be unique and below `MAX_RANK`. Of equal byte
     /// strings the later one counts for encoding, as in a Python dict made of the list; `unique` makes them an error.
     pub fn new(mut ranks: Vec<(&[u8], u32)>, unique: bool) -> Result<Self, Error> {
-        let mut by_bytes: HashMap<Box<[u8]>, u32, FastBuild> = HashMap::with_capacity_and_hasher(ranks.len(), FastBuild::default());
+        let mut by_bytes: HashMap<Box<[u8]>, u32, FastBuild> =
+            HashMap::with_capacity_and_hasher(ranks.len(), FastBuild::default());
         for &(token, rank) in &ranks {
             if rank >= MAX_RANK {
                 return Err(Error::Value(format!("rank {rank} is too large: ranks must be below {MAX_RANK}")));

@@ -1,0 +1,194 @@
+"""Compression of the tokenizer, against stock encodings on texts of several kinds."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from nanochat_jax.cli import flag
+from nanochat_jax.data.readers import DataError
+from nanochat_jax.data.sources import text_source
+from nanochat_jax.data.text import text_iterator
+from nanochat_jax.paths import tokenizer_dir, write_atomic
+from nanochat_jax.tokenizer import Tokenizer, TokenizerError
+
+REPORT_NAME = "evaluation.json"
+DATA_CHARS = 1_000_000
+
+NEWS = """
+The regional council voted on Tuesday evening to keep the old ferry running for another three years. "It is slow, it is
+loud, and nobody can imagine the bay without it," said the council's chairwoman after a debate of almost four hours.
+The repairs are expected to cost 2.4 million, a third of which will come from fares; a single crossing will rise from
+$3.50 to $4.25 on 1 June. Opponents had argued that a bridge, first proposed in 1987, would pay for itself
+within twenty years.
+"""
+
+KOREAN = """
+오늘 아침에는 안개가 짙어서 강 건너편이 보이지 않았다. 할머니는 작은 배를 타고 시장에
+가셨고, 나는 부엌에서 따뜻한 국을 끓였다. 점심때가 되자 해가 나왔고,
+마을 아이들이 다리 위에서 연을 날리기 시작했다. 저녁에는 모두 모여 옛날이야기를 들었다.
+"""
+
+GERMAN = """
+Der Müller stand früh auf, öffnete die Schleuse und hörte zu, wie sich das Rad langsam zu drehen begann. Für die großen
+Säcke brauchte er zwei Gehilfen; die kleinen trug er selbst. Abends zählte er die Münzen und schrieb alles in sein Heft.
+"""
+
+CODE = '''
+class Ledger:
+    """Keeps named balances; every change is a pair of entries that adds up to zero."""
+
+    def __init__(self, accounts=()):
+        self.balances = {name: 0 for name in accounts}
+        self.history = []
+
+    def move(self, source, target, amount):
+        if amount <= 0:
+            raise ValueError(f"amount must be positive, got {amount!r}")
+        self.balances[source] -= amount
+        self.balances[target] += amount
+        self.history.append((source, target, amount))
+
+    def total(self):
+        return sum(self.balances.values())  # always 0
+
+
+for i in range(10):
+    print(i, [j ** 2 for j in range(i) if j % 2 == 0])
+'''
+
+MATH = r"""
+\begin{lemma} For every integer $n \ge 1$, $\sum_{k=1}^{n} (2k-1) = n^2$. \end{lemma}
+\begin{proof} For $n=1$ both sides are $1$. Suppose $\sum_{k=1}^{n}(2k-1)=n^2$. Adding the next odd number gives
+\[ \sum_{k=1}^{n+1}(2k-1) = n^2 + (2n+1) = (n+1)^2, \] which is the claim for $n+1$. \qedhere \end{proof}
+"""
+
+SCIENCE = """
+A leaf takes in carbon dioxide through small openings and gives off oxygen and water vapour. When the air is dry, the
+cells on either side of an opening lose pressure and it closes, which saves water but also slows down growth.
+Measurements taken at 25 degrees show that the rate of uptake falls by roughly 40% within an hour, and recovers overnight
+in most species.
+"""
+
+TEXTS = {"news": NEWS, "korean": KOREAN, "german": GERMAN, "code": CODE, "math": MATH, "science": SCIENCE}
+
+
+@dataclass(frozen=True)
+class TokEvalSettings:
+    """Flags of scripts.tok_eval."""
+
+    data: str = flag("", "also measure on this file or folder of text; default: the downloaded shards if there are any")
+    text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
+    demo: bool = flag(False, "also measure on the embedded demo data")
+    encodings: str = flag("gpt2,cl100k_base", "tiktoken encodings to compare with, comma-separated")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Bytes and tokens of one text under one encoding."""
+
+    bytes: int
+    tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """Bytes per token: higher is better."""
+        return self.bytes / self.tokens
+
+
+def measure(tokenizer: Tokenizer, texts: dict[str, str]) -> dict[str, Measure]:
+    """Bytes and tokens of every text. Raises TokenizerError if one does not come back exactly."""
+    found = {}
+    for name, text in texts.items():
+        ids = tokenizer.encode(text)
+        if tokenizer.decode(ids) != text:
+            raise TokenizerError(
+                f"the text {name!r} does not come back exactly; the tokenizer is damaged, train it anew"
+            )
+        found[name] = Measure(len(text.encode()), len(ids))
+    return found
+
+
+def relative_saving(ours: Measure, theirs: Measure) -> float:
+    """How many fewer tokens we need, in per cent of theirs (negative: more)."""
+    return 100 * (theirs.tokens - ours.tokens) / theirs.tokens
+
+
+def collect_texts(settings: TokEvalSettings) -> dict[str, str]:
+    """The project's own texts, and the beginnings of the training and held-out text where there is any."""
+    texts = {name: text.strip() for name, text in TEXTS.items()}
+    try:
+        source = text_source(settings.data, settings.demo, settings.text_column)
+    except DataError as error:
+        if settings.data or settings.demo:
+            raise
+        print(f"no text of your own is measured: {error}")
+        return texts
+    for name, documents in (("train", source.train), ("val", source.val)):
+        texts[name] = "\n".join(text_iterator(documents.iterate(), DATA_CHARS, DATA_CHARS))
+    return texts
+
+
+def stock_tokenizers(names: Iterable[str]) -> dict[str, Tokenizer]:
+    """The stock encodings that can be loaded; for any other, a line that says why not."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = Tokenizer.from_tiktoken(name)
+        except ConnectionError as error:
+            print(f"not compared with {name}: {error}")
+    return found
+
+
+def evaluate(settings: TokEvalSettings) -> dict[str, dict[str, Measure]]:
+    """Measures, prints tables and saves the numbers beside the tokenizer; returns {encoding: {text: measure}}."""
+    tokenizer = Tokenizer.load()
+    texts = collect_texts(settings)
+    results = {"ours": measure(tokenizer, texts)}
+    others = stock_tokenizers(name.strip() for name in settings.encodings.split(",") if name.strip())
+    sizes = {"ours": tokenizer.vocab_size, **{name: other.vocab_size for name, other in others.items()}}
+    for name, other in others.items():
+        results[name] = measure(other, texts)
+    console = Console()
+    print("vocabulary: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    if not others:
+        console.print(_own_table(results["ours"]))
+    for name in others:
+        console.print(_comparison(name, results[name], results["ours"]))
+    numbers = {
+        encoding: {text: {"bytes": m.bytes, "tokens": m.tokens} for text, m in measures.items()}
+        for encoding, measures in results.items()
+    }
+    content = {"tokenizer_hash": tokenizer.hash, "vocab_sizes": sizes, "measures": numbers}
+    write_atomic(tokenizer_dir() / REPORT_NAME, json.dumps(content, indent=1) + "\n")
+    return results
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    table.add_column("text")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _own_table(ours: dict[str, Measure]) -> Table:
+    table = _table("compression", "bytes", "tokens", "bytes/token")
+    for name, m in ours.items():
+        table.add_row(name, f"{m.bytes:,}", f"{m.tokens:,}", f"{m.ratio:.2f}")
+    return table
+
+
+def _comparison(name: str, theirs: dict[str, Measure], ours: dict[str, Measure]) -> Table:
+    columns = "bytes", f"{name} tokens", "bytes/token", "our tokens", "bytes/token", "tokens saved", "better"
+    table = _table(f"compression against {name}", *columns)
+    for text, t in theirs.items():
+        o = ours[text]
+        better = "tie" if o.tokens == t.tokens else "ours" if o.tokens < t.tokens else name
+        saved = f"{relative_saving(o, t):+.1f}%"
+        table.add_row(
+            text, f"{t.bytes:,}", f"{t.tokens:,}", f"{t.ratio:.2f}", f"{o.tokens:,}", f"{o.ratio:.2f}", saved, better
+        )
+    return table

@@ -1,0 +1,199 @@
+"""Training the tokenizer: its flags, the text it sees, what it reports."""
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from nanochat_jax import cli
+from nanochat_jax.cli import flag
+from nanochat_jax.data.sources import text_source
+from nanochat_jax.data.text import text_iterator
+from nanochat_jax.paths import sha256_hex, tokenizer_dir, write_atomic
+from nanochat_jax.tokenizer import FILE_NAME, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, TokenizerError
+
+LINE_EVERY_S = 10.0
+# Text the finished tokenizer must give back exactly: scripts, numbers, spaces, joined emoji, and special strings.
+ROUND_TRIP = (
+    "Hello world! It's 12,345.67 — don't\tworry.\r\n\n  def f(x):\n      return x**2\n"
+    "Grüße, ¿qué tal? Привет! 你好，世界 こんにちは 안녕 مرحبا שלום 👩‍👩‍👧‍👦🏽 <|bos|> <|assistant_end|>\u0000\ufffd"
+)
+
+
+@dataclass(frozen=True)
+class TokTrainSettings:
+    """Flags of scripts.tok_train. Names and defaults are the reference's where it has them."""
+
+    data: str = flag("", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards")
+    text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
+    demo: bool = flag(False, "train on the embedded demo data with small defaults (they change with this flag)")
+    max_chars: int = flag(10_000_000_000, "read at most about this many characters")
+    doc_cap: int = flag(10_000, "read at most this many characters of a document")
+    vocab_size: int = flag(65536, "tokens, the 256 bytes and the nine special tokens included")
+    force: bool = flag(False, "train even if this tokenizer has been trained before")
+
+
+@dataclass(frozen=True)
+class DemoTokTrainSettings(TokTrainSettings):
+    """The same flags with defaults for the embedded demo data."""
+
+    demo: bool = flag(True, "train on the embedded demo data with these small defaults")
+    max_chars: int = flag(5_000_000, "read at most about this many characters")
+    vocab_size: int = flag(2048, "tokens, the 256 bytes and the nine special tokens included")
+
+
+def parse_settings(argv: list[str]) -> TokTrainSettings:
+    """Settings from command-line arguments; exits with status 2 on a mistake."""
+    kind = DemoTokTrainSettings if cli.is_set("demo", argv) else TokTrainSettings
+    return cli.parse(kind, argv, f"python -m scripts.tok_train: {__doc__}")
+
+
+def train_tokenizer(settings: TokTrainSettings) -> Tokenizer:
+    """Trains a tokenizer on the training text, saves it, prints a report.
+
+    The same text and settings as before give the same tokenizer, so it is kept. Another tokenizer in its place is set
+    aside, not overwritten: models trained with it need it. Raises DataError, TokenizerError.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if settings.vocab_size < smallest:
+        raise TokenizerError(f"--vocab_size={settings.vocab_size} is too small; it must be {smallest} or more")
+    if settings.max_chars < 1 or settings.doc_cap < 1:
+        raise TokenizerError("--max_chars and --doc_cap must be 1 or more")
+    source = text_source(settings.data, settings.demo, settings.text_column)
+    inputs = {
+        "source": source.train.fingerprint(),
+        "pattern": SPLIT_PATTERN,
+        "special_tokens": SPECIAL_TOKENS,
+        "max_chars": settings.max_chars,
+        "doc_cap": settings.doc_cap,
+        "vocab_size": settings.vocab_size,
+    }
+    key = sha256_hex(json.dumps(inputs, sort_keys=True).encode())
+    path = tokenizer_dir() / FILE_NAME
+    existing = _existing(path)
+    if existing is not None and existing.training.get("inputs") == key and not settings.force:
+        print(f"{path} is already trained on this text with these settings; keeping it")
+        return existing
+    print(f"training a tokenizer of {settings.vocab_size:,} tokens on {source.description}")
+    counts = {"documents": 0, "characters": 0}
+    began = time.monotonic()
+    with _TrainProgress(counts) as progress:
+        texts = _counted(text_iterator(source.train.iterate(), settings.doc_cap, settings.max_chars), counts)
+        tokenizer = Tokenizer.train(texts, settings.vocab_size, progress)
+    seconds = time.monotonic() - began
+    if tokenizer.decode(tokenizer.encode(ROUND_TRIP)) != ROUND_TRIP:
+        raise TokenizerError("the trained tokenizer does not give text back exactly; please report this")
+    tokenizer.training.update(
+        counts,
+        inputs=key,
+        source=source.description,
+        doc_cap=settings.doc_cap,
+        max_chars=settings.max_chars,
+        seconds=round(seconds, 3),
+        repairs=source.train.stats.as_dict(),
+    )
+    if existing is not None and existing.hash != tokenizer.hash:
+        aside = path.with_name(f"tokenizer-{existing.hash[:12]}.json")
+        write_atomic(aside, path.read_bytes())
+        print(f"the tokenizer that was there is now {aside.name}; models trained with it need it")
+    tokenizer.save()
+    print(report(tokenizer))
+    print(f"saved to {path}")
+    return tokenizer
+
+
+def run(action: Callable[[], Any]) -> int:
+    """Runs ``action`` for a script; an error with a remedy becomes one line on stderr. Returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        action()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if not (type(error).__module__.startswith("nanochat_jax") or isinstance(error, FileNotFoundError)):
+            raise  # not foreseen: show all of it
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report(tokenizer: Tokenizer) -> str:
+    """What is worth knowing about a trained tokenizer, one fact a line."""
+    training = tokenizer.training
+    lengths = tokenizer.token_bytes()
+    lengths = lengths[lengths > 0]
+    rate = training["characters"] / max(training["seconds"], 1e-9) / 1e6
+    facts: dict[str, Any] = {
+        "vocabulary": f"{tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens)} of them special",
+        "text": f"{training['characters']:,} characters in {training['documents']:,} documents",
+        "time": f"{training['seconds']:.1f} s ({rate:.1f} M characters/s)",
+        "bytes per token": f"min {lengths.min()}, max {lengths.max()}, mean {lengths.mean():.3f}, "
+        f"std {np.std(lengths, ddof=1):.3f}",
+        "hash": tokenizer.hash[:12],
+    }
+    repairs = training["repairs"]
+    if repairs["invalid_utf8"] or repairs["bad_lines"]:
+        facts["repaired"] = f"{repairs['invalid_utf8']} invalid UTF-8 sequences, {repairs['bad_lines']} lines left out"
+    if "warning" in training:
+        facts["warning"] = training["warning"]
+    return "\n".join(f"  {name}: {fact}" for name, fact in facts.items())
+
+
+def _existing(path: Path) -> Tokenizer | None:
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.load(path.parent)
+    except TokenizerError as error:
+        print(f"{error}: training it anew", file=sys.stderr)
+        return None
+
+
+def _counted(texts: Iterable[str], counts: dict[str, int]) -> Iterator[str]:
+    for text in texts:
+        counts["documents"] += 1
+        counts["characters"] += len(text)
+        yield text
+
+
+class _TrainProgress:
+    """Shows the trainer's two stages: reading text (of unknown length) and merging."""
+
+    def __init__(self, counts: dict[str, int]):
+        self._counts, self._live = counts, sys.stdout.isatty()
+        self._columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        self._bar = Bar(*self._columns, disable=not self._live)
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "_TrainProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(Exception):
+            self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "count":
+            characters = self._counts["characters"] / 1e6
+            text = f"reading: {self._counts['documents']:,} documents, {characters:,.1f} M characters"
+        else:
+            text = f"merging: {done:,} of {total:,}"
+        if self._live:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(text, total=total or None)
+            self._bar.update(self._tasks[stage], description=text, completed=done)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            print(text, flush=True)

@@ -1,0 +1,170 @@
+"""Flags from a dataclass: every way to write them, every mistake named."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat_jax import cli
+from nanochat_jax.cli import flag
+
+
+@dataclass(frozen=True)
+class Settings:
+    depth: int = flag(20, "the number of layers")
+    grad_clip: float = flag(1.0, "largest gradient norm")
+    demo: bool = flag(False, "small defaults")
+    resume: bool = flag(True, "go on with an existing run")
+    run_name: str = flag("", "name of the run")
+    prompt: str = flag("", "text to complete", short="p")
+    top_k: int | None = flag(None, "most likely tokens to draw from")
+    remat: str = flag("none", "what to recompute", choices=("none", "mlp", "block"))
+    out: Path = flag(Path("x"), "a folder")
+
+
+def parse(*argv) -> Settings:
+    return cli.parse(Settings, argv)
+
+
+def fails(capsys, *argv, settings: type = Settings) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(settings, argv)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
+    return captured.err
+
+
+def test_defaults_and_nothing_printed(capsys):
+    assert parse() == Settings()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--depth=12"], {"depth": 12}),
+        (["--depth", "12"], {"depth": 12}),
+        (["--depth", "-1"], {"depth": -1}),
+        (["--depth=1e3"], {"depth": 1000}),
+        (["--depth=20000000000000000001"], {"depth": 20000000000000000001}),
+        (["--depth=4.0"], {"depth": 4}),
+        (["--grad_clip=1"], {"grad_clip": 1.0}),  # an integer is refused for a float by the reference
+        (["--grad_clip", "1e-3"], {"grad_clip": 0.001}),
+        (["--grad-clip=-2"], {"grad_clip": -2.0}),
+        (["--demo"], {"demo": True}),
+        (["--demo=True"], {"demo": True}),
+        (["--demo", "true", "--depth=3"], {"demo": True, "depth": 3}),
+        (["--demo", "--depth=3"], {"demo": True, "depth": 3}),
+        (["--resume=False"], {"resume": False}),
+        (["--resume", "no"], {"resume": False}),
+        (["--run-name=a=b,c"], {"run_name": "a=b,c"}),  # the reference dies on a second "="
+        (["--run_name="], {"run_name": ""}),
+        (["--run_name", "12"], {"run_name": "12"}),
+        (["-p", "- to be -"], {"prompt": "- to be -"}),
+        (["-p=hello"], {"prompt": "hello"}),
+        (["--prompt=--x"], {"prompt": "--x"}),
+        (["--top_k=5"], {"top_k": 5}),
+        (["--top_k=None"], {"top_k": None}),
+        (["--remat=mlp"], {"remat": "mlp"}),
+        (["--out=a/b"], {"out": Path("a/b")}),
+        (["--depth=1", "--depth=2"], {"depth": 2}),
+    ],
+)
+def test_ways_to_write_a_flag(argv, expected):
+    assert parse(*argv) == Settings(**expected)
+    for name, value in expected.items():
+        assert type(getattr(parse(*argv), name)) is type(value)
+
+
+def test_overrides_are_printed(capsys):
+    parse("--depth=12", "--grad_clip=1", "--run_name=x")
+    assert capsys.readouterr().out == "--depth = 12 (default 20)\n--run_name = 'x' (default '')\n"
+    cli.parse(Settings, ["--depth=12"], echo=False)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--dpeth=12"], "unknown flag --dpeth; did you mean --depth?"),
+        (["--grad-clp", "1"], "did you mean --grad_clip?"),
+        (["--xyz"], "unknown flag --xyz"),
+        (["--depth=1.5"], "--depth expects an integer, got '1.5'"),
+        (["--depth=inf"], "--depth expects an integer"),
+        (["--depth=twelve"], "--depth expects an integer, got 'twelve'"),
+        (["--grad_clip=big"], "--grad_clip expects a number"),
+        (["--grad_clip=nan"], "--grad_clip expects a number"),
+        (["--demo=maybe"], "--demo expects True or False, got 'maybe'"),
+        (["--top_k=x"], "--top_k expects an integer or None"),
+        (["--remat=all"], "--remat expects one of none, mlp, block"),
+        (["--depth"], "--depth needs a value: --depth=INT"),
+        (["--depth", "--demo"], "--depth needs a value"),
+        (["config.py"], "unexpected argument 'config.py'"),
+        (["--demo", "config.py"], "unexpected argument 'config.py'"),
+        (["-x"], "unexpected argument '-x'"),
+        (["--"], "unexpected argument '--'"),
+    ],
+)
+def test_mistakes(capsys, argv, words):
+    assert words in fails(capsys, *argv)
+
+
+def test_required_flag(capsys):
+    @dataclass
+    class Needs:
+        path: str = dataclasses.field(metadata={"help": "a file"})
+
+    assert "--path is required: --path=STR" in fails(capsys, settings=Needs)
+    assert cli.parse(Needs, ["--path=a"]).path == "a"
+    assert capsys.readouterr().out == "--path = 'a'\n"
+
+
+def test_help_names_every_flag_with_type_text_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Settings, ["--depth=3", "--help"], "Trains a model.")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Trains a model.")
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name}=" in text and field.metadata["help"] in text
+    assert "(default 20)" in text and "-p, --prompt=STR" in text and "none|mlp|block" in text
+
+
+def test_settings_that_are_no_flags_are_a_programming_error():
+    @dataclass
+    class Bad:
+        sizes: list[int] = dataclasses.field(default_factory=list)
+
+    with pytest.raises(TypeError, match="Bad.sizes"):
+        cli.parse(Bad, [])
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], False),
+        (["--demo"], True),
+        (["--demo=True"], True),
+        (["--demo=False"], False),
+        (["--demo", "False"], False),
+        (["--demo", "--depth=3"], True),
+        (["--demo", "--demo=0"], False),
+        (["--demonstrate"], False),
+        (["--run_name", "demo"], False),
+    ],
+)
+def test_is_set_agrees_with_parse(argv, expected):
+    assert cli.is_set("demo", argv) is expected
+    if "--demonstrate" not in argv:
+        assert parse(*argv).demo is expected
+
+
+@given(st.integers(), st.floats(allow_nan=False), st.booleans(), st.text())
+def test_round_trip(depth, clip, demo, name):
+    argv = [f"--depth={depth}", f"--grad_clip={clip!r}", f"--demo={demo}", f"--run_name={name}"]
+    result = cli.parse(Settings, argv, echo=False)
+    assert (result.depth, result.grad_clip, result.demo, result.run_name) == (depth, clip, demo, name)

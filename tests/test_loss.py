@@ -1,0 +1,190 @@
+"""The fused loss: against the dense formula for awkward sizes, its gradients, its memory, and its denominators."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import loss as module
+from nanochat_jax.gpt import GPTConfig, forward, init
+from nanochat_jax.loss import fused_weighted_nll, next_token_loss, target_weights, token_nll, weighted_nll
+
+CAP = 15.0
+SIZES = [(1, 8, 7), (5, 16, 33), (127, 8, 101), (128, 8, 64), (130, 12, 17), (300, 4, 1001)]  # N, C, V
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    """Small problems in one piece, and cut up as large ones are."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(module, "chunk_size", lambda n, v: 64)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def problem(n, c, v, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(3 * rng.normal(size=(n, c)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(c, v)), dtype)
+    targets = rng.integers(0, v, n)
+    weights = rng.normal(size=n).astype(np.float32)  # negative ones too: advantages are
+    if n > 2:
+        targets[1], weights[1] = -1, 0.0
+    return hidden, kernel, jnp.asarray(targets), jnp.asarray(weights)
+
+
+def dense_nll(hidden, kernel, targets, softcap):
+    """Per-token nll (N,) the plain way; any value where the target is negative."""
+    logits = softcap * jnp.tanh(hidden.astype(jnp.float32) @ kernel.astype(jnp.float32) / softcap)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_value_and_gradients_equal_the_dense_formula(size, chunks):
+    hidden, kernel, targets, weights = problem(*size)
+
+    def dense(hidden, kernel):
+        return (weights * dense_nll(hidden, kernel, targets, CAP)).sum()
+
+    expected, expected_grads = jax.value_and_grad(dense, (0, 1))(hidden, kernel)
+    value, grads = jax.jit(jax.value_and_grad(fused_weighted_nll, (0, 1)), static_argnums=4)(
+        hidden, kernel, targets, weights, CAP
+    )
+    plain = jax.jit(fused_weighted_nll, static_argnums=4)(hidden, kernel, targets, weights, CAP)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=1e-5)
+    for ours, exact in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * float(jnp.abs(exact).max()))
+
+
+def test_gradient_scales_with_the_cotangent(chunks):
+    hidden, kernel, targets, weights = problem(130, 8, 33)
+    one = jax.grad(lambda h: fused_weighted_nll(h, kernel, targets, weights, CAP))(hidden)
+    scaled = jax.grad(lambda h: -2.5 * fused_weighted_nll(h, kernel, targets, weights, CAP))(hidden)
+    np.testing.assert_allclose(scaled, -2.5 * one, rtol=1e-6)
+
+
+def test_bf16_activations_keep_a_float32_loss(chunks):
+    hidden, kernel, targets, weights = problem(300, 16, 65, jnp.bfloat16)
+    value, grads = jax.value_and_grad(fused_weighted_nll, (0, 1))(hidden, kernel, targets, weights, CAP)
+    exact, exact_grads = jax.value_and_grad(
+        lambda h, k: (weights * dense_nll(h, k, targets, CAP)).sum(), (0, 1)
+    )(hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, exact, rtol=1e-4, atol=1e-3)  # bf16 logits would be off by 1e-2
+    for ours, wanted in zip(grads, exact_grads, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), wanted, atol=0.02 * float(jnp.abs(wanted).max()))
+
+
+def test_saturated_logits_have_finite_gradients():
+    hidden, kernel, targets, weights = problem(40, 8, 33)
+    value, grads = jax.value_and_grad(fused_weighted_nll, (0, 1))(1e4 * hidden, kernel, targets, weights, CAP)
+    assert np.isfinite(value) and all(bool(jnp.isfinite(g).all()) for g in grads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on a model
+
+
+CONFIG = GPTConfig(sequence_len=32, vocab_size=61, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+
+
+def batch(rows=4, length=24, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, CONFIG.vocab_size, (rows, length + 1)).astype(np.int32)
+    inputs, targets = ids[:, :-1], ids[:, 1:].copy()
+    targets[rng.random(targets.shape) < 0.2] = -1
+    return inputs, targets, rng.random(targets.shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    drawn = init(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), drawn)
+
+
+def dense_model_nll(params, inputs, targets):
+    log_p = jax.nn.log_softmax(forward(CONFIG, params, inputs), axis=-1)
+    nll = -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets >= 0, nll, 0.0)
+
+
+def test_token_nll_equals_dense(params, chunks):
+    inputs, targets, _ = batch()
+    nll = token_nll(CONFIG, params, inputs, targets)
+    assert nll.shape == targets.shape and nll.dtype == jnp.float32
+    np.testing.assert_allclose(nll, dense_model_nll(params, inputs, targets), atol=1e-5)
+    assert (np.asarray(nll)[targets < 0] == 0).all()
+
+
+def test_next_token_loss_is_the_weighted_mean(params):
+    inputs, targets, weights = batch()
+    nll, kept = dense_model_nll(params, inputs, targets), targets >= 0
+    mean = next_token_loss(CONFIG, params, inputs, targets)
+    np.testing.assert_allclose(mean, nll.sum() / kept.sum(), rtol=1e-6)
+    weighted = next_token_loss(CONFIG, params, inputs, targets, weights)
+    np.testing.assert_allclose(weighted, (weights * nll).sum() / (weights * kept).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["zero weights", "all targets ignored"])
+def test_nothing_to_learn_is_zero_and_not_nan(params, case):
+    inputs, targets, weights = batch()
+    if case == "zero weights":
+        weights = np.zeros_like(weights)
+    else:
+        targets = np.full_like(targets, -1)
+    value, grads = jax.value_and_grad(lambda p: next_token_loss(CONFIG, p, inputs, targets, weights))(params)
+    assert value == 0.0
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_ignored_targets_equal_zero_weights(params):
+    inputs, targets, _ = batch()
+    filled = np.where(targets < 0, 3, targets)
+    by_target = jax.grad(lambda p: next_token_loss(CONFIG, p, inputs, targets))(params)
+    by_weight = jax.grad(lambda p: next_token_loss(CONFIG, p, inputs, filled, targets >= 0))(params)
+    for a, b in zip(jax.tree.leaves(by_target), jax.tree.leaves(by_weight), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_accumulation_invariance(params):
+    """The sum over a batch is the sum over its pieces, uneven weights included, in value and in gradient."""
+    inputs, targets, weights = batch(rows=8)
+    weights = np.asarray(target_weights(jnp.asarray(targets), jnp.asarray(weights)))
+    grad = jax.jit(jax.value_and_grad(lambda p, *b: weighted_nll(CONFIG, p, *b)))
+    whole = grad(params, inputs, targets, weights)
+    pieces = [grad(params, *(a[i : i + 1] for a in (inputs, targets, weights))) for i in range(8)]
+    summed = jax.tree.map(lambda *x: sum(x), *pieces)
+    for a, b in zip(jax.tree.leaves(summed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_first_loss_is_log_vocabulary():
+    inputs, targets, _ = batch()
+    value, grads = jax.value_and_grad(lambda p: next_token_loss(CONFIG, p, inputs, targets))(
+        init(CONFIG, jax.random.key(0))
+    )
+    np.testing.assert_allclose(value, np.log(CONFIG.vocab_size), rtol=1e-6)
+    moving = {jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if (g != 0).any()}
+    assert moving == {"['lm_head']['kernel']"}  # with zero projections only the unembedding learns at first
+
+
+@pytest.mark.parametrize("wanted", ["loss", "gradients"])
+def test_never_holds_all_logits(wanted):
+    """In the compiled program no array has the size of (B, T, V), whatever its shape."""
+    config = GPTConfig(sequence_len=64, vocab_size=40_000, n_layer=1, n_head=1, n_kv_head=1, n_embd=8)
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    ids = jax.ShapeDtypeStruct((32, 64), jnp.int32)
+
+    def loss(params, ids):
+        return next_token_loss(config, params, ids, ids)
+
+    f = loss if wanted == "loss" else jax.value_and_grad(loss)
+    text = jax.jit(f).lower(shapes, ids).compile().as_text()
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(sizes) < 32 * 64 * 40_000 / 4
