@@ -86,7 +86,8 @@ def _convert(kind: type, text: str) -> Any:
 def _flags_of(settings: type) -> dict[str, _Flag]:
     hints, flags = typing.get_type_hints(settings), {}
     for field in dataclasses.fields(settings):
-        kind, optional = hints[field.name], False
+        kind: Any = hints[field.name]
+        optional = False
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             kinds = [k for k in typing.get_args(kind) if k is not type(None)]
             optional, kind = len(kinds) < len(typing.get_args(kind)), kinds[0] if len(kinds) == 1 else None

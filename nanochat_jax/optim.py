@@ -193,7 +193,9 @@ def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd
     )
 
     def init(groups: Groups) -> OptimState:
-        return OptimState(adam=adam.init(_embeddings(groups)), muon=matrices.init(groups["matrices"]))
+        adam_state: Any = adam.init(_embeddings(groups))
+        muon_state: Any = matrices.init(groups["matrices"])
+        return OptimState(adam=adam_state, muon=muon_state)
 
     def update(grads: Groups, state: OptimState, groups: Groups | None = None):
         if groups is None:

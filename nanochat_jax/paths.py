@@ -6,11 +6,15 @@ its destination, flushed to the disk, then renamed.
 """
 
 import contextlib
+import fcntl
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+logger = logging.getLogger(__name__)
 
 BASE_DIR_VARIABLE = "NANOCHAT_BASE_DIR"
 OFFLINE_VARIABLE = "NANOCHAT_OFFLINE"
@@ -93,6 +97,20 @@ def sync_directory(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def lock_file(path: str | Path) -> IO[bytes]:
+    """Open ``path`` and hold it exclusively until the file is closed (or the process ends, however it ends).
+
+    Waits, and says so, while another process holds it.
+    """
+    file = open(path, "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.warning("another process is at work in %s; waiting for it", Path(path).parent)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -82,13 +82,15 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
         def micro(x, y, w):
             return jax.value_and_grad(lambda p: weighted_nll(config, p, x, y, w) / denominator)(params)
 
-        loss, grads = micro(inputs[0], targets[0], weights[0])
-        if inputs.shape[0] > 1:
+        if inputs.shape[0] == 1:
+            loss, grads = micro(inputs[0], targets[0], weights[0])
+        else:
 
             def add(total, batch):
                 return jax.tree.map(jnp.add, total, micro(*batch)), None
 
-            (loss, grads), _ = jax.lax.scan(add, (loss, grads), (inputs[1:], targets[1:], weights[1:]))
+            zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(micro, inputs[0], targets[0], weights[0]))
+            (loss, grads), _ = jax.lax.scan(add, zero, (inputs, targets, weights))
         groups = jax.tree_util.tree_map_with_path(reduce_group, padded_groups(grads, n_devices))
         return jax.lax.psum(loss, sharding.DATA_AXIS), groups
 

@@ -127,10 +127,30 @@ def test_names_and_addresses(monkeypatch, server):
 def test_the_command_fetches_shards_and_the_held_out_one(server, capsys):
     server.files = {shard_name(i): b"PAR1" + bytes([i % 256]) * 1000 + b"PAR1" for i in (0, 1, 2, LAST_SHARD)}
     assert main(["-n", "3", "-w", "2"]) == 0
-    assert {path.name: path.read_bytes() for path in shards_dir().iterdir()} == server.files
+    assert {path.name: path.read_bytes() for path in shards_dir().glob("[!.]*")} == server.files
     asked = len(server.requests)
     assert main(["-n", "3"]) == 0 and len(server.requests) == asked  # nothing is fetched twice
     assert "4 of 4 shards" in capsys.readouterr().out
+
+
+def test_two_downloads_at_once_do_not_disturb_each_other(server, tmp_path):
+    server.files = {shard_name(i): CONTENT for i in range(4)}
+    answers: list[dict[int, str]] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(download_shards(range(4), tmp_path, wait=0))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [{}, {}, {}] and len(server.requests) == 4
+    assert all((tmp_path / shard_name(i)).read_bytes() == CONTENT for i in range(4))
+
+
+def test_stopped_between_the_last_byte_and_the_new_name(server, tmp_path):
+    (tmp_path / (shard_name(0) + ".arriving")).write_bytes(CONTENT)
+    assert download_shards([0], tmp_path) == {} and not server.requests
+    assert (tmp_path / shard_name(0)).read_bytes() == CONTENT
 
 
 def test_anything_missing_gives_an_error_status(server, capsys):
@@ -144,7 +164,7 @@ def test_anything_missing_gives_an_error_status(server, capsys):
     assert "2 of 4 shards" in shown.out
     assert "shard_00001.parquet: what the server sent is no parquet file" in shown.err
     assert "shard_00002.parquet" in shown.err and "404" in shown.err
-    assert sorted(path.name for path in shards_dir().iterdir()) == [shard_name(0), shard_name(LAST_SHARD)]
+    assert sorted(path.name for path in shards_dir().glob("[!.]*")) == [shard_name(0), shard_name(LAST_SHARD)]
 
 
 def test_broken_answers_are_continued_by_byte_range(server, tmp_path):

@@ -28,6 +28,9 @@ def data(golden):
         return dict(arrays)
 
 
+compiled = jax.jit(orthogonalize, static_argnums=(1, 2))
+
+
 def slow_orthogonalize(x, steps=5):
     """One matrix, float64."""
     x = np.asarray(x, np.float64)
@@ -63,21 +66,20 @@ def slow_muon(params, grads, lr, momentum, steps=5, nesterov=True, weight_decay=
 @pytest.mark.parametrize("case", NS_CASES)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_newton_schulz_fp32(data, case, steps):
-    result = jax.jit(lambda x: orthogonalize(x, steps, jnp.float32))(jnp.asarray(data[f"ns/{case}/input"]))
+    result = compiled(jnp.asarray(data[f"ns/{case}/input"]), steps, "float32")
     atol = 1e-4 if case == "rank1" else 2e-5
     np.testing.assert_allclose(result, data[f"ns/{case}/fp32_steps{steps}"], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("case", NS_CASES)
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("case, jit", [(case, True) for case in NS_CASES] + [("batched", False)])
 def test_newton_schulz_bf16_follows_the_eager_recipe(data, case, jit):
     """Rounded after every operation, compiled or not: exact here; atol 1e-2 allows matmuls that add in another order.
 
     The chaotic near-rank-one matrix is compared after one and two steps only.
     """
     for steps in (1, 2) if case == "rank1" else (1, 2, 5):
-        run = jax.jit(orthogonalize, static_argnums=(1, 2)) if jit else orthogonalize
-        result = run(jnp.asarray(data[f"ns/{case}/input"]), steps, jnp.bfloat16)
+        run = compiled if jit else orthogonalize
+        result = run(jnp.asarray(data[f"ns/{case}/input"]), steps, "bfloat16")
         assert result.dtype == jnp.bfloat16
         expected = data[f"ns/{case}/bf16_steps{steps}"]
         np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0, atol=1e-2)
@@ -95,10 +97,24 @@ def test_zero_stays_zero(data, dtype):
 def test_newton_schulz_against_float64(shape):
     x = np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
     slow = np.stack([slow_orthogonalize(m) for m in x.reshape(-1, *shape[-2:])]).reshape(shape)
-    result = np.asarray(orthogonalize(jnp.asarray(x), 5, "float32"))
+    result = np.asarray(compiled(jnp.asarray(x), 5, "float32"))
     np.testing.assert_allclose(result, slow, rtol=0, atol=2e-5)
-    bf16 = np.asarray(orthogonalize(jnp.asarray(x), 5, "bfloat16"), np.float32)
+    bf16 = np.asarray(compiled(jnp.asarray(x), 5, "bfloat16"), np.float32)
     assert np.linalg.norm(bf16 - slow) <= 0.12 * np.linalg.norm(slow)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (96, 24), (64, 128), (64, 127)])
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5])
+def test_wide_matrices_of_any_condition_number(shape, steps):
+    """Singular values over 0 to 8 decades: the Gram form for aspect 2 and more stays as exact as the plain one."""
+    rng = np.random.default_rng(3)
+    small = min(shape)
+    for decades in (0, 1, 2, 3, 5, 8):
+        u, _ = np.linalg.qr(rng.normal(size=(shape[0], small)))
+        v, _ = np.linalg.qr(rng.normal(size=(shape[1], small)))
+        x = (u * 10 ** np.linspace(0, -decades, small)) @ v.T
+        result = compiled(jnp.asarray(x, jnp.float32), steps, "float32")
+        np.testing.assert_allclose(result, slow_orthogonalize(x, steps), rtol=0, atol=2e-5)
 
 
 def test_scalar_map_of_the_specification():
@@ -106,15 +122,15 @@ def test_scalar_map_of_the_specification():
     expected = {0.001: 0.47054, 0.01: 0.69892, 0.05: 0.75812, 0.1: 0.71212, 0.3: 1.07959, 0.5: 0.76544, 0.9: 0.68201}
     for s, value in expected.items():
         rest = np.sqrt(1 - s * s)  # Frobenius norm 1, so the division changes nothing
-        result = orthogonalize(jnp.diag(jnp.array([s, rest], jnp.float32)), 5, "float32")
+        result = compiled(jnp.diag(jnp.array([s, rest], jnp.float32)), 5, "float32")
         assert float(result[0, 0]) == pytest.approx(value, abs=2e-4)
 
 
 def test_transposition_and_scale_do_not_matter():
     x = jax.random.normal(jax.random.key(1), (24, 60))
-    wide = np.asarray(orthogonalize(x, 5, "float32"))
-    np.testing.assert_allclose(orthogonalize(x.T, 5, "float32").T, wide, atol=1e-6)
-    np.testing.assert_allclose(orthogonalize(x * 1000, 5, "float32"), wide, atol=2e-5)
+    wide = np.asarray(compiled(x, 5, "float32"))
+    np.testing.assert_allclose(compiled(x.T, 5, "float32").T, wide, atol=1e-6)
+    np.testing.assert_allclose(compiled(x * 1000, 5, "float32"), wide, atol=2e-5)
 
 
 def test_result_is_nearly_orthogonal():
@@ -139,6 +155,10 @@ def test_newton_schulz_errors(x, kwargs, words):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the optimizer
+
+
+def first_update(transform, grads):
+    return jax.jit(transform.update)(grads, transform.init(grads))
 
 
 def run_muon(transform, params, grads):
@@ -178,8 +198,8 @@ def test_both_layouts_are_the_same_optimizer():
     keys = jax.random.split(jax.random.key(3), 2)
     kernels = {"up": jax.random.normal(keys[0], (2, 8, 32)), "down": jax.random.normal(keys[1], (32, 8))}
     weights = jax.tree.map(lambda k: k.mT, kernels)
-    ours, _ = muon(0.02, ns_dtype="float32").update(kernels, muon(0.02).init(kernels))
-    theirs, _ = muon(0.02, ns_dtype="float32", kernel_layout="out_in").update(weights, muon(0.02).init(weights))
+    ours, _ = first_update(muon(0.02, ns_dtype="float32"), kernels)
+    theirs, _ = first_update(muon(0.02, ns_dtype="float32", kernel_layout="out_in"), weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.mT, atol=1e-6), ours, theirs)
     size = {name: np.linalg.norm(update) / np.sqrt(8 * (2 if name == "up" else 1)) for name, update in ours.items()}
     assert size["up"] / size["down"] == pytest.approx(2, rel=0.2)  # sqrt(32 / 8) = 2 against 1
@@ -188,9 +208,8 @@ def test_both_layouts_are_the_same_optimizer():
 def test_stack_equals_separate_matrices():
     grads = jax.random.normal(jax.random.key(4), (5, 12, 20))
     transform = muon(0.1, 0.9, ns_dtype="float32")
-    stacked, _ = transform.update({"w": grads}, transform.init({"w": grads}))
-    separate = {str(i): grads[i] for i in range(5)}
-    alone, _ = transform.update(separate, transform.init(separate))
+    stacked, _ = first_update(transform, {"w": grads})
+    alone, _ = first_update(transform, {str(i): grads[i] for i in range(5)})
     for i in range(5):
         np.testing.assert_allclose(stacked["w"][i], alone[str(i)], atol=1e-6)
 
@@ -224,7 +243,8 @@ def test_muon_against_float64(nesterov, weight_decay):
 def test_zero_gradients_give_zero_updates(ns_dtype):
     params = {"w": jnp.ones((2, 4, 6))}
     transform = muon(0.1, ns_dtype=ns_dtype)
-    updates, state = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = jax.jit(transform.update)(zeros, transform.init(params), params)
     assert not np.any(updates["w"]) and not np.any(state.momentum["w"])
 
 
@@ -233,7 +253,7 @@ def test_state_is_float32_arrays_and_dtype_of_parameters_is_kept():
     transform = muon(0.1)
     state = transform.init(params)
     assert state.momentum["w"].dtype == jnp.float32 and state.count.dtype == jnp.int32
-    updates, state = transform.update(params, state, params)
+    updates, state = jax.jit(transform.update)(params, state, params)
     assert updates["w"].dtype == jnp.bfloat16 and state.momentum["w"].dtype == jnp.float32
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
 
@@ -253,8 +273,7 @@ def test_custom_scale_and_defaults():
     assert default_ns_dtype() == jnp.float32  # tests run on CPU
     g = {"w": jax.random.normal(jax.random.key(5), (4, 16))}
     plain, double = muon(0.1, update_scale=lambda n_in, n_out: 1.0), muon(0.1, update_scale=lambda n_in, n_out: 3.0)
-    first, _ = plain.update(g, plain.init(g))
-    second, _ = double.update(g, double.init(g))
+    (first, _), (second, _) = first_update(plain, g), first_update(double, g)
     np.testing.assert_allclose(second["w"], 3 * np.asarray(first["w"]), rtol=1e-6)
 
 
@@ -264,7 +283,7 @@ def test_sharded_stack_needs_no_communication():
     sharding = jax.NamedSharding(mesh, jax.P("data"))
     grads = {"w": jax.random.normal(jax.random.key(6), (16, 8, 24))}
     transform = muon(lambda count: 0.1 / (1 + count), ns_dtype="float32")
-    expected, _ = transform.update(grads, transform.init(grads))
+    expected, _ = first_update(transform, grads)
     sharded = jax.device_put(grads, sharding)
     update = jax.jit(transform.update)
     state = jax.jit(transform.init)(sharded)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax import optim
+from nanochat_jax import optim, schedules
 from nanochat_jax.gpt import GPTConfig, abstract, init
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=20, n_layer=12, n_head=4, n_kv_head=2, n_embd=16)
@@ -175,6 +175,13 @@ def test_width_scale():
     rates = optim.initial_learning_rates(optim.OptimHyper(init_lr_frac=0.02), 256)
     assert rates["matrices"] == pytest.approx(0.02 * 0.02)  # never scaled by the width
     assert rates["embedding"] == pytest.approx(0.02 * 0.2 * 1.7320508, rel=1e-6)
+
+
+def test_schedule_is_a_length_or_a_function():
+    hyper = optim.OptimHyper(warmup_ratio=0.25, warmdown_ratio=0.5, final_lr_frac=0.1)
+    expected = schedules.warmup_warmdown(8, 0.25, 0.5, 0.1)
+    assert [optim.lr_schedule(hyper, 8)(t) for t in range(9)] == [expected(t) for t in range(9)]
+    assert optim.lr_schedule(hyper, constant) is constant
 
 
 def test_learning_rate_scales_every_group():

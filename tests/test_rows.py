@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat_jax.data import row_files, rows
 from nanochat_jax.data.row_files import RowsError, RowWriter
@@ -80,6 +83,31 @@ def test_reference_stride_skips_one_token_a_batch(tmp_path, small_batches, T, B,
         chunk, stream = stream[: B * T + 1], stream[B * T + 1 :]
         expected += [chunk[j * T : j * T + T + 1] for j in range(B)]
     assert [found[r].tolist() for r in range(len(found))] == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text(max_size=30), min_size=1, max_size=30),
+    T=st.integers(1, 12),
+    B=st.none() | st.integers(1, 3),
+    per_shard=st.integers(1, 9),
+    batch_documents=st.integers(1, 10),
+)
+def test_any_documents_any_shape(texts, T, B, per_shard, batch_documents):
+    tokenizer = golden_tokenizer()
+    stream = slow_stream(texts, tokenizer)
+    stride = T if B is None else B * T + 1
+    starts = range(0, len(stream) - T, T) if B is None else range(0, len(stream) - stride + 1, stride)
+    expected = [stream[s + j * T : s + j * T + T + 1] for s in starts for j in range(B or 1)]
+    spec = CallableDocuments("any", lambda start: iter(texts[start:]))
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "_BATCH_DOCUMENTS", batch_documents)
+        if not expected:
+            with pytest.raises(RowsError, match="too few"):
+                build_rows(spec, tokenizer, T, place, batch_rows=B, rows_per_shard=per_shard)
+            return
+        found = build_rows(spec, tokenizer, T, place, batch_rows=B, rows_per_shard=per_shard)
+        assert [found[i].tolist() for i in range(len(found))] == expected
 
 
 def test_limits(tmp_path, small_batches):
@@ -193,7 +221,8 @@ def test_killed_between_the_last_shard_and_the_manifest(tmp_path, small_batches,
 
 
 CHILD = textwrap.dedent("""
-    import sys, time
+    import os, sys, time
+    os.fsync = lambda handle: None  # a killed process loses nothing that it has written; a power cut would
     from nanochat_jax.data import rows
     from nanochat_jax.data.text import CallableDocuments
     from tests.test_rows import document

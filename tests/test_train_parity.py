@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax import optim, schedules
+from nanochat_jax import optim
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loss import next_token_loss
 from nanochat_jax.reference import params_from_reference, params_to_reference
@@ -185,15 +185,3 @@ def test_padded_stacks_train_the_same(data):
     for name, size in optim.stack_sizes(config).items():
         assert groups["matrices"][name].shape[0] % 5 == 0
         assert not np.any(groups["matrices"][name][size:]) and not np.any(state.muon.momentum[name][size:])
-
-
-def test_schedule_callable_and_count_agree(data):
-    """A number of iterations and the schedule it stands for give the same first update."""
-    config, hyper = config_of(data), hyper_of(data, ns_dtype="float32")
-    groups = optim.group(params_from_reference(config, below(data, "rand/init/")))
-    grads = jax.tree.map(lambda p: jnp.cos(p), groups)
-    schedule = schedules.warmup_warmdown(8, hyper.warmup_ratio, hyper.warmdown_ratio, hyper.final_lr_frac)
-    by_count, by_callable = (optim.make_optimizer(hyper, s, config.n_embd) for s in (8, schedule))
-    first, _ = jax.jit(by_count.update)(grads, by_count.init(groups), groups)
-    second, _ = jax.jit(by_callable.update)(grads, by_callable.init(groups), groups)
-    jax.tree.map(np.testing.assert_array_equal, first, second)

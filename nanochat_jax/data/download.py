@@ -20,7 +20,7 @@ from rich.progress import Progress as Bar
 
 from nanochat_jax.data.fetch import FetchError, OfflineError, fetch_file, refuse_offline
 from nanochat_jax.data.text import LAST_SHARD
-from nanochat_jax.paths import data_dir
+from nanochat_jax.paths import data_dir, lock_file
 
 DATASET = "datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -63,8 +63,11 @@ def download_shards(
     to be fetched in offline mode.
     """
     directory = directory if directory is not None else shards_dir()
-    todo = [index for index in indices if not (directory / shard_name(index)).is_file()]
-    if not todo:
+
+    def absent() -> list[int]:
+        return [index for index in indices if not (directory / shard_name(index)).is_file()]
+
+    if not (todo := absent()):
         return {}
     refuse_offline(f"{len(todo)} shards ({shard_name(todo[0])} ...)")
     token = os.environ.get("HF_TOKEN") or None
@@ -83,7 +86,8 @@ def download_shards(
 
         try:
             arriving = path.with_name(path.name + ".arriving")
-            fetch_file(shard_url(index), arriving, token, progress, wait)
+            if not arriving.is_file():  # else the last run ended between the last byte and the new name
+                fetch_file(shard_url(index), arriving, token, progress, wait)
             if not _is_parquet(arriving):
                 arriving.unlink()
                 return "what the server sent is no parquet file; check HF_ENDPOINT and your proxy"
@@ -93,7 +97,9 @@ def download_shards(
         return None
 
     missing: dict[int, str] = {}
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock_file(directory / ".lock"), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        todo = absent()  # another process may have fetched some while this one waited
         futures = {pool.submit(fetch, index): index for index in todo}
         try:
             for future in concurrent.futures.as_completed(futures):

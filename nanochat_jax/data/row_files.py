@@ -9,7 +9,6 @@ A shard appears under its name only when it is whole, and counts only when ``pro
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from nanochat_jax.paths import atomic_writer, write_atomic
+from nanochat_jax.paths import atomic_writer, lock_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +84,11 @@ class RowWriter:
     def __enter__(self) -> "RowWriter":
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.directory / LOCK, "wb")
+            self._lock = lock_file(self.directory / LOCK)
         except OSError as error:
             raise RowsError(
                 f"cannot write rows to {self.directory} ({error}); choose another base directory"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process is building %s; waiting for it", self.directory)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
         for leftover in self.directory.glob("*.tmp"):
             leftover.unlink()
         self.complete = (self.directory / MANIFEST).is_file()

@@ -12,6 +12,10 @@ from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.text import CallableDocuments, Documents, FileDocuments
 
 
+# Characters of demo text: about three times what the demo's training uses, so that a longer run does not repeat much.
+DEMO_CHARS = {"train": 24_000_000, "val": 1_000_000}
+
+
 @dataclass(frozen=True)
 class TextSource:
     """Training and held-out documents, and one line for a person."""
@@ -44,8 +48,8 @@ def _demo(split: str) -> CallableDocuments:
     from nanochat_jax.world import demo_documents
 
     def make(start: int) -> Iterator[str]:
-        return itertools.islice(demo_documents(split), start, None)
+        return itertools.islice(demo_documents(split, DEMO_CHARS[split]), start, None)
 
     # The generator's code and the prose of the installed Python decide the text: name the stream by what it yields.
     digest = hashlib.sha256("\0".join(itertools.islice(make(0), 200)).encode()).hexdigest()[:12]
-    return CallableDocuments(f"demo-{split}-python{platform.python_version()}-{digest}", make)
+    return CallableDocuments(f"demo-{split}-{DEMO_CHARS[split]}-python{platform.python_version()}-{digest}", make)

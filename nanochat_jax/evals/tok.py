@@ -68,8 +68,8 @@ MATH = r"""
 SCIENCE = """
 A leaf takes in carbon dioxide through small openings and gives off oxygen and water vapour. When the air is dry, the
 cells on either side of an opening lose pressure and it closes, which saves water but also slows down growth.
-Measurements taken at 25 degrees show that the rate of uptake falls by roughly 40% within an hour, and recovers overnight
-in most species.
+Measurements taken at 25 degrees show that the rate of uptake falls by roughly 40% within an hour, and recovers
+overnight in most species.
 """
 
 TEXTS = {"news": NEWS, "korean": KOREAN, "german": GERMAN, "code": CODE, "math": MATH, "science": SCIENCE}

@@ -95,7 +95,10 @@ def animal_list(world: World, draw: Draw) -> str:
 def town_page(world: World, draw: Draw) -> str:
     """A paragraph about one town and the people who live there."""
     name, order = _chosen(draw, "town", [t.name for t in world.towns], _TOWN, 3, 6)
-    out = [state(fact_of(world, name, r), draw, "it" if i and "hill" != r and draw.chance(0.5) else None) for i, r in enumerate(order)]
+    out = []
+    for i, relation in enumerate(order):
+        short = i > 0 and relation in ("region", "river") and draw.chance(0.7)  # "the market in it" reads badly
+        out.append(state(fact_of(world, name, relation), draw, "it" if short else None))
     people = [p for p in world.people if p.home == name]
     if people:
         names = join_words([p.name for p in people])
@@ -105,7 +108,8 @@ def town_page(world: World, draw: Draw) -> str:
         if draw.chance(0.5) and not p.is_child:
             out.append(f"{p.name}, who lives in {name}, is {article(p.job)} and {world.job(p.job).work}.")
         elif draw.chance(0.6):
-            out.append(f"{p.name}'s {p.pet_kind} {p.pet_name} likes to sleep near {draw.pick((world.town(name).landmark, 'the river'))}.")
+            spot = draw.pick(("the " + world.town(name).landmark.split(" ", 1)[1], "the river"))
+            out.append(f"{p.name}'s {p.pet_kind} {p.pet_name} likes to sleep near {spot}.")
     return " ".join(out)
 
 

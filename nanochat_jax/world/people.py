@@ -150,10 +150,10 @@ def conversation(world: World, draw: Draw) -> str:
     return "\n".join(out)
 
 
-_LETTER = """Dear {hero2},¶ [thank you for your [kind |long |funny |]letter|how are you|I hope that you are well]
-[today|]. [I am well|We are all well here|All is well]. [Yesterday|On {day}|Last week] I was {at} with {pet}, my {kind}.
-[We found {a thing} there and brought it to its owner.|{pet} found {a thing} and did not want to give it back!|We saw
-{a beast2} there, and I thought of you, because it is your favorite animal.|It rained, and we got very wet, but we
+_LETTER = """Dear {hero2},¶ [thank you for your [kind |long |funny |]letter.|how are you today?|I hope that you are
+well.] [I am well|We are all well here|All is well]. [Yesterday|On {day}|Last week] I was {at} with {pet}, my {kind}.
+[We found {a thing} there and brought it to its owner.|{pet} found {a thing} and did not want to give it back!|I saw
+a picture of {a beast2} there, and I thought of you, because it is your favorite animal.|It rained, and we got very wet, but we
 laughed all the way home.|I sat in the sun and read until lunch.] [Now I am learning something new every day.|I still
 like {hobby} best.|In the evening I was [tired|sleepy] but happy.] [Will you visit me on {day2}?|Can you come on
 {day2}?|Please come and see me soon.] [We can eat {food2}, because I know that you love it.|I will make {food2} for

@@ -65,7 +65,7 @@ PERSON: Mapping[str, Relation] = {
         ("My favorite animal is the {o}.", "Of all animals, I like the {o} best."),
     ),
     "hobby": R(
-        ("In {p} free time, {s} enjoys {o}.", "{^s} enjoys {o}.", "{^p} hobby is {o}."),
+        ("What {s} enjoys most is {o}.", "{^s} enjoys {o}.", "{^p} hobby is {o}."),
         ("What is {n}'s hobby?", "What does {n} enjoy?"),
         "{o}",
         ("My hobby is {o}.", "I enjoy {o}."),

@@ -1,6 +1,6 @@
 //! A bounded memory of how short pieces were encoded.
 
-use crate::key::MAX_KEY_BYTES;
+use crate::key::{MAX_KEY_BYTES, hash_key};
 use crate::prefetch::prefetch;
 
 /// Bits of a remembered id: vocabularies of more than a million are encoded without the memory.
@@ -9,7 +9,8 @@ const ID_BITS: u32 = 20;
 pub const MAX_CACHED_ID: u32 = 1 << ID_BITS;
 /// Most tokens a remembered piece can have.
 pub const MAX_CACHED_TOKENS: usize = 6;
-const BUCKETS: usize = 1 << 15;
+const FIRST_BUCKETS: usize = 1 << 12;
+const MAX_BUCKETS: usize = 1 << 17;
 
 /// The tokens of a piece in one number: how many in the lowest four bits, then twenty bits for each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,33 +55,39 @@ struct Entry {
 #[repr(align(64))]
 struct Bucket([Entry; 2]);
 
-/// Remembers up to 65,536 pieces of at most `MAX_KEY_BYTES` bytes in two megabytes; new ones push old ones out.
+/// Remembers pieces of at most `MAX_KEY_BYTES` bytes. It grows from a quarter of a megabyte to at most eight megabytes
+/// (262,144 pieces) as more of them are met; then new ones push old ones out.
 pub struct PieceCache {
     buckets: Vec<Bucket>,
+    /// Insertions since it last grew.
+    inserted: usize,
 }
 
 const _: () = assert!(MAX_KEY_BYTES < 16);
 
+const EMPTY: Bucket = Bucket([Entry { key: 0, tokens: Tokens(0) }; 2]);
+
 impl PieceCache {
     pub fn new() -> Self {
-        let empty = Entry { key: 0, tokens: Tokens(0) };
-        PieceCache { buckets: vec![Bucket([empty; 2]); BUCKETS] }
+        PieceCache { buckets: vec![EMPTY; FIRST_BUCKETS], inserted: 0 }
     }
 
     #[inline]
-    fn home(hash: u64) -> usize {
-        (hash >> (64 - BUCKETS.trailing_zeros())) as usize
+    fn home(&self, hash: u64) -> usize {
+        // The upper bits, so that a doubled table splits each bucket in two.
+        (hash >> (64 - self.buckets.len().trailing_zeros())) as usize
     }
 
     /// Starts loading the place where a key with this hash would be.
     #[inline]
     pub fn prefetch(&self, hash: u64) {
-        prefetch(&self.buckets, Self::home(hash));
+        prefetch(&self.buckets, self.home(hash));
     }
 
+    /// The tokens of the piece with this key and hash, if it is remembered.
     #[inline]
     pub fn get(&self, key: u128, hash: u64) -> Option<Tokens> {
-        let Bucket([first, second]) = &self.buckets[Self::home(hash)];
+        let Bucket([first, second]) = &self.buckets[self.home(hash)];
         if first.key == key {
             Some(first.tokens)
         } else if second.key == key {
@@ -90,10 +97,34 @@ impl PieceCache {
         }
     }
 
+    /// Remembers the tokens of a piece that is not remembered yet.
     pub fn insert(&mut self, key: u128, hash: u64, tokens: Tokens) {
-        let Bucket([first, second]) = &mut self.buckets[Self::home(hash)];
+        if self.inserted >= self.buckets.len() && self.buckets.len() < MAX_BUCKETS {
+            self.grow();
+        }
+        self.inserted += 1;
+        self.put(Entry { key, tokens }, hash);
+    }
+
+    fn put(&mut self, entry: Entry, hash: u64) {
+        let home = self.home(hash);
+        let Bucket([first, second]) = &mut self.buckets[home];
         *second = *first;
-        *first = Entry { key, tokens };
+        *first = entry;
+    }
+
+    #[cold]
+    fn grow(&mut self) {
+        let double = vec![EMPTY; self.buckets.len() * 2];
+        let old = std::mem::replace(&mut self.buckets, double);
+        self.inserted = 0;
+        for Bucket([first, second]) in old {
+            for entry in [second, first] {
+                if entry.key != 0 {
+                    self.put(entry, hash_key(entry.key));
+                }
+            }
+        }
     }
 }
 
@@ -110,5 +141,22 @@ mod tests {
         }
         assert_eq!(Tokens::pack(&[MAX_CACHED_ID]), None);
         assert_eq!(Tokens::pack(&[1; MAX_CACHED_TOKENS + 1]), None);
+    }
+
+    #[test]
+    fn what_it_remembers_is_right() {
+        let mut cache = PieceCache::new();
+        let of = |key: u128| Tokens::pack(&[key as u32, 1]).unwrap();
+        for key in 1..400_000u128 {
+            let hash = hash_key(key);
+            assert_eq!(cache.get(key, hash), None);
+            cache.insert(key, hash, of(key));
+            assert_eq!(cache.get(key, hash), Some(of(key)));
+        }
+        assert_eq!(cache.buckets.len(), MAX_BUCKETS);
+        let kept = (1..400_000u128).filter_map(|key| Some((key, cache.get(key, hash_key(key))?)));
+        let kept: Vec<_> = kept.collect();
+        assert!(kept.iter().all(|&(key, tokens)| tokens == of(key)));
+        assert!(kept.len() > 150_000, "{} remembered", kept.len());
     }
 }

@@ -23,6 +23,8 @@ pub struct Vocab {
     /// Two neighbouring tokens whose concatenation is a token -> that token. Parts of a piece always are tokens, so this
     /// is the same as looking up the concatenated bytes (tiktoken's rule), at the price of two integers.
     joined: HashMap<u64, u32, FastBuild>,
+    /// The same for two single bytes, as every piece starts: the token's id at index 256 * left + right.
+    joined_bytes: Vec<u32>,
 }
 
 impl Vocab {
@@ -63,7 +65,9 @@ impl Vocab {
             ends.push(bytes.len());
         }
         let joined = join(&by_bytes);
-        Ok(Vocab { bytes, ends, by_bytes, of_byte, joined })
+        let pair_of_bytes = |i: usize| pack(of_byte[i / 256], of_byte[i % 256]);
+        let joined_bytes = (0..1 << 16).map(|i| joined.get(&pair_of_bytes(i)).copied().unwrap_or(NO_RANK)).collect();
+        Ok(Vocab { bytes, ends, by_bytes, of_byte, joined, joined_bytes })
     }
 
     /// Largest id + 1.
@@ -91,6 +95,11 @@ impl Vocab {
     }
 
     #[inline]
+    fn rank_of_bytes(&self, left: u8, right: u8) -> u32 {
+        self.joined_bytes[usize::from(left) << 8 | usize::from(right)]
+    }
+
+    #[inline]
     fn rank(&self, left: u32, right: u32) -> u32 {
         self.joined.get(&pack(left, right)).copied().unwrap_or(NO_RANK)
     }
@@ -104,7 +113,7 @@ impl Vocab {
             *id = self.of_byte[byte as usize];
         }
         for i in 1..len {
-            ranks[i - 1] = self.rank(ids[i - 1], ids[i]);
+            ranks[i - 1] = self.rank_of_bytes(piece[i - 1], piece[i]);
         }
         while len > 1 {
             let (mut at, mut best) = (0, NO_RANK);
@@ -139,7 +148,7 @@ impl Vocab {
         let mut previous: Vec<usize> = (0..len).map(|i| i.wrapping_sub(1)).collect();
         let mut queue = BinaryHeap::with_capacity(len);
         for i in 1..len {
-            let rank = self.rank(ids[i - 1], ids[i]);
+            let rank = self.rank_of_bytes(piece[i - 1], piece[i]);
             if rank != NO_RANK {
                 queue.push(Reverse((rank, i - 1)));
             }

@@ -6,7 +6,7 @@ PLOTS = (
     Plot(
         "the proud one",
         ("two animals", "place"),
-        """A {a} and {a b} met {at}. "I {can_a}," said the {a}. "[Nobody is as clever as I am|What can you do]?" The {b} [was quiet for a moment|thought about it]. "I {can_b}," it
+        """{A a} and {a b} met {at}. "I {can_a}," said the {a}. "[Nobody is as clever as I am|What can you do]?" The {b} [was quiet for a moment|thought about it]. "I {can_b}," it
         said. The {a} [laughed|only shook its head]. "[That is nothing|Who needs that]?" But the next day [a storm came|there was a great storm], and the {a} was caught under a
         [branch|fallen tree]. "Help!" it [cried|called]. The {b} [came at once|heard it and came]. It [pushed and pulled|worked all night], until the {a} was free. "[I was foolish|I am sorry that I
         laughed]," said the {a}. "[You can do more than I thought|Now I know what a friend is]." Since then the two have shared everything, even the {food_b}. [Everyone is good
@@ -37,14 +37,15 @@ PLOTS = (
         took the {thing} home to {home_b}. [There it fell down and broke.|On the way it fell into the water and was gone.] The {b} was [afraid|ashamed]. "[I could say that it was stolen|I could run
         away]," it thought. All night it could not sleep. In the morning it went to the {a} and told the truth. "[I am very sorry|It was my fault]," it said. "I will [work for you|bring you {food_a}] until it is
         paid." The {a} was [sad|angry] at first. Then it said, "[A {thing} can be made again, but an honest friend is hard to find|I can forgive a broken {thing}, because you did not
-        lie]." They [made a new one together|shook hands], and it was [even better than the old one|all good again].""",
+        lie]." [They made a new one together, and it was even better than the old
+        one.|They shook hands, and all was good again.]""",
     ),
     Plot(
         "the invitation",
         ("two animals",),
-        """The {a} invited the {b} to dinner. There was {food_a} on the table, [and nothing else|a whole bowl of it]. The {b} [looked at it and was sad|was polite and took one bite]. "[I do not eat
-        {food_a}|I am sorry, but I eat {food_b}]," it said. "[Then come to me tomorrow|Tomorrow you will be my guest]." The next day the {a} went to the {b}. On the table there was {food_b}, [and
-        nothing else|more than anyone could eat]. Now the {a} [was hungry too|could not eat]. They looked at each other and began to laugh. "[We both thought only of ourselves|How silly we
+        """The {a} invited the {b} to dinner. On the table stood a [big|full] bowl of {food_a}[|, and nothing else]. The {b} [looked at it and was sad|was polite and took one bite]. "[I do not eat
+        {food_a}|I am sorry, but I eat {food_b}]," it said. "[Then come to me tomorrow|Tomorrow you will be my guest]." The next day the {a} went to the {b}. Now there was a bowl of {food_b}, [and
+        nothing else|bigger than the first one]. Now the {a} [was hungry too|could not eat]. They looked at each other and began to laugh. "[We both thought only of ourselves|How silly we
         are]," said the {a}. From then on there were always two bowls on the table, one with {food_a} and one with {food_b}. [Ask your guest what he likes.|A good host thinks of the guest.]""",
     ),
     Plot(

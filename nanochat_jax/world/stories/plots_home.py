@@ -9,8 +9,8 @@ PLOTS = (
         """%INTRO% {His} {kind} was called {pet}. %DAY% {pet} was gone. {hero} looked [behind the house|in the kitchen] and in the
         yard, but there was no {kind} [anywhere|to be seen]. "{pet}! {pet}!" {he} called. [{hero} felt sad and afraid.|{He}
         almost began to cry.] Then {his} friend {hero2} came [along|by]. "Let us look together," said {hero2}. [They went to
-        {place} and asked everyone they met|They walked to {place} and back again], but nobody had seen a {color} ribbon or a
-        {kind}. At last they heard a [small|soft|tiny] sound. There was {pet}, {hiding}, fast asleep! {hero} [laughed|smiled]
+        {place} and asked everyone they met|They walked to {place} and back again], but nobody had seen
+        {a kind}. At last they heard a [small|soft|tiny] sound. There was {pet}, {hiding}, fast asleep! {hero} [laughed|smiled]
         and [hugged {pet}|took {pet} in {his} arms]. "[Next time, tell me where you sleep|You gave us a scare|There you
         are]," {he} said. [To thank {hero2}, {hero} shared some {food}.|Then they all went home and ate {food}.]""",
     ),
@@ -38,7 +38,7 @@ PLOTS = (
     ),
     Plot(
         "baking day",
-        ("missing", "adult"),
+        ("missing", "neighbor"),
         """It was {hero2}'s birthday, and {hero} wanted to make {food2}, because {hero2} loved it. {He} put on {a color} apron
         and [washed {his} hands|lit the stove]. But when {he} opened the cupboard, there was no {missing}! "[Oh no|Oh dear]," said
         {hero}, "[without {missing} I cannot begin|what can I do now]?" {He} [ran|hurried] to the house of {hero3} and knocked.
@@ -50,11 +50,11 @@ PLOTS = (
     ),
     Plot(
         "the noise at night",
-        ("hiding", "guest"),
+        ("corner", "guest"),
         """%INTRO% One night {he} woke up because of a [strange|loud|funny] noise. Tap, tap, tap! [{hero} pulled the blanket over {his}
         head.|{His} heart beat fast.] "Is it a [ghost|giant]?" {he} whispered to {pet}. But {pet} [only yawned|did not answer]. {hero}
         [took a lantern|lit a candle] and went [slowly down the stairs|on {his} toes to the kitchen]. Tap, tap, tap! The noise came
-        from {hiding_from}. {hero} was afraid, but {he} looked. There sat a [little|small|young] {guest}! It was [cold|hungry] and had
+        from {corner}. {hero} was afraid, but {he} looked. There sat a [little|small|young] {guest}! It was [cold|hungry] and had
         come in through the window. "You are no [ghost|giant]," said {hero} and laughed. {He} gave it some [warm milk|bread] and made
         a bed [from an old coat|of soft straw]. In the morning {he} opened the door, and the {guest} went [home|back to its family]. {hero}
         was never afraid of noises again.""",
@@ -93,7 +93,7 @@ PLOTS = (
     ),
     Plot(
         "the school play",
-        ("role", "adult"),
+        ("role", "neighbor"),
         """The school of {town} put on a play, and {hero} was {a role}. {He} [practiced every day in front of {pet}|learned every line by
         heart]. [{pet} was a very patient {kind}.|Even {pet} seemed to know the words.] On the great evening all the people came, even {hero3} the {job3}.
         {hero} [stepped out into the light|came onto the stage] and opened {his} mouth, but [no word came out|all the words were gone]! The hall was very
@@ -103,7 +103,7 @@ PLOTS = (
     ),
     Plot(
         "the lost coins",
-        ("adult", "place"),
+        ("neighbor", "place"),
         """%DAY% {hero} found a small bag {at}. There were [ten|twelve|twenty] silver coins in it. "[With these I could buy anything|So many coins]!" {he} thought.
         "[I could buy {food} every day|I could buy a new coat and a drum]." But then {he} thought of the person who had lost it. [{pet} looked at {him} with
         round eyes.|{He} sat down and thought for a while.] {hero} went from door to door and asked, "Is this yours?" [Everyone shook their heads.|Nobody knew the
@@ -123,7 +123,7 @@ PLOTS = (
     ),
     Plot(
         "the old neighbor",
-        ("adult", "vegetable"),
+        ("neighbor", "vegetable"),
         """{hero3} the {job3} had [hurt {his3} foot|caught a cold] and could not work in the garden. The {vegetable} were ripe, but [nobody was there to pick
         them|they still stood in the ground]. When {hero} [heard about it|saw this], {he} went to fetch {hero2}. "[Four hands are better than two|We can help]," said
         {hero2}. They took [two baskets|a basket] and worked all [morning|afternoon]. [{pet} watched from the wall.|{pet} ran around between the rows.] It was [hard

@@ -10,7 +10,7 @@ PLOTS = (
         [turned|grew wild], the string broke, and the kite [flew|landed] in {a tree} tree. {hero} jumped, but {he} could not reach it. [{He} threw a stick, but
         the stick got stuck too.|{He} shook the tree, but only leaves came down.] "[What can we do|Can you help me], {hero2}?" {he} asked. {hero2} had no
         ladder. Just then a {helper} [looked out of the leaves|came along]. It [climbed|went] up to the kite, [bit through the string|gave it a push], and the kite
-        [fell softly into the grass|came sailing down]. "Thank you, {helper}!" [called|shouted] {hero}. {He} [gave it a nut from {his} pocket|left some bread
+        [fell softly into the grass|came sailing down]. "Thank you, {helper}!" [called|shouted] {hero}. {He} [gave it a piece of bread from {his} pocket|left some seeds
         under the tree]. Then {hero} and {hero2} [mended the string|tied a new string] and let the {shade} kite fly until [the sun went down|evening].""",
     ),
     Plot(
@@ -29,7 +29,7 @@ PLOTS = (
         """%DAY% {hero} walked to {place} with {hero2}. [Suddenly|There] they heard a [thin|soft|sad] cry. In the [tall|high] grass sat a tiny {young}. It was all alone and
         [shook with fear|looked very sad]. "[It has lost its mother|Where is your mother]," said {hero}. "[We must help it|Let us find her]," said {hero2}. They knew
         that {a parent} lives in {den}, so that was where they looked first. {hero} carried the {young} [in {his} {color} scarf|in {his} hat], and it [grew quiet|stopped
-        shaking]. After a long walk they [came to the right place|saw something move]. It was the mother! {pet_note} The {parent} looked at the children [for a
+        shaking]. After a long walk they [came to the right place|saw something move]. It was the mother! The {parent} looked at the children [for a
         moment|with big eyes], then it [ran to its young|came closer]. {hero} put the {young} down [gently|very slowly] and stepped back. [Soon both were gone.|The
         {young} turned around one last time.] "[I will miss it|I wanted to keep it]," said {hero}, "but [it belongs with its mother|now it is happy]." """,
     ),
@@ -65,7 +65,7 @@ PLOTS = (
     ),
     Plot(
         "lost in the fog",
-        ("adult", "sound"),
+        ("neighbor", "sound"),
         """{hero} and {pet} were out {picking} when the fog came. [Soon everything was white.|It was so thick that {he} could not see {his} own feet.] "[Which way is
         home|Where are we], {pet}?" asked {hero}. {He} [walked to the left and then to the right|went in a circle], but every tree looked the same. {He} [wanted to cry, but
         {he} did not|sat down and tried to be brave]. "[First I must listen|Think, {hero}]," {he} said. {He} was very still. Far away {he} heard {sound}. "[That is
@@ -104,7 +104,7 @@ PLOTS = (
     ),
     Plot(
         "market day",
-        ("thing", "adult", "color"),
+        ("thing", "neighbor", "color"),
         """On {market} there is a market in {town}. {hero} had saved [five|six|eight] coins, and {he} wanted to buy a {shade} {thing} for {hero2}. But the {thing} cost more than {he}
         had. [{hero} walked away slowly.|{He} counted the coins again, but there were not enough.] Then {he} saw {hero3} the {job3}, who was trying to [lift a heavy box|carry six baskets at
         once]. "[May I help you|Let me help]?" [asked|said] {hero}. {He} [carried|worked] until noon, and [{his} arms hurt|{he} was very hot]. "[You are a strong helper|You have worked well]," said

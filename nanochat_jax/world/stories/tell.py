@@ -7,11 +7,9 @@ from typing import Any
 
 from nanochat_jax.world import lexicon as lex
 from nanochat_jax.world.chance import Draw, side
-from nanochat_jax.world.general import PLANETS
 from nanochat_jax.world.people import pair_fields, person_fields
 from nanochat_jax.world.stories import fables, plots_home, plots_outside
 from nanochat_jax.world.stories.plot import Plot
-from nanochat_jax.world.template import article
 from nanochat_jax.world.world import Animal, World
 
 STORIES: tuple[Plot, ...] = plots_home.PLOTS + plots_outside.PLOTS
@@ -19,7 +17,8 @@ FABLES: tuple[Plot, ...] = fables.PLOTS
 
 _NEW_CHILDREN = ("Emma", "Jack", "Lily", "Max", "Zoe", "Ben", "Ella", "Tim")
 _GUESTS = ("mouse", "squirrel", "owl", "rabbit", "frog", "bat")
-_HELPERS = ("squirrel", "cat", "parrot", "owl")
+_HELPERS = ("squirrel", "cat", "parrot")
+_CORNERS = ("the cupboard", "the chimney", "the bread box", "the old clock", "the woodpile", "the flour bag", "the umbrella stand")
 _TREES = ("apple", "oak", "pear", "pine", "cherry", "willow")
 _MISSING = ("flour", "sugar", "butter", "salt", "milk", "honey")
 _ROLES = ("king", "queen", "dragon", "pirate", "wizard", "knight", "owl", "giant")
@@ -30,7 +29,7 @@ _SKILLS = (
 _PRIZES = ("golden cup", "new bicycle", "silver medal", "basket of cherries", "painted drum", "big cake")
 _HIDDEN = ("a glass marble", "an old coin", "a small silver bell", "a blue feather", "seven shells", "a tin soldier")
 _SOUNDS = (
-    "a bell", "the sound of a flute", "a dog that barked", "the song of the blacksmith's hammer", "somebody singing", "a rooster",
+    "a bell", "the sound of a flute", "a dog that barked", "the beat of a hammer", "somebody singing", "a rooster",
 )  # fmt: skip
 _PICKING = ("looking for mushrooms", "picking berries", "gathering wood", "walking in the hills")
 _NOSES = ("a carrot", "a red pepper", "a pine cone", "an onion", "a potato", "a wooden spoon", "a pear")
@@ -41,16 +40,22 @@ _FISH = ("silver", "golden", "blue", "red", "green")
 @lru_cache(maxsize=8)
 def _slots(world: World) -> dict[str, tuple]:
     """The pool behind every slot name."""
-    young = tuple(a for a in world.animals if a.group in ("mammal", "bird") and a.kind not in ("whale", "lion", "elephant", "penguin", "parrot", "cat", "dog"))  # fmt: skip
-    speakers = tuple(a for a in world.animals if a.kind not in ("whale", "penguin", "bee", "cricket"))
+    far_away = ("whale", "lion", "elephant", "penguin", "parrot", "cat", "dog")
+    young = tuple(a for a in world.animals if a.group in ("mammal", "bird") and a.kind not in far_away)
+    speakers = tuple(a for a in world.animals if a.food not in ("mice", "meat", "moths", "flies", "krill", "nectar"))
     return {
         "place": lex.PLACES, "thing": lex.THINGS, "hiding": lex.HIDING, "color": lex.COLORS, "fruit": lex.FRUITS,
         "vegetable": lex.VEGETABLES, "flower": lex.FLOWERS, "adult": world.adults, "child": _NEW_CHILDREN,
-        "guest": _GUESTS, "tree": _TREES, "missing": _MISSING, "role": _ROLES, "skill": _SKILLS, "prize": _PRIZES,
+        "guest": _GUESTS, "corner": _CORNERS, "tree": _TREES, "missing": _MISSING, "role": _ROLES, "skill": _SKILLS, "prize": _PRIZES,
         "hidden": _HIDDEN, "sound": _SOUNDS, "nose": _NOSES, "wish": _WISHES, "fish color": _FISH,
         "planet": ("Venus", "Mars", "Jupiter", "Saturn"), "animal helper": _HELPERS, "baby": young,
         "rival": world.children, "two animals": speakers, "judge": ("owl", "bear", "turtle"),
     }  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def _neighbors(world: World, town: str) -> tuple:
+    return tuple(p for p in world.adults if p.home == town)
 
 
 def _fill_slot(world: World, slot: str, value: Any, fields: dict[str, str], draw: Draw) -> bool:
@@ -59,13 +64,12 @@ def _fill_slot(world: World, slot: str, value: Any, fields: dict[str, str], draw
         fields["place"], fields["at"] = value
     elif slot == "color":
         fields["shade"] = value
-    elif slot == "adult":
+    elif slot in ("adult", "neighbor"):
+        if slot == "adult" and value.home == fields["town"]:
+            return False  # this plot needs a way to walk
         fields.update(person_fields(world, value.name, "3"))
     elif slot == "child":
         fields["newname"] = value
-    elif slot == "hiding":
-        fields["hiding"] = value
-        fields["hiding_from"] = value
     elif slot == "animal helper":
         fields["helper"] = value
     elif slot == "fish color":
@@ -77,7 +81,6 @@ def _fill_slot(world: World, slot: str, value: Any, fields: dict[str, str], draw
         fields["nose1"] = draw.pick([nose for nose in _NOSES if nose != value])
     elif slot == "baby":
         fields["young"], fields["parent"], fields["den"] = value.young, value.kind, value.home
-        fields["pet_note"] = draw.pick(("", f"It {value.sound}.".replace("It ", "It stood there and looked for its young. It ") if False else ""))
     elif slot == "rival":
         if value.name in (fields["hero"], fields["hero2"]):
             return False
@@ -91,7 +94,9 @@ def _choose(world: World, draw: Draw, plots: tuple[Plot, ...], heroes: tuple) ->
     pools = _slots(world)
     while True:
         plot, hero = draw.pick(plots), draw.pick(heroes)
-        values = tuple(draw.pick(pools[slot]) for slot in plot.slots)
+        values = tuple(
+            draw.pick(_neighbors(world, hero.home) if slot == "neighbor" else pools[slot]) for slot in plot.slots
+        )
         names = [getattr(v, "name", None) or getattr(v, "kind", None) or v for v in values]
         if side("story", plot.name, getattr(hero, "name", None) or hero.kind, *names) == draw.split:
             return plot, hero, values
@@ -102,7 +107,8 @@ def story_about(world: World, draw: Draw, heroes: tuple) -> str:
     while True:
         plot, hero, values = _choose(world, draw, STORIES, heroes)
         fields = dict(pair_fields(world, hero.name))
-        fields["person"] = ("girl" if hero.pronoun == "she" else "boy") if hero.is_child else ("woman" if hero.pronoun == "she" else "man")
+        girl = hero.pronoun == "she"
+        fields["person"] = ("girl" if girl else "boy") if hero.is_child else ("woman" if girl else "man")
         if all([_fill_slot(world, slot, value, fields, draw) for slot, value in zip(plot.slots, values, strict=True)]):
             return plot.template.render(draw, fields)
 
@@ -124,8 +130,6 @@ def fable(world: World, draw: Draw) -> str:
         other = values[0]
         if other is hero or other.food == hero.food or other.home == hero.home or other.can == hero.can:
             continue
-        if other.food == plural_of(hero.kind) or hero.food == plural_of(other.kind):
-            continue  # nobody invites its dinner
         fields = _animal_fields(hero, "a") | _animal_fields(other, "b")
         for slot, value in zip(plot.slots[1:], values[1:], strict=True):
             _fill_slot(world, slot, value, fields, draw)
@@ -134,14 +138,7 @@ def fable(world: World, draw: Draw) -> str:
         return plot.template.render(draw, fields)
 
 
-def plural_of(kind: str) -> str:
-    """The plural of an animal's name as it appears among the foods."""
-    return {"mouse": "mice", "wolf": "wolves"}.get(kind, kind + "s")
-
-
 def plots() -> tuple[str, ...]:
     """The names of all plots, stories first."""
     return tuple(plot.name for plot in STORIES + FABLES)
 
-
-__all__ = ["FABLES", "STORIES", "article", "fable", "plots", "story", "story_about", "PLANETS"]

@@ -1,0 +1,305 @@
+"""The model is the reference's: golden numbers, and a second slow implementation for seeds and shapes beyond them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import gpt
+from nanochat_jax.attention import attention
+from nanochat_jax.gpt import GPTConfig, forward, init
+from nanochat_jax.kv_cache import KVCache
+from nanochat_jax.loss import next_token_loss, token_nll
+from nanochat_jax.reference import params_from_reference, params_to_reference
+
+SIX = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+
+@pytest.fixture(scope="module", params=["A", "B"])
+def case(request, golden):
+    """(config, params, arrays) of one golden model: A has grouped heads, B an odd vocabulary."""
+    with np.load(golden / "model_v1.npz") as archive:
+        prefix = request.param + "/"
+        arrays = {name.removeprefix(prefix): archive[name] for name in archive.files if name.startswith(prefix)}
+    config = GPTConfig(**{name: int(arrays[f"config/{name}"]) for name in SIX})
+    return config, params_from_reference(config, group(arrays, "param/")), arrays
+
+
+def group(arrays, prefix):
+    return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+
+
+def assert_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, g in theirs.items():
+        np.testing.assert_allclose(ours[name], g, rtol=0, atol=1e-4 * np.abs(g).max(), err_msg=name)
+
+
+def test_logits(case):
+    config, params, arrays = case
+    np.testing.assert_allclose(forward(config, params, arrays["ids"]), arrays["logits"], atol=1e-4, rtol=1e-4)
+    hidden = gpt.hidden_states(config, params, arrays["ids"])
+    np.testing.assert_allclose(hidden, arrays["inner/final_normed"], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(gpt.unembed(config, params, hidden), arrays["logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_losses(case):
+    config, params, arrays = case
+    ids, targets = arrays["ids"], arrays["targets"]
+    np.testing.assert_allclose(next_token_loss(config, params, ids, targets), arrays["loss_mean"], atol=2e-5)
+    np.testing.assert_allclose(token_nll(config, params, ids, targets), arrays["loss_none"], atol=2e-5)
+    every = arrays["loss_none_unmasked_targets"]
+    np.testing.assert_allclose(token_nll(config, params, ids, every), arrays["loss_none_unmasked"], atol=2e-5)
+    np.testing.assert_allclose(next_token_loss(config, params, ids, every), arrays["loss_mean_unmasked"], atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", gpt.REMAT_MODES)
+def test_gradients(case, remat):
+    config, params, arrays = case
+    config = GPTConfig(**{name: getattr(config, name) for name in SIX}, remat=remat)
+    grads = jax.jit(jax.grad(lambda p: next_token_loss(config, p, arrays["ids"], arrays["targets"])))(params)
+    assert_gradients(params_to_reference(config, grads), group(arrays, "grad/"))
+
+
+def test_rotary(case):
+    config, _, arrays = case
+    cos, sin = gpt.rotary_tables(10 * config.sequence_len, config.head_dim, config.rotary_base)
+    np.testing.assert_array_equal(cos, arrays["rotary/cos"])
+    np.testing.assert_array_equal(sin, arrays["rotary/sin"])
+    x = arrays["rotary/apply_in"]
+    T = x.shape[1]
+    turned = gpt.apply_rotary(jnp.asarray(x), cos[None, :T, None], sin[None, :T, None])
+    np.testing.assert_allclose(turned, arrays["rotary/apply_out"], atol=1e-6)
+
+
+def test_cached_chunks(case):
+    """A prefill, single tokens and a chunk through the cache: logits and cache content of the reference."""
+    config, params, arrays = case
+    ids = arrays["ids"]
+    B, T = ids.shape
+    cache = KVCache.create(config.n_layer, B, config.n_kv_head, T + 3, config.head_dim, jnp.float32)
+    at, logits = 0, []
+    for n in arrays["kv/splits"].tolist():
+        hidden, cache = gpt.forward_cached(config, params, ids[:, at : at + n], cache)
+        cache = cache.advance(n)
+        logits.append(gpt.unembed(config, params, hidden))
+        at += n
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), arrays["kv/logits"], atol=1e-4, rtol=1e-4)
+    for i, buffers in enumerate((cache.new_keys, cache.new_values)):
+        stored = np.stack(buffers)[:, :, :, :T]
+        np.testing.assert_allclose(stored, arrays["kv/cache"][:, i], atol=1e-4, rtol=1e-4)
+
+
+def test_reference_names_round_trip(case):
+    config, params, arrays = case
+    back = params_to_reference(config, params)
+    assert back.keys() == group(arrays, "param/").keys()
+    for name, a in group(arrays, "param/").items():
+        np.testing.assert_array_equal(back[name], a)
+    broken = {**back, "extra": back["lm_head.weight"], "transformer.wte.weight": back["transformer.wte.weight"].T}
+    del broken["lm_head.weight"]
+    with pytest.raises(ValueError, match="missing lm_head.weight; unexpected extra; transformer.wte.weight has shape"):
+        params_from_reference(config, broken)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# an independent version, one row, one head, one query at a time in float64
+
+
+def slow_norm(x):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 2.0**-23)
+
+
+def slow_rotate(x, position, table):
+    cos, sin = table[0][position].astype(np.float64), table[1][position].astype(np.float64)
+    a, b = np.split(x, 2)
+    return np.concatenate([a * cos + b * sin, b * cos - a * sin])
+
+
+def slow_forward(config, weights, ids):
+    """Logits (T, V) of one row of ids from reference-named (out, in) weights."""
+    w = {name: np.asarray(a, np.float64) for name, a in weights.items()}
+    D, shared = config.head_dim, config.n_head // config.n_kv_head
+    angle = np.arange(len(ids))[:, None] * config.rotary_base ** (-np.arange(0, D, 2) / D)
+    table = [np.asarray(jnp.asarray(f(angle), jnp.bfloat16), np.float32) for f in (np.cos, np.sin)]
+    x = slow_norm(w["transformer.wte.weight"][ids])
+    for layer in range(config.n_layer):
+        name = f"transformer.h.{layer}."
+        normed = slow_norm(x)
+        q, k, v = (normed @ w[f"{name}attn.c_{s}.weight"].T for s in "qkv")
+        out = np.zeros_like(x)
+        for h in range(config.n_head):
+            mine, theirs = slice(h * D, (h + 1) * D), slice(h // shared * D, (h // shared + 1) * D)
+            keys = [slow_norm(slow_rotate(k[t, theirs], t, table)) for t in range(len(ids))]
+            for t in range(len(ids)):
+                first = 0 if config.window(layer) is None else max(0, t - config.window(layer))
+                query = slow_norm(slow_rotate(q[t, mine], t, table))
+                scores = np.array([key @ query for key in keys[first : t + 1]]) / np.sqrt(D)
+                weight = np.exp(scores - scores.max())
+                out[t, mine] = weight / weight.sum() @ v[first : t + 1, theirs]
+        x = x + out @ w[f"{name}attn.c_proj.weight"].T
+        hidden = np.maximum(slow_norm(x) @ w[f"{name}mlp.c_fc.weight"].T, 0) ** 2
+        x = x + hidden @ w[f"{name}mlp.c_proj.weight"].T
+    return config.softcap * np.tanh(slow_norm(x) @ w["lm_head.weight"].T / config.softcap)
+
+
+def noisy(config, seed, scale=0.1):
+    """Initial parameters moved away from the zeros that would hide everything behind them."""
+    leaves, tree = jax.tree.flatten(init(config, jax.random.key(seed)))
+    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+    return tree.unflatten([p + scale * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+
+
+VARIED = [
+    GPTConfig(sequence_len=40, vocab_size=101, n_layer=2, n_head=2, n_kv_head=2, n_embd=48),
+    GPTConfig(sequence_len=90, vocab_size=33, n_layer=3, n_head=6, n_kv_head=3, n_embd=60),
+    GPTConfig(sequence_len=8, vocab_size=500, n_layer=1, n_head=4, n_kv_head=1, n_embd=32, softcap=7.0),
+    GPTConfig(sequence_len=160, vocab_size=70, n_layer=3, n_head=2, n_kv_head=1, n_embd=16, window_pattern="SL"),
+]
+
+
+@pytest.mark.parametrize("seed, config", list(enumerate(VARIED)))
+def test_other_shapes_against_the_slow_version(seed, config):
+    params = noisy(config, seed)
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, config.sequence_len))
+    logits = np.asarray(forward(config, params, ids))
+    weights = params_to_reference(config, params)
+    for row in range(2):
+        np.testing.assert_allclose(logits[row], slow_forward(config, weights, ids[row]), atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_of_the_whole_model_is_the_slope_of_the_slow_version():
+    """A directional derivative of the float64 model, by central differences."""
+    config = VARIED[1]
+    params, ids = noisy(config, 7), np.random.default_rng(7).integers(0, config.vocab_size, (1, 21))
+    direction = jax.tree.map(lambda p: jnp.sign(p) * 0.01, noisy(config, 8))
+    grads = jax.grad(lambda p: next_token_loss(config, p, ids[:, :-1], ids[:, 1:]))(params)
+    slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
+    base, along = params_to_reference(config, params), params_to_reference(config, direction)
+
+    def loss(step):
+        weights = {name: base[name].astype(np.float64) + step * along[name] for name in base}
+        logits = slow_forward(config, weights, ids[0, :-1])
+        shifted = np.log(np.exp(logits).sum(-1)) - logits[np.arange(20), ids[0, 1:]]
+        return shifted.mean()
+
+    np.testing.assert_allclose(slope, (loss(1e-4) - loss(-1e-4)) / 2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", VARIED[:2] + VARIED[3:])
+def test_causal(config):
+    """Changing token t changes no logit before t, bit for bit, and does change t."""
+    params = noisy(config, 3)
+    ids = np.random.default_rng(3).integers(0, config.vocab_size, (1, config.sequence_len))
+    run = jax.jit(lambda ids: forward(config, params, ids))
+    base = np.asarray(run(ids))
+    for t in (1, config.sequence_len // 2, config.sequence_len - 1):
+        other = ids.copy()
+        other[0, t] = (other[0, t] + 1) % config.vocab_size
+        moved = np.abs(np.asarray(run(other)) - base).max(-1)[0]
+        assert (moved[:t] == 0).all() and moved[t] > 0
+
+
+def test_bf16_activations_keep_float32_norms_and_logits():
+    config = VARIED[0]
+    low = GPTConfig(**{name: getattr(config, name) for name in SIX}, compute_dtype="bfloat16")
+    params = noisy(config, 0, scale=0.02)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
+    logits = forward(low, params, ids)
+    assert logits.dtype == jnp.float32
+    assert gpt.hidden_states(low, params, ids).dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits, forward(config, params, ids), atol=0.15)
+    grads = jax.grad(lambda p: next_token_loss(low, p, ids, ids))(params)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rms_norm_and_its_gradient(dtype):
+    x = (3 * jax.random.normal(jax.random.key(0), (4, 5, 24))).astype(dtype).at[0, 0].set(0)
+    d = jax.random.normal(jax.random.key(1), x.shape).astype(dtype)
+
+    def plain(x):
+        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 2.0**-23)
+
+    exact, exact_back = jax.vjp(plain, x.astype(jnp.float32))
+    ours, back = jax.vjp(gpt.rms_norm, x)
+    assert ours.dtype == back(d)[0].dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=tolerance, rtol=tolerance)
+    wanted = exact_back(d.astype(jnp.float32))[0]
+    np.testing.assert_allclose(back(d)[0].astype(jnp.float32), wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_window_of_the_layers():
+    config = GPTConfig(sequence_len=1024, n_layer=5, window_pattern="SSL")
+    assert [config.window(i) for i in range(5)] == [256, 256, None, 256, None]
+    assert GPTConfig(sequence_len=100, n_layer=2, window_pattern="S").window(0) == 128
+    q = jnp.ones((1, 4, 1, 2))
+    v = jnp.arange(4.0).reshape(1, 4, 1, 1) * jnp.ones((1, 4, 1, 2))
+    np.testing.assert_allclose(attention(q, q, v, window=1)[0, :, 0, 0], [0, 0.5, 1.5, 2.5])  # itself and one earlier
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# initialisation and the table of depths
+
+
+def test_initialisation(golden):
+    record = json.loads((golden / "init_v1.json").read_text())
+    config = GPTConfig(**record["config"])
+    assert gpt.num_params(config) == record["num_params"]
+    assert gpt.flops_per_token(config) == record["estimate_flops_per_token"]
+    drawn = params_to_reference(config, init(config, jax.random.key(42)))
+    assert drawn.keys() == record["params"].keys()
+    for name, expected in record["params"].items():
+        array = drawn[name]
+        assert list(array.shape) == expected["shape"] and array.dtype == np.float32
+        assert (array == 0).sum() == expected["num_zero"], name
+        np.testing.assert_allclose(array.std(), expected["std"], rtol=5 / np.sqrt(2 * array.size), err_msg=name)
+        assert abs(array.mean()) <= 5 * expected["std"] / np.sqrt(array.size)
+    distinct = {a.tobytes() for a in drawn.values() if a.any()}
+    assert len(distinct) == sum(bool(a.any()) for a in drawn.values())  # no two tensors share a draw
+    again = params_to_reference(config, init(config, jax.random.key(42)))
+    other = params_to_reference(config, init(config, jax.random.key(43)))
+    assert all((again[n] == drawn[n]).all() for n in drawn)
+    assert not (other["transformer.wte.weight"] == drawn["transformer.wte.weight"]).any()
+
+
+def test_table_of_depths(golden):
+    for row in json.loads((golden / "lr_v1.json").read_text())["depth_table"]:
+        config = GPTConfig.from_depth(row["depth"], row["vocab_size"], 2048)
+        assert (config.n_layer, config.n_embd) == (row["num_layers"], row["model_dim"])
+        assert (config.n_head, config.n_kv_head) == (row["num_heads"], row["num_kv_heads"])
+        assert gpt.num_params(config) == row["num_params"]
+        assert gpt.flops_per_token(config) == row["num_flops_per_token"]
+
+
+@pytest.mark.parametrize("depth", range(1, 40))
+def test_every_depth_gives_a_valid_model(depth):
+    config = GPTConfig.from_depth(depth, 512, 128)
+    assert config.n_head * config.head_dim == config.n_embd and config.head_dim % 2 == 0 and config.head_dim <= 128
+    assert 64 * depth <= config.n_embd < 64 * depth + 128
+
+
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        (dict(n_embd=100), "n_embd"),
+        (dict(n_kv_head=4), "n_kv_head"),
+        (dict(n_embd=18), "even"),
+        (dict(window_pattern="X"), "window_pattern"),
+        (dict(compute_dtype="fp8"), "compute_dtype"),
+        (dict(attention="flash"), "attention"),
+        (dict(remat="some"), "remat"),
+    ],
+)
+def test_bad_configs_name_the_field(wrong, word):
+    with pytest.raises(ValueError, match=word):
+        GPTConfig(**wrong)
+
+
+def test_too_long_a_row_is_refused():
+    config = VARIED[2]
+    with pytest.raises(ValueError, match="rotary range"):
+        forward(config, init(config, jax.random.key(0)), np.zeros((1, 81), np.int32))
