@@ -111,10 +111,10 @@ class Engine:
             raise ValueError(f"slots must be at least 1, got {slots}")
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.steps_per_call = steps_per_call or _default_steps(config)
-        self.params = params
         self._slots: list[Request | None] = [None] * slots
         self._queue: deque[Request] = deque()
         self._numbers = itertools.count()
+        self.params = params
         # Every slot is a little longer than promised: padding of a prefill chunk and unused columns of a decode call
         # are written too, and XLA would move such a write back over valid tokens rather than let it overhang.
         begin = (self.capacity - 1) // PREFILL_CHUNK * PREFILL_CHUNK  # of the longest prompt's last chunk
@@ -141,11 +141,11 @@ class Engine:
 
     @params.setter
     def params(self, params: gpt.Params) -> None:
-        if getattr(self, "_queue", None) or any(getattr(self, "_slots", ())):
+        if self.live:
             raise RuntimeError("parameters cannot change while requests run: their cached keys belong to the old ones")
         dtype = self.config.dtype  # matmuls cast the weights anyway: do it once, not once a token
         self._params = params
-        self._cast = jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params)
+        self._cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and dtype != np.float32 else x, params)
 
     # --- requests ---------------------------------------------------------------------------------------------------
 

@@ -161,15 +161,15 @@ class Tokenizer:
     def from_tiktoken(cls, name: str) -> "Tokenizer":
         """A stock tiktoken encoding such as ``gpt2`` or ``cl100k_base``, with ``<|endoftext|>`` as bos.
 
-        Raises TokenizerError for an unknown name and ConnectionError when the encoding is neither in tiktoken's cache nor
-        reachable (or ``NANOCHAT_OFFLINE`` is set).
+        Raises TokenizerError for an unknown name and ConnectionError when the encoding is neither in tiktoken's cache
+        nor reachable (or ``NANOCHAT_OFFLINE`` is set).
         """
         from nanochat_jax.data.fetch import stock_encoding
 
         try:
             encoding = stock_encoding(name)
         except ValueError as error:
-            raise TokenizerError(f"tiktoken knows no encoding {name!r}; it knows gpt2, cl100k_base and others") from error
+            raise TokenizerError(f"tiktoken knows no encoding {name!r}; try gpt2 or cl100k_base") from error
         ranks = sorted(encoding._mergeable_ranks.items(), key=lambda pair: pair[1])
         if [rank for _, rank in ranks] != list(range(len(ranks))):
             raise TokenizerError(f"the encoding {name} has gaps in its ids and cannot be used here")

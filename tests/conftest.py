@@ -23,7 +23,7 @@ _getaddrinfo = socket.getaddrinfo
 def _is_local(address) -> bool:
     if not isinstance(address, tuple):  # a Unix socket path
         return True
-    host = str(address[0])
+    host = address[0].decode() if isinstance(address[0], bytes) else str(address[0])
     return host in ("", "localhost", "::1", "0.0.0.0", "::") or host.startswith("127.")
 
 

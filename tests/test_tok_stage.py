@@ -162,3 +162,9 @@ def test_the_scripts_run(data, base):
     assert done.returncode == 0 and "vocabulary: ours 300" in done.stdout, done.stderr
     done = subprocess.run([*train, "--vocab=1"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--vocab_size" in done.stderr
+
+
+def test_the_demo_needs_no_data(base):
+    tokenizer = train_tokenizer(DemoTokTrainSettings(max_chars=50_000, vocab_size=400))
+    assert tokenizer.vocab_size == 400 and 50_000 <= tokenizer.training["characters"] < 60_000
+    assert tokenizer.encode(" the") != [*b" the"]

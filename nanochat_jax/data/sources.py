@@ -11,7 +11,6 @@ from nanochat_jax.data.download import shards_dir
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.text import CallableDocuments, Documents, FileDocuments
 
-
 # Characters of demo text: about three times what the demo's training uses, so that a longer run does not repeat much.
 DEMO_CHARS = {"train": 24_000_000, "val": 1_000_000}
 

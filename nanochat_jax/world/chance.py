@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from hashlib import blake2b
 from typing import TypeVar
 
@@ -32,11 +32,11 @@ def stable_hash(text: str) -> int:
 
 
 def side(*key: object) -> str:
-    """"train" or "val": where the combination `key` belongs. The parts are compared by their `str`, in order."""
+    """ "train" or "val": where the combination `key` belongs. The parts are compared by their `str`, in order."""
     return VAL if stable_hash("\x1f".join(map(str, key))) % VAL_ONE_IN == 0 else TRAIN
 
 
-@lru_cache(maxsize=None)
+@cache
 def sum_side(a: int, b: int) -> str:
     """The side of the number family {a, b, a + b}: a + b, b + a, (a + b) - a and (a + b) - b always go together.
 
@@ -47,7 +47,7 @@ def sum_side(a: int, b: int) -> str:
     return TRAIN if high <= 10 else side("sum", low, high)
 
 
-@lru_cache(maxsize=None)
+@cache
 def word_side(word: str) -> str:
     """The side on which `word` is spelled or has its letters counted. (As a plain word it may occur in both.)"""
     return side("spell", word.lower())

@@ -12,7 +12,7 @@ from nanochat_jax.world.prose import python_prose
 from nanochat_jax.world.world import World, make_world
 
 PROSE_SHARE = 0.12  # of the characters of the demo mix, as long as there is prose that was not yet used
-PROSE_PASSES = 1  # how often a prose document may occur
+PROSE_PASSES = {"train": 2, "val": 1}  # how often a prose document may occur
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Kind:
 
 
 KINDS: tuple[Kind, ...] = (
-    Kind("story", 30, stories.story),
-    Kind("fable", 6, stories.fable),
+    Kind("story", 40, stories.story),
+    Kind("fable", 9, stories.fable),
     Kind("portrait", 10, people.portrait),
     Kind("introduction", 7, people.introduction),
     Kind("comparison", 4, people.comparison),
@@ -49,7 +49,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("row of sums", 2, numbers.row_of_sums),
     Kind("word problems", 6, problems.word_problems),
     Kind("products", 2, numbers.products),
-    Kind("equations", 4, numbers.equations),
+    Kind("equations", 5, numbers.equations),
     Kind("comparing", 2, numbers.comparing),
     Kind("counting", 3, numbers.counting),
     Kind("spelling", 5, spelling.spelling),
@@ -93,12 +93,14 @@ def demo_documents(split: str, max_chars: int, seed: int = 0) -> Iterator[str]:
     """The mix on which the demo model is trained: about `max_chars` characters of world and prose.
 
     Prose is spread evenly: `PROSE_SHARE` of the characters, or less where `max_chars` asks for more prose than there
-    is; each prose document comes at most `PROSE_PASSES` times. The stream ends with the first document that reaches
-    `max_chars`. Raises ValueError for a `max_chars` below 1 or another split.
+    is (Python 3.11 gives about 410,000 characters to "train" and 36,000 to "val", so in training the share is 12 % up
+    to 6.8 million characters and 8 % at 10 million); each prose document comes at most `PROSE_PASSES` times. The
+    stream ends with the first document that reaches `max_chars`. Raises ValueError for a `max_chars` below 1 or
+    another split.
     """
     if max_chars < 1:
         raise ValueError(f"max_chars must be at least 1, got {max_chars}")
-    prose = [text for _ in range(PROSE_PASSES) for text in python_prose(split)]
+    prose = list(python_prose(split)) * PROSE_PASSES[split]
     share = min(PROSE_SHARE, sum(map(len, prose)) / max_chars)
     # A document is taken from the side that is behind its share, so the mix has no state but the two totals.
     used = total = 0

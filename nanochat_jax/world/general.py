@@ -8,7 +8,20 @@ MONTHS = (
 SEASONS = ("spring", "summer", "autumn", "winter")
 PLANETS = ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune")
 RAINBOW = ("red", "orange", "yellow", "green", "blue", "indigo", "violet")
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth")
+ORDINALS = (
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+    "eleventh",
+    "twelfth",
+)
 
 CAPITALS = (
     ("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Germany", "Berlin"), ("Japan", "Tokyo"),
@@ -46,8 +59,10 @@ UNITS = (
 )  # fmt: skip
 USES = (
     ("hammer", "driving nails"), ("saw", "cutting wood"), ("needle", "sewing cloth"), ("kettle", "boiling water"),
-    ("umbrella", "staying dry"), ("broom", "sweeping the floor"), ("key", "opening a door"), ("clock", "telling the time"),
-    ("lantern", "giving light"), ("spade", "digging the ground"), ("ladder", "climbing up high"), ("cup", "drinking tea"),
+    ("umbrella", "staying dry"), ("broom", "sweeping the floor"), ("key", "opening a door"),
+    ("clock", "telling the time"),
+    ("lantern", "giving light"), ("spade", "digging the ground"), ("ladder", "climbing up high"),
+    ("cup", "drinking tea"),
     ("pen", "writing letters"), ("map", "finding the way"), ("oven", "baking bread"), ("boat", "crossing the water"),
     ("compass", "finding north"), ("basket", "carrying fruit"),
 )  # fmt: skip

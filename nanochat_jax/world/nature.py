@@ -58,7 +58,9 @@ def animal_pair(world: World, draw: Draw) -> str:
             out.append(both[relation])
         else:
             second = state(two, draw)
-            out.append(f"{state(one, draw)[:-1]}, {draw.pick(('but', 'and', 'while'))} {second[:1].lower()}{second[1:]}")
+            out.append(
+                f"{state(one, draw)[:-1]}, {draw.pick(('but', 'and', 'while'))} {second[:1].lower()}{second[1:]}"
+            )
     return " ".join(out)
 
 

@@ -7,7 +7,6 @@ family of the held-out side (see `chance.sum_side`) is met nowhere in training t
 from __future__ import annotations
 
 from nanochat_jax.world.chance import TRAIN, Draw, side
-from nanochat_jax.world.lexicon import COUNTABLE
 from nanochat_jax.world.template import capital, fill
 from nanochat_jax.world.world import World
 
@@ -53,7 +52,8 @@ _WORD_LINES = (
     "If you add {wa} and {wb}, you get {wc}.",
 )  # fmt: skip
 _QUESTION_LINES = (
-    "What is {a} + {b}? {a} + {b} is {c}.", "What is {c} - {a}? {c} - {a} is {b}.", "How much is {a} plus {b}? It is {c}.",
+    "What is {a} + {b}? {a} + {b} is {c}.", "What is {c} - {a}? {c} - {a} is {b}.",
+    "How much is {a} plus {b}? It is {c}.",
     "How much is {c} minus {b}? It is {a}.", "Add {a} and {b}. The answer is {c}.",
     "Subtract {a} from {c}. The answer is {b}.",
 )  # fmt: skip
@@ -80,7 +80,9 @@ def sums(world: World, draw: Draw) -> str:
         else:
             out.append(fill(draw.pick(lines), draw, fields))
     if draw.chance(0.4):
-        head = draw.pick(("Here are some sums.", "Let us add and subtract.", "Sums for today:", "We practice our sums."))
+        head = draw.pick(
+            ("Here are some sums.", "Let us add and subtract.", "Sums for today:", "We practice our sums.")
+        )
         out.insert(0, head)
     return "\n".join(out)
 
@@ -99,11 +101,11 @@ def row_of_sums(world: World, draw: Draw) -> str:
 
 
 def products(world: World, draw: Draw) -> str:
-    """Multiplication up to twelve times twelve; families above ten belong to one split, those below to training."""
+    """Multiplication by two to twelve; families above ten belong to one split, those below to training."""
     out: list[str] = []
     n = draw.between(4, 9)
     while len(out) < n:
-        a, b = draw.between(1, 12), draw.between(1, 12)
+        a, b = draw.between(2, 12), draw.between(2, 12 if draw.chance(0.5) else 40)
         low, high = min(a, b), max(a, b)
         if (TRAIN if high <= 10 else side("product", low, high)) != draw.split:
             continue
@@ -118,7 +120,7 @@ def equations(world: World, draw: Draw) -> str:
     n = draw.between(3, 7)
     explain = draw.chance(0.3)
     while len(out) < n:
-        a, x, b = draw.between(2, 9), draw.between(1, 10), draw.between(1, 20)
+        a, x, b = draw.between(2, 6), draw.between(1, 10), draw.between(1, 12)
         if side("equation", a, x, b) != draw.split:
             continue
         if explain:
@@ -156,12 +158,11 @@ def comparing(world: World, draw: Draw) -> str:
 
 def counting(world: World, draw: Draw) -> str:
     """Counting up or down, in steps, in words or in digits."""
-    step = draw.pick((1, 1, 1, 2, 2, 5, 10, 3))
-    words = draw.chance(0.5)
-    down = draw.chance(0.3)
-    start, n, noun = draw.combination("count", range(1, 61), range(6, 13), COUNTABLE)
-    if side("count", step, words, down, start, n) != draw.split:
-        return counting(world, draw)
+    while True:
+        step, start, n = draw.pick((1, 1, 1, 2, 2, 5, 10, 3)), draw.between(1, 60), draw.between(6, 12)
+        words, down = draw.chance(0.5), draw.chance(0.3)
+        if side("count", step, words, down, start, n) == draw.split:
+            break
     numbers = [start + step * i for i in range(n)]
     if down:
         numbers.reverse()

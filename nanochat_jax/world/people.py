@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from nanochat_jax.world.chance import Draw, side
 from nanochat_jax.world.general import DAYS
@@ -14,7 +14,7 @@ from nanochat_jax.world.world import Fact, Person, World, lookup
 _RELATIONS = tuple(PERSON)
 
 
-@lru_cache(maxsize=None)
+@cache
 def person_fields(world: World, name: str, tag: str = "") -> dict[str, str]:
     """The fields of one person for templates; with `tag` "2" they are called hero2, he2, ..."""
     p = world.person(name)
@@ -22,14 +22,15 @@ def person_fields(world: World, name: str, tag: str = "") -> dict[str, str]:
     out = {
         "hero": p.name, "he": p.pronoun, "He": capital(p.pronoun), "him": p.him, "his": p.his, "His": capital(p.his),
         "self": "herself" if p.pronoun == "she" else "himself", "job": p.job, "town": p.home, "region": town.region,
-        "river": town.river, "hill": town.hill, "known": town.known_for, "mark": town.landmark, "food": p.food,
+        "river": town.river, "hill": town.hill, "known": town.known_for, "food": p.food,
+        "mark": "the " + town.landmark.split(" ", 1)[1],
         "color": p.color, "beast": p.animal, "hobby": p.hobby, "kind": p.pet_kind, "pet": p.pet_name,
         "market": town.market_day,
     }  # fmt: skip
     return {key + tag: value for key, value in out.items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def pair_fields(world: World, name: str) -> dict[str, str]:
     """The fields of a person and, with tag 2, of that person's best friend."""
     return person_fields(world, name) | person_fields(world, world.person(name).friend, "2")
@@ -90,7 +91,9 @@ def comparison(world: World, draw: Draw) -> str:
     """Two people side by side."""
     while True:
         a, b = draw.some(world.people, 2)
-        relations = draw.some(("age", "job", "home", "favorite_food", "favorite_color", "favorite_animal", "hobby", "pet"), 4)
+        relations = draw.some(
+            ("age", "job", "home", "favorite_food", "favorite_color", "favorite_animal", "hobby", "pet"), 4
+        )
         if side("comparison", a.name, b.name, *relations) == draw.split:
             break
     out = [draw.pick((f"{a.name} and {b.name} are two people of our world.", f"Let us compare {a.name} and {b.name}.",
@@ -106,8 +109,9 @@ def comparison(world: World, draw: Draw) -> str:
             out.append(both[relation])
         elif relation == "age" and a.age != b.age:
             old, young = (a, b) if a.age > b.age else (b, a)
-            out.append(f"{old.name} is {lookup(world, old.name, 'age')} and {young.name} is {lookup(world, young.name, 'age')}, "
-                       f"so {old.name} is older than {young.name}.")  # fmt: skip
+            ages = [lookup(world, p.name, "age") for p in (old, young)]
+            older = f"so {old.name} is older than {young.name}."
+            out.append(f"{old.name} is {ages[0]} and {young.name} is {ages[1]}, {older}")
         elif relation == "age":
             out.append(f"{a.name} and {b.name} are both {one} years old.")
         else:
@@ -118,11 +122,22 @@ def comparison(world: World, draw: Draw) -> str:
     return " ".join(out)
 
 
+_GOODBYES = (
+    "They talked until it was dark.",
+    "Then they walked home together.",
+    "They shook hands and smiled.",
+    "From that day on they were friends.",
+    "They said goodbye and waved.",
+)
+
+
 def conversation(world: World, draw: Draw) -> str:
     """Two people who do not know each other well ask and answer."""
     while True:
         a, b = draw.some(world.people, 2)
-        relations = draw.some(("age", "job", "home", "favorite_food", "favorite_color", "favorite_animal", "hobby", "friend"), 3)
+        relations = draw.some(
+            ("age", "job", "home", "favorite_food", "favorite_color", "favorite_animal", "hobby", "friend"), 3
+        )
         if a.friend != b.name and side("conversation", a.name, b.name, *relations) == draw.split:
             break
     place = draw.pick(PLACES)[1]
@@ -145,20 +160,19 @@ def conversation(world: World, draw: Draw) -> str:
             mine = state_first_person(fact_of(world, a.name, relation), draw)[:-1]
             same = lookup(world, a.name, relation) == lookup(world, b.name, relation)
             out.append(f'"{"It is the same with me. " if same else ""}{mine}," said {a.name}.')
-    out.append(draw.pick(("They talked until it was dark.", "Then they walked home together.", "They shook hands and smiled.",
-                          "From that day on they were friends.", "They said goodbye and waved.")))  # fmt: skip
+    out.append(draw.pick(_GOODBYES))
     return "\n".join(out)
 
 
 _LETTER = """Dear {hero2},¶ [thank you for your [kind |long |funny |]letter.|how are you today?|I hope that you are
-well.] [I am well|We are all well here|All is well]. [Yesterday|On {day}|Last week] I was {at} with {pet}, my {kind}.
-[We found {a thing} there and brought it to its owner.|{pet} found {a thing} and did not want to give it back!|I saw
-a picture of {a beast2} there, and I thought of you, because it is your favorite animal.|It rained, and we got very wet, but we
-laughed all the way home.|I sat in the sun and read until lunch.] [Now I am learning something new every day.|I still
-like {hobby} best.|In the evening I was [tired|sleepy] but happy.] [Will you visit me on {day2}?|Can you come on
-{day2}?|Please come and see me soon.] [We can eat {food2}, because I know that you love it.|I will make {food2} for
-you.|We can eat {food} together.] [Please bring {pet2} too.|Say hello to {pet2}.|]¶ [Your friend,|Many greetings from|With
-love,] {hero}"""
+well.] [I am well|We are all well here|All is well]. [Yesterday|On {day}|Last week] I was {at} with {pet}, my
+{kind}. [We found {a thing} there and brought it to its owner.|{pet} found {a thing} and did not want to give it
+back!|I saw a picture of {a beast2} there, and I thought of you, because it is your favorite animal.|It rained, and
+we got very wet, but we laughed all the way home.|I sat in the sun and read until lunch.] [Now I am learning
+something new every day.|I still like {hobby} best.|In the evening I was [tired|sleepy] but happy.] [Will you visit
+me on {day2}?|Can you come on {day2}?|Please come and see me soon.] [We can eat {food2}, because I know that you
+love it.|I will make {food2} for you.|We can eat {food} together.] [Please bring {pet2} too.|Say hello to {pet2}.|]¶
+[Your friend,|Many greetings from|With love,] {hero}"""
 
 
 def letter(world: World, draw: Draw) -> str:
@@ -169,14 +183,15 @@ def letter(world: World, draw: Draw) -> str:
     return fill(_LETTER, draw, fields)
 
 
-_DIARY = """{day}.[| Dear diary,] today [it rained all morning|the sun was shining|the wind was strong|it was warm and quiet|the
-air was cold and clear]. [I got up early and|After breakfast I|I put on my {color} coat and] went to {place} with
-[{hero2}|my friend {hero2}]. [We looked for {fruit} and found a whole basket of them.|We found {a thing} and asked everyone
-whose it was.|{hero2} told me a story about {a beast2}, and I laughed a lot.|We built a small house of branches and
-leaves.|{pet} came with us and ran ahead the whole way.] [At noon|Then|Later] [we ate {food2}, which {hero2} loves|we ate {food}, my
-favorite food|we shared {a2} and a cup of tea]. [In the afternoon|After that] I [spent an hour {hobby}|fed {pet} and tidied my
-room|helped a neighbor carry wood|wrote a letter]. [Now I am tired, and {pet} is asleep [beside me|at my
-feet].|It was a good day.|Tomorrow I want to go there again.|I will sleep well tonight.]"""
+_DIARY = """{day}. [Dear diary, today|Today] [it rained all morning|the sun was shining|the wind was strong|it was
+warm and quiet|the air was cold and clear]. [I got up early and|After breakfast I|I put on my {color} coat and] went
+to {place} with [{hero2}|my friend {hero2}]. [We looked for {fruit} and found a whole basket of them.|We found {a
+thing} and asked everyone whose it was.|{hero2} told me a story about {a beast2}, and I laughed a lot.|We built a
+small house of branches and leaves.|{pet} came with us and ran ahead the whole way.] [At noon|Then|Later] [we ate
+{food2}, which {hero2} loves|we ate {food}, my favorite food|we shared {a2} and a cup of tea]. [In the
+afternoon|After that] I [spent an hour {hobby}|fed {pet} and tidied my room|helped a neighbor carry wood|wrote a
+letter]. [Now I am tired, and {pet} is asleep [beside me|at my feet].|It was a good day.|Tomorrow I want to go there
+again.|I will sleep well tonight.]"""
 
 
 def diary(world: World, draw: Draw) -> str:

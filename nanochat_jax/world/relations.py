@@ -1,4 +1,4 @@
-"""How each relation of the world is said and asked: the bridge from facts to sentences, for texts now and quizzes later.
+"""How each relation of the world is said and asked: from facts to sentences, for texts now and quizzes later.
 
 A statement knows its subject in four forms, so that the same sentence can begin with a name or a pronoun:
 {s} "Mia" / "she", {^s} at the beginning of a sentence, {p} "Mia's" / "her", {^p} likewise; {o} is the object.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from nanochat_jax.world.chance import Draw
 from nanochat_jax.world.template import article, fill
@@ -90,7 +90,9 @@ PERSON: Mapping[str, Relation] = {
     ),
 }
 TOWN: Mapping[str, Relation] = {
-    "region": R(("{^s} lies in {o}.", "{^s} is a town in {o}."), ("Where is {n}?", "In which part of the land is {n}?")),
+    "region": R(
+        ("{^s} lies in {o}.", "{^s} is a town in {o}."), ("Where is {n}?", "In which part of the land is {n}?")
+    ),
     "river": R(
         ("The river {o} flows through {s}.", "{^s} stands on the river {o}.", "{^p} river is called the {o}."),
         ("Which river flows through {n}?", "What is the name of the river in {n}?"),
@@ -122,7 +124,9 @@ ANIMAL: Mapping[str, Relation] = {
     "animal_home": R(("{^s} lives in {o}.", "{^p} home is {o}."), ("Where does {n} live?",), "in {o}"),
     "legs": R(("{^s} has {o} legs.",), ("How many legs does {n} have?",), "{o}"),
     "covering": R(("{^p} body is covered with {o}.", "{^s} is covered with {o}."), ("What covers the body of {n}?",)),
-    "young": R(("{^p} young is called {a o}.", "A young one is called {a o}."), ("What is the young of {n} called?",), "{a o}"),
+    "young": R(
+        ("{^p} young is called {a o}.", "A young one is called {a o}."), ("What is the young of {n} called?",), "{a o}"
+    ),
     "can": R(("{^s} can {o}.",), ("What can {n} do?",), "it can {o}"),
 }
 JOB: Mapping[str, Relation] = {
@@ -144,7 +148,9 @@ GENERAL: Mapping[str, Relation] = {
     "color_of": R(("The color of {s} is {o}.", "{^s} is {o}."), ("What color is {n}?", "What is the color of {n}?")),
     "sides": R(("{A s} has {o} sides.",), ("How many sides does {a n} have?",)),
     "unit": R(("{A s} has {o}.", "There are {o} in {a s}."), ("How long is {a n}?",)),
-    "use": R(("{A s} is for {o}.", "We use {a s} for {o}."), ("What is {a n} for?", "What do we use {a n} for?"), "for {o}"),
+    "use": R(
+        ("{A s} is for {o}.", "We use {a s} for {o}."), ("What is {a n} for?", "What do we use {a n} for?"), "for {o}"
+    ),
     "plural": R(('The plural of "{s}" is "{o}".', "We say one {s}, but two {o}."), ('What is the plural of "{n}"?',)),
     "sense": R(("We {o} with our {s}.",), ("What do we do with our {n}?",), "we {o}"),
     "origin": R(("We get {s} from {o}.",), ("Where do we get {n} from?",), "from {o}"),
@@ -205,7 +211,7 @@ def short_answer(fact: Fact, draw: Draw) -> str:
     return fill(RELATIONS[fact.relation].answer, draw, _fields(fact))
 
 
-@lru_cache(maxsize=None)
+@cache
 def objects_of(world: World, relation: str) -> tuple[str, ...]:
     """All different objects that `relation` has in `world`, in order of appearance: the pool of wrong answers."""
     return tuple(dict.fromkeys(f.object for f in facts(world) if f.relation == relation))

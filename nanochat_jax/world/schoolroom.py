@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from nanochat_jax.world import general as g
 from nanochat_jax.world.chance import Draw, side
@@ -60,11 +60,18 @@ def lesson(world: World, draw: Draw) -> str:
     chosen = _mixed(world, draw, "lesson", 3, 5)
     teacher = next(p for p in world.people if p.job == "teacher")
     pupils = draw.some(world.children, len(chosen))
-    out = [draw.pick((f"Today {teacher.name} the teacher asks many questions.", f"{teacher.name} stands at the blackboard.",
-                      "The lesson begins."))]  # fmt: skip
+    name = teacher.name
+    begin = (
+        f"Today {name} the teacher asks many questions.",
+        f"{name} stands at the blackboard.",
+        "The lesson begins.",
+    )
+    out = [draw.pick(begin)]
     for fact, pupil in zip(chosen, pupils, strict=True):
         answer = capital(state(fact, draw))[:-1]
-        out.append(f'"{ask(fact, draw)}" asks {teacher.name}. "{answer}," {draw.pick(("says", "answers"))} {pupil.name}.')
+        out.append(
+            f'"{ask(fact, draw)}" asks {teacher.name}. "{answer}," {draw.pick(("says", "answers"))} {pupil.name}.'
+        )
     out.append(draw.pick((f'"Very good," says {teacher.name}.', "Everyone claps.", "Then the bell rings.", "")))
     return "\n".join(out).strip()
 
@@ -72,26 +79,28 @@ def lesson(world: World, draw: Draw) -> str:
 def days(world: World, draw: Draw) -> str:
     """Yesterday, today and tomorrow."""
     while True:
-        i, j = draw.below(7), draw.below(7)
+        main, other = draw.below(7), draw.below(7)
         order = draw.some(range(6), draw.between(3, 5))
-        if i != j and side("days", i, j, *order) == draw.split:
+        starts = [main if draw.chance(0.6) else other for _ in order]
+        if side("days", *starts, *order) == draw.split:
             break
-
-    def sentences(n: int) -> tuple[str, ...]:
-        before, day, after, then = (g.DAYS[(n + k) % 7] for k in (-1, 0, 1, 2))
-        return (
-            f"If yesterday was {day}, then tomorrow will be {then}.",
-            f"If yesterday was {day}, then today is {after}.",
-            f"If today is {day}, then tomorrow will be {after}.",
-            f"If today is {day}, then yesterday was {before}.",
-            f"If tomorrow is {after}, then today is {day}.",
-            f"The day after {day} is {after}, and the day before {day} is {before}.",
-        )
-
-    out = [sentences(i if draw.chance(0.6) else j)[k] for k in order]
+    out = [_day_sentences(n)[k] for n, k in zip(starts, order, strict=True)]
     if draw.chance(0.3):
         out.insert(0, f"The days of the week are {join_words(list(g.DAYS))}.")
     return " ".join(out)
+
+
+@cache
+def _day_sentences(n: int) -> tuple[str, ...]:
+    before, day, after, then = (g.DAYS[(n + k) % 7] for k in (-1, 0, 1, 2))
+    return (
+        f"If yesterday was {day}, then tomorrow will be {then}.",
+        f"If yesterday was {day}, then today is {after}.",
+        f"If today is {day}, then tomorrow will be {after}.",
+        f"If today is {day}, then yesterday was {before}.",
+        f"If tomorrow is {after}, then today is {day}.",
+        f"The day after {day} is {after}, and the day before {day} is {before}.",
+    )
 
 
 _LISTS = (
@@ -101,19 +110,23 @@ _LISTS = (
     (("The four seasons are {}.", "The seasons of the year are: {}."), g.SEASONS),
     (("The colors of the rainbow are {}.", "A rainbow has these colors: {}."), g.RAINBOW),
     (("The five senses are {}.",), ("seeing", "hearing", "smelling", "tasting", "feeling")),
-    (("The continents are {}.",), ("Africa", "Antarctica", "Asia", "Australia", "Europe", "North America", "South America")),
+    (
+        ("The continents are {}.",),
+        ("Africa", "Antarctica", "Asia", "Australia", "Europe", "North America", "South America"),
+    ),
 )
 
 
 def lists(world: World, draw: Draw) -> str:
     """Things that everyone knows by heart, and what is first, last and next in them."""
     while True:
-        index, extra = draw.below(len(_LISTS)), draw.below(1000)
-        if side("list", index, extra) == draw.split:
+        index, start = draw.below(len(_LISTS)), draw.below(12)
+        extra = draw.some(_by_relation(world)[draw.pick(_topics(world))], 2)
+        if side("list", index, *extra) == draw.split:
             break
     heads, items = _LISTS[index]
     out = [draw.pick(heads).format(join_words(list(items)))]
-    i = extra % (len(items) - 1)
+    i = start % (len(items) - 1)
     about = (
         f"The first is {items[0]} and the last is {items[-1]}.",
         f"{capital(items[i])} comes before {items[i + 1]}.",
@@ -121,6 +134,5 @@ def lists(world: World, draw: Draw) -> str:
         f"There are {('two three four five six seven eight nine ten eleven twelve').split()[len(items) - 2]} of them.",
     )
     out += draw.some(about[1:] if items[0] in ("Africa", "seeing") else about, 2)
-    other = draw.pick(_topics(world))
-    out += [capital(state(fact, draw)) for fact in draw.some(_by_relation(world)[other], 2)]
+    out += [capital(state(fact, draw)) for fact in extra]
     return " ".join(out)

@@ -94,7 +94,8 @@ def spelling_bee(world: World, draw: Draw) -> str:
     for i in range(draw.between(3, 5)):
         word = draw.word(spelling_words())
         asks, answers = pair[i % 2], pair[1 - i % 2]
-        out.append(f'"Please spell {word}," said {asks}. "{capital(spelled(word))}," said {answers}. "{draw.pick(("Right", "Good", "Yes", "Well done"))}!"')
+        praise = draw.pick(("Right", "Good", "Yes", "Well done"))
+        out.append(f'"Please spell {word}," said {asks}. "{capital(spelled(word))}," said {answers}. "{praise}!"')
     return "\n".join(out)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Union
 
 from nanochat_jax.world.chance import Draw
@@ -21,7 +21,7 @@ Part = Union[str, "Field", tuple]
 _TOKEN = re.compile(r"\[|\]|\||\{[^{}]*\}|[^\[\]|{}]+")
 
 
-@lru_cache(maxsize=None)
+@cache
 def article(noun: str) -> str:
     """`noun` behind "a" or "an", by sound for the words of this world: "an hour", "a unicorn", "an apple"."""
     lower = noun.lower()
@@ -130,7 +130,7 @@ def _names(parts: tuple):
             yield from _names(part)
 
 
-@lru_cache(maxsize=None)
+@cache
 def template(text: str) -> Template:
     """The parsed form of `text`, parsed only once."""
     return Template(text)

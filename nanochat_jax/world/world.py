@@ -95,9 +95,9 @@ class Person:
         return "her" if self.pronoun == "she" else "his"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class World:
-    """Everything that exists. Use `make_world`."""
+    """Everything that exists. Use `make_world`. Compared by identity, so that it is a cheap key of caches."""
 
     seed: int
     people: tuple[Person, ...]

@@ -2,44 +2,58 @@
 
 use crate::key::{MAX_KEY_BYTES, hash_key};
 use crate::prefetch::prefetch;
+use crate::vocab::MAX_RANK;
 
-/// Bits of a remembered id: vocabularies of more than a million are encoded without the memory.
-const ID_BITS: u32 = 20;
-/// Ids from here on cannot be remembered.
-pub const MAX_CACHED_ID: u32 = 1 << ID_BITS;
+/// Bits of a remembered id; enough for every rank (`vocab::MAX_RANK`).
+const ID_BITS: u32 = 24;
+const ID_MASK: u32 = (1 << ID_BITS) - 1;
 /// Most tokens a remembered piece can have.
-pub const MAX_CACHED_TOKENS: usize = 6;
+pub const MAX_CACHED_TOKENS: usize = 5;
 const FIRST_BUCKETS: usize = 1 << 12;
-const MAX_BUCKETS: usize = 1 << 17;
+const MAX_BUCKETS: usize = 1 << 18;
 
-/// The tokens of a piece in one number: how many in the lowest four bits, then twenty bits for each.
+/// The tokens of a piece in sixteen bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Tokens(u128);
+pub struct Tokens {
+    /// The number of tokens above the id of the first.
+    first: u32,
+    /// The ids of the others, `ID_BITS` each.
+    rest: [u32; 3],
+}
+
+const _: () = assert!(MAX_RANK <= 1 << ID_BITS && ID_BITS as usize * (MAX_CACHED_TOKENS - 1) <= 96);
 
 impl Tokens {
-    /// Packs `ids`, unless there are too many or one is too large.
+    const NONE: Tokens = Tokens { first: 0, rest: [0; 3] };
+
+    /// Packs 1 to `MAX_CACHED_TOKENS` ids below `MAX_RANK`; other numbers of ids cannot be packed.
     pub fn pack(ids: &[u32]) -> Option<Self> {
-        if ids.len() > MAX_CACHED_TOKENS || ids.iter().any(|&id| id >= MAX_CACHED_ID) {
+        let (&first, others) = ids.split_first()?;
+        if others.len() >= MAX_CACHED_TOKENS {
             return None;
         }
-        let packed = ids.iter().rev().fold(0, |packed, &id| packed << ID_BITS | u128::from(id));
-        Some(Tokens(packed << 4 | ids.len() as u128))
+        let bits = others.iter().rev().fold(0, |bits: u128, &id| bits << ID_BITS | u128::from(id));
+        let rest = [bits as u32, (bits >> 32) as u32, (bits >> 64) as u32];
+        Some(Tokens { first: (ids.len() as u32) << ID_BITS | first, rest })
     }
 
+    /// How many there are.
     #[inline]
     pub fn len(self) -> usize {
-        (self.0 & 15) as usize
+        (self.first >> ID_BITS) as usize
     }
 
-    /// The ids in order, without end: zeros follow the last.
+    /// The first id.
     #[inline]
-    pub fn ids(self) -> impl Iterator<Item = u32> {
-        let mut rest = self.0 >> 4;
-        std::iter::repeat_with(move || {
-            let id = rest as u32 & (MAX_CACHED_ID - 1);
-            rest >>= ID_BITS;
-            id
-        })
+    pub fn first(self) -> u32 {
+        self.first & ID_MASK
+    }
+
+    /// The ids after the first.
+    pub fn others(self) -> impl Iterator<Item = u32> {
+        let [a, b, c] = self.rest;
+        let bits = u128::from(a) | u128::from(b) << 32 | u128::from(c) << 64;
+        (0..self.len() as u32 - 1).map(move |i| (bits >> (i * ID_BITS)) as u32 & ID_MASK)
     }
 }
 
@@ -55,8 +69,8 @@ struct Entry {
 #[repr(align(64))]
 struct Bucket([Entry; 2]);
 
-/// Remembers pieces of at most `MAX_KEY_BYTES` bytes. It grows from a quarter of a megabyte to at most eight megabytes
-/// (262,144 pieces) as more of them are met; then new ones push old ones out.
+/// Remembers pieces of at most `MAX_KEY_BYTES` bytes. It grows from a quarter of a megabyte to at most sixteen megabytes
+/// (524,288 pieces) as more of them are met; then new ones push old ones out.
 pub struct PieceCache {
     buckets: Vec<Bucket>,
     /// Insertions since it last grew.
@@ -65,7 +79,7 @@ pub struct PieceCache {
 
 const _: () = assert!(MAX_KEY_BYTES < 16);
 
-const EMPTY: Bucket = Bucket([Entry { key: 0, tokens: Tokens(0) }; 2]);
+const EMPTY: Bucket = Bucket([Entry { key: 0, tokens: Tokens::NONE }; 2]);
 
 impl PieceCache {
     pub fn new() -> Self {
@@ -134,12 +148,13 @@ mod tests {
 
     #[test]
     fn packing_is_lossless() {
-        for ids in [&[][..], &[0], &[MAX_CACHED_ID - 1], &[1, 0, 3], &[9, 8, 7, 6, 5, MAX_CACHED_ID - 1]] {
+        let last = MAX_RANK - 1;
+        for ids in [&[0][..], &[last], &[1, 0, 3], &[9, 8, 7, 6, last], &[last; MAX_CACHED_TOKENS], &[0; 5]] {
             let packed = Tokens::pack(ids).unwrap();
             assert_eq!(packed.len(), ids.len());
-            assert_eq!(packed.ids().take(packed.len()).collect::<Vec<_>>(), ids);
+            assert_eq!(std::iter::once(packed.first()).chain(packed.others()).collect::<Vec<_>>(), ids);
         }
-        assert_eq!(Tokens::pack(&[MAX_CACHED_ID]), None);
+        assert_eq!(Tokens::pack(&[]), None);
         assert_eq!(Tokens::pack(&[1; MAX_CACHED_TOKENS + 1]), None);
     }
 
@@ -147,16 +162,16 @@ mod tests {
     fn what_it_remembers_is_right() {
         let mut cache = PieceCache::new();
         let of = |key: u128| Tokens::pack(&[key as u32, 1]).unwrap();
-        for key in 1..400_000u128 {
+        for key in 1..900_000u128 {
             let hash = hash_key(key);
             assert_eq!(cache.get(key, hash), None);
             cache.insert(key, hash, of(key));
             assert_eq!(cache.get(key, hash), Some(of(key)));
         }
         assert_eq!(cache.buckets.len(), MAX_BUCKETS);
-        let kept = (1..400_000u128).filter_map(|key| Some((key, cache.get(key, hash_key(key))?)));
+        let kept = (1..900_000u128).filter_map(|key| Some((key, cache.get(key, hash_key(key))?)));
         let kept: Vec<_> = kept.collect();
         assert!(kept.iter().all(|&(key, tokens)| tokens == of(key)));
-        assert!(kept.len() > 150_000, "{} remembered", kept.len());
+        assert!(kept.len() > 300_000, "{} remembered", kept.len());
     }
 }

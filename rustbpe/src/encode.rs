@@ -43,8 +43,8 @@ impl TokenId for u32 {
     }
 }
 
-/// What a thread needs to encode: a copy of the splitter and what it remembers. The memory is bounded: about two megabytes
-/// for short pieces and at most as many for long ones.
+/// What a thread needs to encode: a copy of the splitter and what it remembers. The memory is bounded: up to sixteen megabytes
+/// for short pieces and some more for long ones.
 pub struct Worker {
     splitter: Splitter,
     short: PieceCache,
@@ -98,11 +98,10 @@ fn look_up<T: TokenId>(
             continue;
         }
         if let Some(tokens) = short.get(key, hash) {
-            // Most pieces are one token; the rest is rare enough for a loop.
-            let mut ids = tokens.ids();
-            out.extend(ids.next().map(T::from_id));
+            // Most pieces are one token.
+            out.push(T::from_id(tokens.first()));
             if tokens.len() > 1 {
-                out.extend(ids.take(tokens.len() - 1).map(T::from_id));
+                out.extend(tokens.others().map(T::from_id));
             }
             continue;
         }

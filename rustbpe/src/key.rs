@@ -60,6 +60,11 @@ impl std::hash::Hasher for FastHasher {
     }
 
     #[inline]
+    fn write_u128(&mut self, x: u128) {
+        self.0 = mix(self.0 ^ hash_key(x));
+    }
+
+    #[inline]
     fn write_usize(&mut self, x: usize) {
         self.write_u64(x as u64);
     }

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use crate::error::Error;
-use crate::key::FastBuild;
+use crate::key::{FastBuild, MAX_KEY_BYTES, key};
 
 /// Ranks are below this.
 pub const MAX_RANK: u32 = 1 << 24;
@@ -18,7 +18,9 @@ pub struct Vocab {
     bytes: Vec<u8>,
     /// For each id where its bytes end; an id that is not used has none.
     ends: Vec<usize>,
-    by_bytes: HashMap<Box<[u8]>, u32, FastBuild>,
+    /// Tokens of at most `MAX_KEY_BYTES` bytes by their key, and all others by their bytes.
+    short: HashMap<u128, u32, FastBuild>,
+    long: HashMap<Box<[u8]>, u32, FastBuild>,
     of_byte: [u32; 256],
     /// Two neighbouring tokens whose concatenation is a token -> that token. Parts of a piece always are tokens, so this
     /// is the same as looking up the concatenated bytes (tiktoken's rule), at the price of two integers.
@@ -67,7 +69,11 @@ impl Vocab {
         let joined = join(&by_bytes);
         let pair_of_bytes = |i: usize| pack(of_byte[i / 256], of_byte[i % 256]);
         let joined_bytes = (0..1 << 16).map(|i| joined.get(&pair_of_bytes(i)).copied().unwrap_or(NO_RANK)).collect();
-        Ok(Vocab { bytes, ends, by_bytes, of_byte, joined, joined_bytes })
+        let is_short = |token: &[u8]| token.len() <= MAX_KEY_BYTES;
+        let short = by_bytes.iter().filter(|(token, _)| is_short(token));
+        let short = short.map(|(token, &id)| (key(token, 0, token.len()), id)).collect();
+        by_bytes.retain(|token, _| !is_short(token));
+        Ok(Vocab { bytes, ends, short, long: by_bytes, of_byte, joined, joined_bytes })
     }
 
     /// Largest id + 1.
@@ -83,9 +89,14 @@ impl Vocab {
     }
 
     /// Appends the tokens of `piece` to `out`: the piece itself if it is a token, else its bytes with the neighbours of
-    /// lowest joint rank merged, the leftmost first, until nothing can be merged.
+    /// lowest joint rank merged, the leftmost first, until nothing can be merged. The piece must not be empty.
     pub fn encode_piece(&self, piece: &[u8], out: &mut Vec<u32>) {
-        if let Some(&id) = self.by_bytes.get(piece) {
+        let whole = if piece.len() <= MAX_KEY_BYTES {
+            self.short.get(&key(piece, 0, piece.len()))
+        } else {
+            self.long.get(piece)
+        };
+        if let Some(&id) = whole {
             out.push(id);
         } else if piece.len() <= SCAN_BYTES {
             self.merge_by_scanning(piece, out);

@@ -11,7 +11,8 @@ SHARED = {
     "%DAY%": "[One [sunny|bright|windy|cool|warm|quiet] [morning|day|afternoon]|One day|Early one morning|One day after"
     " school|On a [bright|quiet|warm] [spring|summer|autumn] day|Last week]",
     "%INTRO%": "[{hero} lived in {town}[|, where the river {river} flows|, a town in {region}|, which is known for its"
-    " {known}].|In {town} lived {a person} called {hero}.|There was once {a person} called {hero} who lived in {town}.]",
+    " {known}].|In {town} lived {a person} called {hero}.|There was once {a person} called {hero} who lived in"
+    " {town}.]",
 }
 
 

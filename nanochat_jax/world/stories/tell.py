@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from nanochat_jax.world import lexicon as lex
@@ -18,13 +18,31 @@ FABLES: tuple[Plot, ...] = fables.PLOTS
 _NEW_CHILDREN = ("Emma", "Jack", "Lily", "Max", "Zoe", "Ben", "Ella", "Tim")
 _GUESTS = ("mouse", "squirrel", "owl", "rabbit", "frog", "bat")
 _HELPERS = ("squirrel", "cat", "parrot")
-_CORNERS = ("the cupboard", "the chimney", "the bread box", "the old clock", "the woodpile", "the flour bag", "the umbrella stand")
+_CORNERS = (
+    "the cupboard",
+    "the chimney",
+    "the bread box",
+    "the old clock",
+    "the woodpile",
+    "the flour bag",
+    "the umbrella stand",
+)
 _TREES = ("apple", "oak", "pear", "pine", "cherry", "willow")
 _MISSING = ("flour", "sugar", "butter", "salt", "milk", "honey")
-_ROLES = ("king", "queen", "dragon", "pirate", "wizard", "knight", "owl", "giant")
+_ROLES = ("dragon", "pirate", "wizard", "knight", "owl", "giant", "lion", "clown")
+_OUTSIDE = (
+    "in the hay",
+    "behind the woodpile",
+    "under a pear tree",
+    "behind the barn",
+    "in the high grass",
+    "between two bushes",
+)
+_FRAGILE = ("drum", "lantern", "bell", "cup", "flute", "whistle", "umbrella", "music box", "puppet", "toy boat", "kite")
+_INDOORS = ("the mill", "the library", "the station", "the toy shop", "the school", "the bakery")
 _SKILLS = (
-    "swim", "ride a bicycle", "play the flute", "skate", "whistle", "tie a knot", "juggle three balls", "walk on stilts",
-    "sail a small boat", "knit a scarf", "bake bread", "stand on one hand",
+    "play the flute", "whistle", "tie a knot", "juggle three balls", "walk on stilts", "knit a scarf", "draw a horse",
+    "stand on one hand", "jump rope", "throw a ball very far", "fly a kite",
 )  # fmt: skip
 _PRIZES = ("golden cup", "new bicycle", "silver medal", "basket of cherries", "painted drum", "big cake")
 _HIDDEN = ("a glass marble", "an old coin", "a small silver bell", "a blue feather", "seven shells", "a tin soldier")
@@ -33,35 +51,45 @@ _SOUNDS = (
 )  # fmt: skip
 _PICKING = ("looking for mushrooms", "picking berries", "gathering wood", "walking in the hills")
 _NOSES = ("a carrot", "a red pepper", "a pine cone", "an onion", "a potato", "a wooden spoon", "a pear")
-_WISHES = ("a castle", "a ship with white sails", "a horse that could fly", "a mountain of gold", "a hat that makes you invisible")
+_WISHES = (
+    "a castle",
+    "a ship with white sails",
+    "a horse that could fly",
+    "a mountain of gold",
+    "a hat that makes you invisible",
+)
 _FISH = ("silver", "golden", "blue", "red", "green")
 
 
 @lru_cache(maxsize=8)
 def _slots(world: World) -> dict[str, tuple]:
     """The pool behind every slot name."""
-    far_away = ("whale", "lion", "elephant", "penguin", "parrot", "cat", "dog")
+    far_away = ("whale", "lion", "elephant", "penguin", "parrot", "cat", "dog", "cow", "horse", "bear", "wolf")
     young = tuple(a for a in world.animals if a.group in ("mammal", "bird") and a.kind not in far_away)
     speakers = tuple(a for a in world.animals if a.food not in ("mice", "meat", "moths", "flies", "krill", "nectar"))
     return {
         "place": lex.PLACES, "thing": lex.THINGS, "hiding": lex.HIDING, "color": lex.COLORS, "fruit": lex.FRUITS,
         "vegetable": lex.VEGETABLES, "flower": lex.FLOWERS, "adult": world.adults, "child": _NEW_CHILDREN,
-        "guest": _GUESTS, "corner": _CORNERS, "tree": _TREES, "missing": _MISSING, "role": _ROLES, "skill": _SKILLS, "prize": _PRIZES,
+        "guest": _GUESTS, "outside": _OUTSIDE, "fragile": _FRAGILE,
+        "open place": tuple(p for p in lex.PLACES if p[0] not in _INDOORS), "corner": _CORNERS,
+        "tree": _TREES, "missing": _MISSING, "role": _ROLES, "skill": _SKILLS, "prize": _PRIZES,
         "hidden": _HIDDEN, "sound": _SOUNDS, "nose": _NOSES, "wish": _WISHES, "fish color": _FISH,
         "planet": ("Venus", "Mars", "Jupiter", "Saturn"), "animal helper": _HELPERS, "baby": young,
         "rival": world.children, "two animals": speakers, "judge": ("owl", "bear", "turtle"),
     }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def _neighbors(world: World, town: str) -> tuple:
     return tuple(p for p in world.adults if p.home == town)
 
 
 def _fill_slot(world: World, slot: str, value: Any, fields: dict[str, str], draw: Draw) -> bool:
     """Adds the fields of one slot; False when the value does not go with what is chosen already."""
-    if slot == "place":
+    if slot in ("place", "open place"):
         fields["place"], fields["at"] = value
+    elif slot == "fragile":
+        fields["thing"] = value
     elif slot == "color":
         fields["shade"] = value
     elif slot in ("adult", "neighbor"):
@@ -70,6 +98,8 @@ def _fill_slot(world: World, slot: str, value: Any, fields: dict[str, str], draw
         fields.update(person_fields(world, value.name, "3"))
     elif slot == "child":
         fields["newname"] = value
+    elif slot == "corner":
+        fields["corner"], fields["fear"] = value, draw.pick(("ghost", "giant", "monster"))
     elif slot == "animal helper":
         fields["helper"] = value
     elif slot == "fish color":
@@ -141,4 +171,3 @@ def fable(world: World, draw: Draw) -> str:
 def plots() -> tuple[str, ...]:
     """The names of all plots, stories first."""
     return tuple(plot.name for plot in STORIES + FABLES)
-

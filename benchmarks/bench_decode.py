@@ -1,0 +1,105 @@
+"""Decoding speed: python -m benchmarks.bench_decode [--cases=d4-v4096,...] [--rows=1,8] [--temperature=0.8 --top_k=50]
+
+Random weights, float32 on CPU, context 2048, a prompt of 16 tokens, then `--tokens` more per row. "engine" is what a
+user gets: requests through `Engine.step`, tool and end checks and all host work included. "bare" is the compiled
+program alone. Figures are tokens per second over all rows, the best of `--repeats`; the reference's (its own engine in
+PyTorch on a machine of this kind, 2 cores) stand beside them.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanochat_jax import cli, decode, gpt
+from nanochat_jax.cli import flag
+from nanochat_jax.engine import Engine
+
+REFERENCE = {  # (depth, vocabulary, rows): tokens per second of the reference's engine
+    (4, 4096, 1): 635,
+    (4, 65536, 1): 79,
+    (12, 65536, 1): 37,
+    (4, 4096, 8): 3107,
+    (4, 65536, 8): 596,
+    (12, 65536, 8): 117,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    cases: str = flag("d4-v4096,d4-v65536,d12-v65536", "depth and vocabulary of each model")
+    rows: str = flag("1,8", "batch sizes")
+    tokens: int = flag(96, "tokens to generate per row")
+    repeats: int = flag(4, "how often; the best counts")
+    temperature: float = flag(0.0, "0 = greedy")
+    top_k: int = flag(0, "0 = off")
+    steps_per_call: int | None = flag(None, "None = the engine's own choice")
+
+
+def random_params(config: gpt.GPTConfig) -> gpt.Params:
+    """Weights of ordinary size everywhere: the zero projections of a fresh model would make arithmetic too easy."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[0] ** -0.5))
+
+    return jax.tree.map(draw, gpt.abstract(config))
+
+
+def through_engine(engine: Engine, rows: int, s: Settings) -> float:
+    """Tokens per second of `rows` requests, from the first decoded call's end to the last token."""
+    prompt = list(range(1, 17))
+    requests = [
+        engine.submit(prompt, s.tokens, s.temperature, s.top_k, seed=r, leader=None) for r in range(rows)
+    ]
+    while not all(r.tokens for r in requests):
+        engine.step()
+    done = sum(len(r.tokens) for r in requests)
+    begin = time.perf_counter()
+    while any(r.finished is None for r in requests):
+        engine.step()
+    return (sum(len(r.tokens) for r in requests) - done) / (time.perf_counter() - begin)
+
+
+def bare(engine: Engine, rows: int, s: Settings) -> float:
+    """Tokens per second of the compiled decode program, called again on the same inputs."""
+    room = engine.steps_per_call
+    control = np.zeros((rows, decode.N_COLUMNS + room), np.int32)
+    control[:, decode.POSITION] = 16
+    control[:, decode.TEMPERATURE] = decode.float_bits(s.temperature)
+    control[:, decode.TOP_K] = s.top_k
+    control, shared = jnp.asarray(control), jnp.array([room, -1, -1, -1], jnp.int32)
+    begin = time.perf_counter()
+    calls = max(1, s.tokens // room)
+    for _ in range(calls):
+        out, engine._storage = decode.decode(
+            engine.model, engine.config, engine._cast, engine._storage, control, shared, visible=128, room=room
+        )
+        out.block_until_ready()
+    return rows * calls * room / (time.perf_counter() - begin)
+
+
+def main(s: Settings) -> None:
+    print(f"{jax.devices()[0].device_kind}, temperature {s.temperature:g}, top_k {s.top_k}; tokens per second, all rows")
+    print(f"{'model':>12} {'rows':>4} {'engine':>8} {'bare':>8} {'reference':>9} {'ratio':>6}   compile")
+    for case in s.cases.split(","):
+        depth, vocab = (int(part[1:]) for part in case.split("-"))
+        config = gpt.GPTConfig.from_depth(depth, vocab, 2048)
+        params = random_params(config)
+        for rows in map(int, s.rows.split(",")):
+            engine = Engine(config, params, None, slots=rows, steps_per_call=s.steps_per_call)
+            begin = time.perf_counter()
+            through_engine(engine, rows, s)
+            compiling = time.perf_counter() - begin
+            speed = max(through_engine(engine, rows, s) for _ in range(s.repeats))
+            bare_speed = max(bare(engine, rows, s) for _ in range(s.repeats + 1))
+            reference = REFERENCE.get((depth, vocab, rows))
+            ratio = f"{reference:9d} {speed / reference:6.2f}" if reference else f"{'-':>9} {'-':>6}"
+            print(f"{case:>12} {rows:4d} {speed:8.0f} {bare_speed:8.0f} {ratio}   {compiling:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings, sys.argv[1:], __doc__ or ""))
