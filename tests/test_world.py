@@ -223,7 +223,7 @@ def test_story_combinations_are_disjoint(pages):
         "sharing": r"^(\w+) and \w+ were (.*?) when they found an? (.*?)\.",
         "stars": r"climbed .* with a blanket and an? (.*?)\. .* and (\w+) still dreams of (\w+)\.",
         "river": r"(\w+) had to bring an? (.*?) to (\w+) the",
-        "snowman": r"^In the night .* called (\w+)\. .* with an? (.*?)\. .* gave the snowman an? (.*?) and an? (?:old|br)",
+        "snowman": r"^In the night .* called (\w+)\. .* with an? (.*?)\. .* the snowman an? (.*?) and an? (?:old|br)",
         "coins": r"(\w+) found a small bag (.*?)\. .* met (\w+) the",
     }
     for name, pattern in patterns.items():

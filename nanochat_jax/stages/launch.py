@@ -2,7 +2,10 @@
 
 import logging
 import sys
+import traceback
+from pathlib import Path
 
+import nanochat_jax
 from nanochat_jax import cli, devices
 
 STAGES = ("base",)
@@ -32,8 +35,12 @@ def main(argv: list[str]) -> int:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Errors raised by this project carry their remedy and need no traceback; any other is shown whole."""
-    return type(error).__module__.startswith("nanochat_jax") or isinstance(error, FileNotFoundError)
+    """Whether the error was raised by a line of this project: then its text carries the remedy and no traceback is
+    needed. One that comes out of a library is shown whole."""
+    if isinstance(error, FileNotFoundError):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(nanochat_jax.__file__).parent in Path(raised_in).parents
 
 
 def _take_stage(argv: list[str]) -> tuple[str, list[str]]:

@@ -39,7 +39,7 @@ impl Tokens {
 
     /// How many there are.
     #[inline]
-    pub fn len(self) -> usize {
+    pub fn count(self) -> usize {
         (self.first >> ID_BITS) as usize
     }
 
@@ -53,7 +53,7 @@ impl Tokens {
     pub fn others(self) -> impl Iterator<Item = u32> {
         let [a, b, c] = self.rest;
         let bits = u128::from(a) | u128::from(b) << 32 | u128::from(c) << 64;
-        (0..self.len() as u32 - 1).map(move |i| (bits >> (i * ID_BITS)) as u32 & ID_MASK)
+        (0..self.count() as u32 - 1).map(move |i| (bits >> (i * ID_BITS)) as u32 & ID_MASK)
     }
 }
 
@@ -81,11 +81,13 @@ const _: () = assert!(MAX_KEY_BYTES < 16);
 
 const EMPTY: Bucket = Bucket([Entry { key: 0, tokens: Tokens::NONE }; 2]);
 
-impl PieceCache {
-    pub fn new() -> Self {
+impl Default for PieceCache {
+    fn default() -> Self {
         PieceCache { buckets: vec![EMPTY; FIRST_BUCKETS], inserted: 0 }
     }
+}
 
+impl PieceCache {
     #[inline]
     fn home(&self, hash: u64) -> usize {
         // The upper bits, so that a doubled table splits each bucket in two.
@@ -151,7 +153,7 @@ mod tests {
         let last = MAX_RANK - 1;
         for ids in [&[0][..], &[last], &[1, 0, 3], &[9, 8, 7, 6, last], &[last; MAX_CACHED_TOKENS], &[0; 5]] {
             let packed = Tokens::pack(ids).unwrap();
-            assert_eq!(packed.len(), ids.len());
+            assert_eq!(packed.count(), ids.len());
             assert_eq!(std::iter::once(packed.first()).chain(packed.others()).collect::<Vec<_>>(), ids);
         }
         assert_eq!(Tokens::pack(&[]), None);
@@ -160,7 +162,7 @@ mod tests {
 
     #[test]
     fn what_it_remembers_is_right() {
-        let mut cache = PieceCache::new();
+        let mut cache = PieceCache::default();
         let of = |key: u128| Tokens::pack(&[key as u32, 1]).unwrap();
         for key in 1..900_000u128 {
             let hash = hash_key(key);

@@ -28,13 +28,13 @@ impl Batch {
     }
 
     /// Number of documents.
-    pub fn len(&self) -> usize {
+    pub fn num_documents(&self) -> usize {
         self.ends.len()
     }
 
     /// Whether it is time to hand it on.
     pub fn is_full(&self, max_documents: usize) -> bool {
-        self.len() >= max_documents || self.text.len() >= BATCH_BYTES
+        self.num_documents() >= max_documents || self.text.len() >= BATCH_BYTES
     }
 
     fn clear(&mut self) {
@@ -99,7 +99,7 @@ pub fn count_pieces<E: From<Error>>(
         read?;
         failure.map_or(Ok(total), |error| Err(E::from(error)))
     })?;
-    Ok(total.unwrap_or_else(PieceCounter::new))
+    Ok(total.unwrap_or_default())
 }
 
 /// Counts batches until the reader hangs up. After an error it only empties the queue, lest the reader wait for ever.
@@ -109,7 +109,7 @@ fn work(
     used: &SyncSender<Batch>,
     failed: &AtomicBool,
 ) -> Result<PieceCounter, Error> {
-    let mut counter = PieceCounter::new();
+    let mut counter = PieceCounter::default();
     let mut failure = None;
     loop {
         let received = batches.lock().expect("no thread panics holding the lock").recv();

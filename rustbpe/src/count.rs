@@ -28,8 +28,8 @@ pub struct PieceCounter {
     batched: usize,
 }
 
-impl PieceCounter {
-    pub fn new() -> Self {
+impl Default for PieceCounter {
+    fn default() -> Self {
         PieceCounter {
             slots: vec![EMPTY; FIRST_SLOTS],
             used: 0,
@@ -38,7 +38,9 @@ impl PieceCounter {
             batched: 0,
         }
     }
+}
 
+impl PieceCounter {
     /// Counts one occurrence of `bytes[start..end]`.
     #[inline]
     pub fn add(&mut self, bytes: &[u8], start: usize, end: usize) {
@@ -96,7 +98,7 @@ impl PieceCounter {
     }
 
     /// Number of different pieces.
-    pub fn len(&self) -> usize {
+    pub fn num_different(&self) -> usize {
         self.used + self.long.len()
     }
 
@@ -167,7 +169,7 @@ mod tests {
             state = crate::key::mix(state.wrapping_add(0x9e37_79b9_7f4a_7c15));
             state
         };
-        let (mut a, mut b) = (PieceCounter::new(), PieceCounter::new());
+        let (mut a, mut b) = (PieceCounter::default(), PieceCounter::default());
         let mut expected: HashMap<Vec<u8>, u64> = HashMap::new();
         for i in 0..60_000 {
             let len = 1 + random() as usize % if i % 50 == 0 { 40 } else { 4 };
@@ -179,7 +181,7 @@ mod tests {
         a.absorb(b);
         let mut found = HashMap::new();
         a.for_each(|piece, count| assert!(found.insert(piece.to_vec(), count).is_none()));
-        assert_eq!(a.len(), expected.len());
+        assert_eq!(a.num_different(), expected.len());
         assert_eq!(found, expected);
     }
 }

@@ -54,7 +54,7 @@ pub struct Worker {
 
 impl Worker {
     pub fn new(splitter: Splitter) -> Self {
-        Worker { splitter, short: PieceCache::new(), long: HashMap::default(), scratch: Vec::new() }
+        Worker { splitter, short: PieceCache::default(), long: HashMap::default(), scratch: Vec::new() }
     }
 
     /// Appends the tokens of `text` to `out`.
@@ -100,7 +100,7 @@ fn look_up<T: TokenId>(
         if let Some(tokens) = short.get(key, hash) {
             // Most pieces are one token.
             out.push(T::from_id(tokens.first()));
-            if tokens.len() > 1 {
+            if tokens.count() > 1 {
                 out.extend(tokens.others().map(T::from_id));
             }
             continue;

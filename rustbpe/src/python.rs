@@ -1,4 +1,4 @@
-//! The Python module `rustbpe`. See `rustbpe.pyi` for the interface as Python users read it.
+//! The Python module `rustbpe`. See `../rustbpe.pyi` for the interface as Python users read it.
 
 use std::borrow::Cow;
 use std::num::NonZero;

@@ -98,7 +98,7 @@ fn merges_are_those_of_the_definition() {
 #[test]
 fn counts_go_beyond_32_bits() {
     // Weights as large as a corpus of tens of billions of words would give.
-    let mut pieces = rustbpe::count::PieceCounter::new();
+    let mut pieces = rustbpe::count::PieceCounter::default();
     pieces.add_many(b"ab", 5_000_000_000);
     pieces.add_many(b"cd", 4_999_999_999);
     pieces.add_many(b"cdcd", 1);
@@ -109,7 +109,10 @@ fn counts_go_beyond_32_bits() {
     assert_eq!(trainer.merges(), [(id(b'c'), id(b'd')), (id(b'a'), id(b'b')), (id(b'e'), id(b'f')), (256, 256)]);
 }
 
-fn ranks_of(merges: &[(u32, u32)]) -> Vec<(Vec<u8>, u32)> {
+/// Tokens and their ranks.
+type Ranks = Vec<(Vec<u8>, u32)>;
+
+fn ranks_of(merges: &[(u32, u32)]) -> Ranks {
     let mut tokens: Vec<Vec<u8>> = (0..=255).map(|b| vec![b]).collect();
     for &(a, b) in merges {
         tokens.push([&tokens[a as usize][..], &tokens[b as usize][..]].concat());
@@ -152,7 +155,7 @@ fn pieces_encode_by_the_definition() {
 fn a_piece_of_a_megabyte_is_no_problem() {
     let start = Instant::now();
     let long = "a".repeat(1 << 20);
-    let ranks = ranks_of(&train(&[long.clone()], 400, 2, None));
+    let ranks = ranks_of(&train(std::slice::from_ref(&long), 400, 2, None));
     assert_eq!(ranks.len(), 256 + 20, "a run of 2^20 merges twenty times");
     let vocab = vocab_of(&ranks);
     let mut ids = Vec::new();
@@ -165,7 +168,7 @@ fn a_piece_of_a_megabyte_is_no_problem() {
 #[test]
 fn bad_ranks_are_errors() {
     let good = ranks_of(&[(97, 98)]);
-    let expect = |change: &dyn Fn(&mut Vec<(Vec<u8>, u32)>), reason: &str| {
+    let expect = |change: &dyn Fn(&mut Ranks), reason: &str| {
         let mut ranks = good.clone();
         change(&mut ranks);
         let result = Vocab::new(ranks.iter().map(|(token, rank)| (&token[..], *rank)).collect(), true);

@@ -1,0 +1,93 @@
+"""Pretraining as a user starts it: flags, errors with remedies, resume rules. Small model, eight simulated devices."""
+
+import random
+
+import pytest
+
+from nanochat_jax import checkpoint, metrics
+from nanochat_jax.stages.launch import main
+from nanochat_jax.tokenizer import Tokenizer
+
+WORDS = "the a cat dog sun moon walks sings sees under over river tree red blue and then she he".split()
+
+
+def corpus(seed=1):
+    rng = random.Random(seed)
+    return [" ".join(rng.choice(WORDS) for _ in range(rng.randint(20, 90))) + "." for _ in range(400)]
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
+    (tmp_path / "text.txt").write_text("\n\n".join(corpus()))
+    Tokenizer.train(corpus(), 300).save(tmp_path / "base" / "tokenizer")
+    return tmp_path
+
+
+def train(base, **changes) -> int:
+    flags = dict(depth=1, max_seq_len=32, device_batch_size=1, total_batch_size=512, num_iterations=6, eval_every=3)
+    flags |= dict(eval_tokens=512, save_every=2, data=base / "text.txt", run_name="r", device="cpu") | changes
+    return main(["--stage=base", *(f"--{k}={v}" for k, v in flags.items())])
+
+
+def test_one_run_then_every_rule_of_going_on(base, capsys):
+    assert train(base) == 0
+    out = capsys.readouterr().out
+    assert "parameters" in out and out.index("FLOPs per token") < out.index("train step compiled"), "plan comes first"
+    assert "held-out bits per byte" in out and "The capital of France is" in out
+    run = checkpoint.run_dir("r")
+    records = metrics.read(run / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(6))
+    assert all(r["lr_multiplier"] > 0 and r["mfu"] > 0 for r in records if r["kind"] == "train")
+
+    assert train(base) == 0, "a finished run has nothing to do"
+    assert "from step 6" in capsys.readouterr().out
+    assert metrics.read(run / "metrics.jsonl") == records
+
+    assert train(base, matrix_lr=0.01) == 1
+    error = capsys.readouterr().err
+    assert "matrix_lr: 0.02 -> 0.01" in error and "--run_name" in error and "--resume=False" in error
+
+    Tokenizer.train(corpus(2), 290).save(base / "base" / "tokenizer")
+    assert train(base) == 1
+    error = capsys.readouterr().err
+    assert "tokenizer" in error and str(run) in error
+    assert checkpoint.steps(run)[-1] == 6, "nothing saved is lost"
+
+    assert train(base, resume=False, num_iterations=1) == 0
+    assert checkpoint.steps(run.with_name("r.old1"))[-1] == 6
+    assert checkpoint.steps(run) == [1]
+
+
+def test_mistakes_name_the_flag_and_the_remedy(base, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train(base, dept=3)
+    assert exit.value.code == 2 and "did you mean --depth?" in capsys.readouterr().err
+    assert train(base, total_batch_size=500) == 1
+    assert "--total_batch_size=256 or 512" in capsys.readouterr().err
+    assert train(base, data=base / "nowhere.txt") == 1
+    assert "nowhere.txt" in capsys.readouterr().err
+    assert train(base, data="") == 1
+    assert "--data=PATH" in capsys.readouterr().err
+    assert train(base, run_name="a/b") == 1
+    assert "a/b" in capsys.readouterr().err
+    (base / "base" / "tokenizer" / "tokenizer.json").unlink()
+    assert train(base) == 1
+    assert "scripts.tok_train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["--stage=bass"]])
+def test_a_stage_is_needed(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+    assert "--stage=base" in capsys.readouterr().err
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--stage=base", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert "--depth" in out and "--total_batch_size" in out and "default 20" in out
