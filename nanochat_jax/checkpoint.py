@@ -63,7 +63,7 @@ def save(run: Path, step: int, state: Any, meta: dict, keep: int = 2) -> Path:
     _remove_unfinished(final.parent)
     _check_free_space(run, state)
     try:
-        ocp.save(temporary / "state", state)
+        ocp.save(str(temporary / "state"), state)
         files = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
         document = {"format": FORMAT, "step": step, **meta, "files": files}
         paths.write_atomic(temporary / "meta.json", json.dumps(document, indent=2))
@@ -145,7 +145,7 @@ def restore(run: Path, step: int, target: Any) -> Any:
     context.pytree.loading.partial_load = True
     try:
         with context:
-            return ocp.load(folder, target)
+            return ocp.load(str(folder), target)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be read into this model: {error}") from error
 
@@ -155,7 +155,9 @@ def find_run(run: str | None = None, stage: str | None = None) -> Path:
     if run is not None:
         if not steps(run_dir(run)):
             known = sorted(p.name for p in paths.runs_dir().glob("*") if steps(p)) or ["none"]
-            raise CheckpointError(f"no checkpoint of a run named {run!r} in {paths.runs_dir()}; runs there: {', '.join(known)}")
+            raise CheckpointError(
+                f"no checkpoint of a run named {run!r} in {paths.runs_dir()}; runs there: {', '.join(known)}"
+            )
         return run_dir(run)
     found = [p for p in paths.runs_dir().glob("*") if steps(p)]
     if stage is not None:

@@ -25,7 +25,7 @@ from nanochat_jax.tools import use_calculator
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
-SMALLEST_VISIBLE = 128
+SMALLEST_VISIBLE = 64
 
 
 class TextCoder(Protocol):

@@ -17,7 +17,10 @@ class Progress:
         self._total, self._live = total, sys.stdout.isatty()
         self._last_line = 0.0
         self._bar = Bar(
-            TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"), console=Console()
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=Console(),
         )
         self._task = self._bar.add_task("", total=total, completed=start)
 
@@ -67,7 +70,10 @@ class RowsProgress:
         self._what, self._total, self._live = what, total, sys.stdout.isatty()
         self._began = self._last_line = time.monotonic()
         self._bar = Bar(
-            TextColumn(what), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"), TextColumn("{task.description}")
+            TextColumn(what),
+            BarColumn(),
+            TextColumn("{task.completed:,}/{task.total:,}"),
+            TextColumn("{task.description}"),
         )
         self._task = self._bar.add_task("", total=total)
 

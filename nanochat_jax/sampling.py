@@ -3,14 +3,16 @@
 A row's token depends on its logits and its own (temperature, top_k, seed, stream, count) only, never on its slot, its
 neighbours or how many steps run in one call: the key of draw number `count` is fold_in(fold_in(key(seed), stream),
 count). Nothing is static, so no combination of settings recompiles, and a batch pays only for what its rows ask for:
-an all-greedy batch is one argmax.
+an all-greedy batch is one maximum.
+
+Written for XLA on CPU as much as for GPUs. There, `argmax` of 8 x 65,536 logits takes 2.4 ms and `top_k` 89 ms (it
+sorts); a maximum and a search for its index take 0.3 ms, and the k-th largest is found by bisecting its bits.
 """
 
 import jax
 import jax.numpy as jnp
 
-SMALL_TOP_K = 64  # up to here top-k is a partial selection; beyond it costs a sort of the vocabulary
-_BLOCK = 256
+_LANES = 256  # vocabularies are folded to rows of this many: reductions over the rows use the whole vector unit
 
 
 def sample(
@@ -29,37 +31,48 @@ def sample(
     number of tokens the row has generated so far.
     """
     V = logits.shape[-1]
-    top_k = jnp.where((top_k <= 0) | (top_k >= V), 0, top_k)
+    folded = _fold(logits)  # (B, V / _LANES, _LANES)
     hot = temperature > 0
-    few = hot & (top_k > 0) & (top_k <= SMALL_TOP_K)
-    many = hot & (top_k > SMALL_TOP_K)
-    wide = hot & ~few
+    limited = hot & (top_k > 0) & (top_k < V)
+    best, greedy = _first_maximum(folded)
 
-    def draw(tokens):
-        scale = jnp.where(hot, temperature, 1.0)[:, None]
-        uniforms = _uniforms(seed, stream, count)
-        tokens = jax.lax.cond(
-            few.any(), lambda: jnp.where(few, _among_few(logits, scale, top_k, uniforms), tokens), lambda: tokens
+    def draw():
+        kept = jax.lax.cond(
+            limited.any(), lambda: _keep_largest(folded, jnp.where(limited, top_k, V)), lambda: folded
         )
+        scale = jnp.where(hot, temperature, 1.0)
+        weights = jnp.exp((kept - best[:, None, None]) / scale[:, None, None])
+        uniforms = jax.vmap(_uniforms)(seed, stream, count)
+        # in two stages, a row of ids and one inside it: no scan over the vocabulary, and both draws keep all their bits
+        row = _pick(weights.sum(-1), uniforms[:, 0])
+        inside = jnp.take_along_axis(weights, row[:, None, None], axis=1)[:, 0]
+        return jnp.where(hot, row * _LANES + _pick(inside, uniforms[:, 1]), greedy)
 
-        def among_all():
-            kept = jax.lax.cond(many.any(), lambda: _keep_largest(logits, jnp.where(many, top_k, V)), lambda: logits)
-            return jnp.where(wide, _among_all(kept, scale, uniforms), tokens)
+    return jax.lax.cond(hot.any(), draw, lambda: greedy)
 
-        return jax.lax.cond(wide.any(), among_all, lambda: tokens)
 
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(hot.any(), draw, lambda tokens: tokens, greedy)
+def _fold(logits: jax.Array) -> jax.Array:
+    B, V = logits.shape
+    rows = -(-V // _LANES)
+    if rows * _LANES > V:
+        logits = jnp.pad(logits, ((0, 0), (0, rows * _LANES - V)), constant_values=-jnp.inf)
+    return logits.reshape(B, rows, _LANES)
+
+
+def _ids(shape) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) * _LANES + jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+
+
+def _first_maximum(folded: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest logit of each row, (B,), and its id; the lower id wins a tie."""
+    best = folded.max(1).max(-1)
+    ids = jnp.where(folded == best[:, None, None], _ids(folded.shape), jnp.iinfo(jnp.int32).max)
+    return best, ids.min(1).min(-1)
 
 
 def _uniforms(seed, stream, count) -> jax.Array:
-    """Two uniforms in [0, 1) per row, (B, 2)."""
-
-    def one(seed, stream, count):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), count)
-        return jax.random.uniform(key, (2,))
-
-    return jax.vmap(one)(seed, stream, count)
+    """Two uniforms in [0, 1)."""
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), count), (2,))
 
 
 def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -71,29 +84,28 @@ def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.minimum(index, last).astype(jnp.int32)
 
 
-def _among_few(logits, scale, top_k, uniforms) -> jax.Array:
-    values, ids = jax.lax.top_k(logits, min(SMALL_TOP_K, logits.shape[-1]))
-    kept = jnp.arange(values.shape[-1])[None] < top_k[:, None]
-    weights = jnp.where(kept, jnp.exp((values - values[:, :1]) / scale), 0.0)
-    return jnp.take_along_axis(ids, _pick(weights, uniforms[:, 0])[:, None], axis=-1)[:, 0].astype(jnp.int32)
+def _keep_largest(folded: jax.Array, k: jax.Array) -> jax.Array:
+    """All but the k (B,) largest logits of each row set to -inf; the lower id wins a tie. Exact for every k."""
+    # as integers in the order of the floats, so that the k-th largest can be found bit by bit
+    bits = jax.lax.bitcast_convert_type(folded + 0.0, jnp.int32)  # + 0.0: -0.0 ties with 0.0
+    keys = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 
+    def number(mask):
+        return mask.astype(jnp.int32).sum(1).sum(-1)
 
-def _among_all(logits, scale, uniforms) -> jax.Array:
-    # in two stages, a block of ids and an id inside it: no scan over the vocabulary, and both draws keep all their bits
-    B, V = logits.shape
-    blocks = -(-V // _BLOCK)
-    weights = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / scale)
-    weights = jnp.pad(weights, ((0, 0), (0, blocks * _BLOCK - V))).reshape(B, blocks, _BLOCK)
-    block = _pick(weights.sum(-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _pick(inside, uniforms[:, 1])
+    def halve(i, threshold):  # the largest threshold that at least k keys reach
+        # the sign bit counts down: setting it in an offset-binary sense is adding 2**31
+        candidate = threshold + jax.lax.shift_left(jnp.int32(1), 31 - i)
+        return jnp.where(number(keys >= candidate[:, None, None]) >= k, candidate, threshold)
 
+    lowest = jnp.full(k.shape, jnp.iinfo(jnp.int32).min)
+    threshold = jax.lax.fori_loop(0, 32, halve, lowest)[:, None, None]
+    above, tied = keys > threshold, keys == threshold
+    room = k - number(above)
 
-def _keep_largest(logits, k) -> jax.Array:
-    """logits with all but the k (B,) largest of each row set to -inf; the lower id wins a tie."""
-    V = logits.shape[-1]
-    threshold = jnp.take_along_axis(jnp.sort(logits, axis=-1), (V - k)[:, None], axis=-1)
-    above = logits > threshold
-    tied = logits == threshold
-    room = k[:, None] - above.sum(-1, keepdims=True)
-    return jnp.where(above | (tied & (jnp.cumsum(tied, axis=-1) <= room)), logits, -jnp.inf)
+    def first_tied():
+        order = jnp.cumsum(tied.reshape(k.shape[0], -1), axis=-1).reshape(tied.shape)
+        return tied & (order <= room[:, None, None])
+
+    tied = jax.lax.cond((number(tied) > room).any(), first_tied, lambda: tied)
+    return jnp.where(above | tied, folded, -jnp.inf)

@@ -196,7 +196,7 @@ class Tokenizer:
         """As ``vocab_size`` (the reference's name)."""
         return self.vocab_size
 
-    @cached_property
+    @property
     def bos_id(self) -> int:
         """Id of the token that starts every document."""
         return self.special_tokens[self._bos_name]

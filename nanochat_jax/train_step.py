@@ -89,7 +89,9 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
             def add(total, batch):
                 return jax.tree.map(jnp.add, total, micro(*batch)), None
 
-            zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(micro, inputs[0], targets[0], weights[0]))
+            zero = jax.tree.map(
+                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(micro, inputs[0], targets[0], weights[0])
+            )
             (loss, grads), _ = jax.lax.scan(add, zero, (inputs, targets, weights))
         groups = jax.tree_util.tree_map_with_path(reduce_group, padded_groups(grads, n_devices))
         return jax.lax.psum(loss, sharding.DATA_AXIS), groups
@@ -100,7 +102,7 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
         mesh=mesh,
         in_specs=(whole, rows, rows, rows, whole),
         out_specs=(whole, specs),
-        check_vma=False,  # everything inside is per device on purpose; with tracking, grad() would reduce every micro-step
+        check_vma=False,  # per device on purpose: with tracking, grad() would reduce in every micro-step
     )
     opt_specs = sharding.grouped_specs(jax.eval_shape(optimizer.init, abstract_groups), n_devices)
     # per device too: whole matrices and slices of embeddings need nothing from elsewhere. Left to the partitioner, each
@@ -147,7 +149,7 @@ def abstract_state(
     """The state as ShapeDtypeStructs with shardings: as training holds it, or unpadded as a checkpoint stores it."""
     n_devices = mesh.size if padded else 1
     groups = jax.eval_shape(lambda p: padded_groups(p, n_devices), abstract(config))
-    state = TrainState(abstract(config), jax.eval_shape(optimizer.init, groups), jax.ShapeDtypeStruct((), jnp.int32))
+    state = TrainState(abstract(config), jax.eval_shape(optimizer.init, groups), jax.ShapeDtypeStruct((), jnp.int32))  # pyright: ignore[reportArgumentType]
     placed = sharding.named(mesh, sharding.replicated_spec())
     where = state_shardings(config, optimizer, mesh) if padded else jax.tree.map(lambda _: placed, state)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, where)
@@ -155,9 +157,7 @@ def abstract_state(
 
 def strip_padding(state: TrainState, target: TrainState) -> TrainState:
     """The state cut to the unpadded shapes of `target`."""
-    return jax.tree.map(
-        lambda a, t: a if a.shape == t.shape else a[tuple(slice(s) for s in t.shape)], state, target
-    )
+    return jax.tree.map(lambda a, t: a if a.shape == t.shape else a[tuple(slice(s) for s in t.shape)], state, target)
 
 
 def restore_padding(state: TrainState, target: TrainState) -> TrainState:

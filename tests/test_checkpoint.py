@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +84,8 @@ def test_a_failing_save_names_the_last_good_one_and_leaves_it(base, tokenizer, m
     run = saved_run(tokenizer, steps=(1,))
 
     def full(path, tree):
-        path.mkdir(parents=True)
-        (path / "half").write_bytes(b"x" * 100)
+        Path(path).mkdir(parents=True)
+        (Path(path) / "half").write_bytes(b"x" * 100)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.ocp, "save", full)
@@ -103,7 +104,9 @@ def test_too_little_space_is_noticed_before_writing(base, tokenizer, monkeypatch
 
 def test_damage_is_found_and_the_previous_checkpoint_offered(base, tokenizer):
     run = saved_run(tokenizer, steps=(1, 2))
-    victim = max((p for p in (checkpoint.step_dir(run, 2) / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    victim = max(
+        (p for p in (checkpoint.step_dir(run, 2) / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     victim.write_bytes(victim.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match=r"damaged.*previous checkpoint is step 1"):
         checkpoint.load_meta(run)

@@ -272,7 +272,7 @@ def test_parameters_can_be_swapped_between_requests(tiny, engine):
     config, params = tiny
     first = engine.generate_batch([511, 1], max_tokens=10, temperature=0.0)
     before = compiled_programs()
-    engine.params = jax.tree.map(lambda x: -x, params)
+    engine.params = {**params, "lm_head": jax.tree.map(lambda x: -x, params["lm_head"])}
     second = engine.generate_batch([511, 1], max_tokens=10, temperature=0.0)
     request = engine.submit([511, 1], 10)
     with pytest.raises(RuntimeError, match="while requests run"):

@@ -19,7 +19,7 @@ SIZES = [(1, 8, 7), (5, 16, 33), (127, 8, 101), (128, 8, 64), (130, 12, 17), (30
 def chunks(request, monkeypatch):
     """Small problems in one piece, and cut up as large ones are."""
     if request.param == "many chunks":
-        monkeypatch.setattr(module, "chunk_size", lambda n, v: 64)
+        monkeypatch.setattr(module, "chunk_size", lambda *_: 64)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()

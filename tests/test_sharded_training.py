@@ -1,4 +1,4 @@
-"""The training step over a mesh: same numbers on any number of devices, one reduction per step, donation, accumulation."""
+"""The training step over a mesh: same numbers on any number of devices, one reduction a step, donation, accumulation."""
 
 import re
 
@@ -89,7 +89,10 @@ def test_one_reduction_per_gradient_outside_the_accumulation_loop():
 
 def test_optimizer_state_is_cut_over_the_devices_and_buffers_are_donated():
     _, _, state, step = setup(8)
-    for name, leaf in (("stack", state.opt_state.muon.momentum["64x64"]), ("adam", state.opt_state.adam.mu["embedding"])):
+    for name, leaf in (
+        ("stack", state.opt_state.muon.momentum["64x64"]),
+        ("adam", state.opt_state.adam.mu["embedding"]),
+    ):
         shard = leaf.addressable_shards[0].data
         assert shard.nbytes * 8 == leaf.nbytes, f"{name} is not cut in eight"
     compiled = step.lower(state, *batch(0)).compile()
@@ -108,7 +111,9 @@ def test_accumulation_does_not_change_the_step():
         cut = [a.reshape(accumulation, 16 // accumulation, -1) for a in (inputs, targets, weights)]
         for _ in range(2):
             state, metrics = step(state, *cut)
-        results.append((float(metrics["loss"]), float(metrics["grad_norm"]), np.asarray(state.params["wte"]["embedding"])))
+        results.append(
+            (float(metrics["loss"]), float(metrics["grad_norm"]), np.asarray(state.params["wte"]["embedding"]))
+        )
     for loss, norm, embedding in results[1:]:
         assert abs(loss - results[0][0]) < 1e-5
         assert abs(norm - results[0][1]) < 1e-4

@@ -38,9 +38,7 @@ def nats_and_bytes_fn(config: GPTConfig, mesh: Mesh | None = None):
 
     whole, rows = sharding.replicated_spec(), sharding.batch_spec(2)
     return jax.jit(
-        jax.shard_map(
-            summed, mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=(whole, whole), check_vma=False
-        )
+        jax.shard_map(summed, mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=(whole, whole), check_vma=False)
     )
 
 
@@ -56,9 +54,9 @@ def bits_per_byte(
     Returns infinity if no target has any bytes.
     """
     count = nats_and_bytes_fn(config, mesh)
-    token_bytes = jnp.asarray(token_bytes, jnp.int32)
+    sizes = jnp.asarray(token_bytes, jnp.int32)
     nats, n_bytes = 0.0, 0
     for inputs, targets in batches:
-        batch_nats, batch_bytes = count(params, inputs, targets, token_bytes)
+        batch_nats, batch_bytes = count(params, inputs, targets, sizes)
         nats, n_bytes = nats + float(batch_nats), n_bytes + int(batch_bytes)
     return nats / (math.log(2) * n_bytes) if n_bytes else math.inf

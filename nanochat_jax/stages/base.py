@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from nanochat_jax import checkpoint, devices, metrics, sharding
 from nanochat_jax.cli import flag
@@ -55,7 +54,9 @@ class BaseSettings:
     num_iterations: int = flag(-1, "optimizer steps; -1: from target_flops or target_param_data_ratio")
     target_flops: float = flag(-1.0, "stop at about this many training FLOPs; -1: not used")
     target_param_data_ratio: float = flag(20.0, "training tokens per parameter")
-    device_batch_size: int = flag(32, "rows per device and micro-step; lower it if memory runs out, the mathematics stays")
+    device_batch_size: int = flag(
+        32, "rows per device and micro-step; lower it if memory runs out, the mathematics stays"
+    )
     total_batch_size: int = flag(524288, "tokens per optimizer step, reached by accumulation")
     embedding_lr: float = flag(0.2, "AdamW learning rate of the embedding at width 768")
     unembedding_lr: float = flag(0.004, "AdamW learning rate of the unembedding at width 768")
@@ -243,16 +244,17 @@ def _evaluator(config, val_rows: RowSet, settings: BaseSettings, tokenizer: Toke
 def _sampler(config, tokenizer: Tokenizer, max_tokens: int = 24):
     """Greedy completions of PROMPTS through the engine, all at once."""
     prompts = [tokenizer.encode(text, prepend=tokenizer.bos_id) for text in PROMPTS]
-    engine: list[Engine] = []
+    engines: list[Engine] = []  # made at the first use and kept with its compiled programs
 
     def sample(params) -> list[str]:
-        if not engine:
-            engine.append(Engine(config, params, tokenizer, slots=1, capacity=max(map(len, prompts)) + max_tokens))
-        engine[0].params = params
-        texts = []
-        for prompt in prompts:
-            results, _ = engine[0].generate_batch(prompt, max_tokens=max_tokens, temperature=0.0)
-            texts.append(tokenizer.decode(np.asarray(results[0])[1:].tolist()))
-        return texts
+        if not engines:
+            capacity = max(map(len, prompts)) + max_tokens
+            engines.append(Engine(config, params, tokenizer, slots=len(prompts), capacity=capacity))
+        engine = engines[0]
+        engine.params = params
+        requests = [engine.submit(prompt, max_tokens, temperature=0.0) for prompt in prompts]
+        while engine.live:
+            engine.step()
+        return [tokenizer.decode([*r.prompt[1:], *r.tokens]) for r in requests]
 
     return sample

@@ -12,7 +12,7 @@ STAGES = ("base",)
 
 
 def main(argv: list[str]) -> int:
-    """Runs `--stage=NAME [flags]`. Returns the exit status: 0 done or stopped cleanly, 1 error, 2 bad flags, 3 no GPU."""
+    """Runs `--stage=NAME [flags]`. Exit status: 0 done or stopped cleanly, 1 error, 2 bad flags, 3 no GPU."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
