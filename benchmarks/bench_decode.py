@@ -52,9 +52,7 @@ def random_params(config: gpt.GPTConfig) -> gpt.Params:
 def through_engine(engine: Engine, rows: int, s: Settings) -> float:
     """Tokens per second of `rows` requests, from the first decoded call's end to the last token."""
     prompt = list(range(1, 17))
-    requests = [
-        engine.submit(prompt, s.tokens, s.temperature, s.top_k, seed=r, leader=None) for r in range(rows)
-    ]
+    requests = [engine.submit(prompt, s.tokens, s.temperature, s.top_k, seed=r, leader=None) for r in range(rows)]
     while not all(r.tokens for r in requests):
         engine.step()
     done = sum(len(r.tokens) for r in requests)
@@ -83,7 +81,9 @@ def bare(engine: Engine, rows: int, s: Settings) -> float:
 
 
 def main(s: Settings) -> None:
-    print(f"{jax.devices()[0].device_kind}, temperature {s.temperature:g}, top_k {s.top_k}; tokens per second, all rows")
+    print(
+        f"{jax.devices()[0].device_kind}, temperature {s.temperature:g}, top_k {s.top_k}; tokens per second, all rows"
+    )
     print(f"{'model':>12} {'rows':>4} {'engine':>8} {'bare':>8} {'reference':>9} {'ratio':>6}   compile")
     for case in s.cases.split(","):
         depth, vocab = (int(part[1:]) for part in case.split("-"))

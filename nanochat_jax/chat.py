@@ -1,7 +1,7 @@
 """Talking to a model in the terminal. A base model completes text; a chat model holds a conversation.
 
-    python -m scripts.chat                        talk (or pipe prompts in, one a line)
-    python -m scripts.chat -p "The sea is"        answer once and exit
+python -m scripts.chat                        talk (or pipe prompts in, one a line)
+python -m scripts.chat -p "The sea is"        answer once and exit
 """
 
 import contextlib
@@ -91,7 +91,11 @@ class Chat:
         room = self.engine.capacity - len(prompt) + 1
         self.stopping.clear()
         request = self.engine.submit(
-            prompt, min(self.settings.max_tokens, room), self.settings.temperature, self.settings.top_k, self.settings.seed
+            prompt,
+            min(self.settings.max_tokens, room),
+            self.settings.temperature,
+            self.settings.top_k,
+            self.settings.seed,
         )
         decoder = self.tokenizer.stream_decoder()
         said = []

@@ -22,7 +22,9 @@ STOP_AT_END, STOP_AT_TOOL = 1, 2  # bits of STOPS
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "visible"), donate_argnames=("slots",))
-def prefill(model: Any, config: Any, params: Any, slots: KVSlots, ids: jax.Array, slot_start: jax.Array, visible: int) -> KVSlots:
+def prefill(
+    model: Any, config: Any, params: Any, slots: KVSlots, ids: jax.Array, slot_start: jax.Array, visible: int
+) -> KVSlots:
     """Writes keys and values of ids (1, T) into a slot. slot_start (2,) int32 is the slot and its first free position.
 
     What is padding at the end of ids lands beyond the length the caller keeps, and is overwritten later.
@@ -45,9 +47,9 @@ def decode(
     """Up to `room` tokens for every row, one at a time: feed the row's last token, sample (or force) the next.
 
     rows (B, N_COLUMNS + room) int32 as laid out above (temperature as its float32 bits), the forced tokens last. shared
-    (2 + E,) int32: steps to do (at most room), the tool token, the end tokens (-1 = none). Stops early after the step in
-    which a row produced a token it is to stop at; nothing sampled is lost. Returns (B * room + 1,) int32, the tokens row
-    by row and the number of steps done, and the storage.
+    (2 + E,) int32: steps to do (at most room), the tool token, the end tokens (-1 = none). Stops early after the step
+    in which a row produced a token it is to stop at; nothing sampled is lost. Returns (B * room + 1,) int32, the tokens
+    row by row and the number of steps done, and the storage.
     """
     B = rows.shape[0]
     steps, tool, ends = shared[0], shared[1], shared[2:]
@@ -71,7 +73,9 @@ def decode(
         return i + 1, token, cache.advance(1), out, (at_end | at_tool).any()
 
     start = jnp.zeros((), jnp.int32), rows[:, TOKEN], slots.view(rows[:, POSITION], visible, room)
-    done, _, cache, out, _ = jax.lax.while_loop(going, step, (*start, jnp.zeros((B, room), jnp.int32), jnp.array(False)))
+    done, _, cache, out, _ = jax.lax.while_loop(
+        going, step, (*start, jnp.zeros((B, room), jnp.int32), jnp.array(False))
+    )
     return jnp.concatenate([out.ravel(), done[None]]), slots.commit(cache)
 
 

@@ -2,83 +2,29 @@
 
 A fixed number of slots share one KV cache. Requests wait in a queue, take a free slot, have their prompt prefilled in
 chunks while other slots go on, then all live slots decode together, several tokens per call of one compiled loop, each
-row with its own position, temperature, top-k, seed and length. They may join, end and be cancelled between any two calls.
+row with its own position, temperature, top-k, seed and length. They may join, end and be cancelled between any two
+calls.
 
 The prompt's last token is not prefilled: it is the first token the decode loop is fed. So every row samples its own
 first token (the reference shares one among all samples of a request), and there is one place where tokens are sampled.
 """
 
 import itertools
-import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from nanochat_jax import conversation, decode, gpt
+from nanochat_jax import decode, gpt
 from nanochat_jax.kv_cache import KVSlots
-from nanochat_jax.tools import use_calculator
+from nanochat_jax.request import Event, Request, SpecialTokens, TextCoder, checked_prompt
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
 SMALLEST_VISIBLE = 64
-
-
-class TextCoder(Protocol):
-    """What the engine needs of a tokenizer (`nanochat_jax.tokenizer.Tokenizer` has it)."""
-
-    @property
-    def bos_id(self) -> int: ...
-    def encode_text(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def encode_special(self, name: str) -> int: ...
-
-
-@dataclass(eq=False)
-class Request:
-    """One row of generation: the handle that `Engine.submit` returns. Read it, do not write it.
-
-    tokens and masks grow as the engine steps: mask 1 = sampled by the model, 0 = put there by the calculator. The end
-    token is included. finished: None while running, then "end" (an end token), "length" (max_tokens), "cancelled".
-    """
-
-    prompt: list[int]
-    max_tokens: int
-    temperature: float
-    top_k: int
-    seed: int
-    stream: int
-    run_on: bool
-    number: int
-    tokens: list[int] = field(default_factory=list)
-    masks: list[int] = field(default_factory=list)
-    finished: str | None = None
-    ended: bool = False  # has produced an end token; differs from finished only for rows that run on
-    # the engine's own
-    leader: "Request | None" = None  # a request with the same prompt whose prefilled slot may be copied
-    slot: int | None = None
-    prefilled: int = 0
-    forced: deque[int] = field(default_factory=deque)
-    in_tool: bool = False
-    expression: list[int] = field(default_factory=list)
-
-    @property
-    def ready(self) -> bool:
-        return self.prefilled == len(self.prompt) - 1
-
-
-@dataclass(frozen=True)
-class Event:
-    """What one `Engine.step` added to one request: tokens with their masks, and why it finished, if it did."""
-
-    request: Request
-    tokens: list[int]
-    masks: list[int]
-    finished: str | None
 
 
 class Engine:
@@ -123,14 +69,8 @@ class Engine:
             self.capacity + self.steps_per_call,
             begin + _bucket(self.capacity - begin),
         )
-        self._storage = KVSlots.create(
-            config.n_layer, slots, config.n_kv_head, physical, config.head_dim, config.dtype
-        )
-        special = _special_ids(tokenizer)
-        self._ends = {i for i in (special.get(conversation.ASSISTANT_END), special.get("bos")) if i is not None}
-        self._tool_tokens = None
-        if all(name in special for name in _TOOL_NAMES):
-            self._tool_tokens = tuple(special[name] for name in _TOOL_NAMES)
+        self._storage = KVSlots.create(config.n_layer, slots, config.n_kv_head, physical, config.head_dim, config.dtype)
+        self._special = SpecialTokens.of(tokenizer)
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
@@ -145,7 +85,9 @@ class Engine:
             raise RuntimeError("parameters cannot change while requests run: their cached keys belong to the old ones")
         dtype = self.config.dtype  # matmuls cast the weights anyway: do it once, not once a token
         self._params = params
-        self._cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and dtype != np.float32 else x, params)
+        self._cast = jax.tree.map(
+            lambda x: x.astype(dtype) if x.dtype == np.float32 and dtype != np.float32 else x, params
+        )
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -163,13 +105,13 @@ class Engine:
     ) -> Request:
         """Queues a prompt (non-empty ids) and returns its handle at once.
 
-        max_tokens None = to the end of the slot. top_k None or 0 = off, above the vocabulary = the vocabulary. seed: any
-        integer (32 bits of it count); stream: which of several samples of one seed. The answer depends on these alone,
+        max_tokens None = to the end of the slot. top_k None or 0 = off, above the vocabulary = the vocabulary. seed:
+        any integer (32 bits of it count); stream: which of several samples of one seed. The answer depends on these alone,
         not on what else runs. run_on: do not stop at an end token (only set `ended`). leader: an earlier request with
         the same prompt, whose prefilled keys are then copied instead of computed again. Raises ValueError for settings
         that cannot work, naming the numbers.
         """
-        prompt = _checked_prompt(tokens, self.config.vocab_size)
+        prompt = checked_prompt(tokens, self.config.vocab_size)
         if not temperature >= 0 or temperature == float("inf"):
             raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
         if top_k is not None and top_k < 0:
@@ -183,8 +125,8 @@ class Engine:
             raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
         if max_tokens > room:
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_tokens={max_tokens} do not fit the {self.capacity} positions of "
-                f"a slot: ask for at most {room}, or build the Engine with a larger capacity"
+                f"a prompt of {len(prompt)} tokens and max_tokens={max_tokens} do not fit the {self.capacity} positions "
+                f"of a slot: ask for at most {room}, or build the Engine with a larger capacity"
             )
         k = min(top_k or 0, self.config.vocab_size)
         request = Request(prompt, max_tokens, float(temperature), k, seed, stream, run_on, next(self._numbers))
@@ -259,14 +201,21 @@ class Engine:
             if request is not None:
                 self._fill_row(rows[request.slot], request)
         steps = min(room, min(r.max_tokens - len(r.tokens) for r in ready))
-        shared = [steps, self._tool_tokens[1] if self._tool_tokens else -1, *sorted(self._ends), -1, -1][:4]
+        shared = [steps, self._special.python_end, *sorted(self._special.ends), -1, -1][:4]
         visible = self._visible(max(len(r.prompt) - 1 + len(r.tokens) for r in ready))
         packed, self._storage = decode.decode(
-            self.model, self.config, self._cast, self._storage, rows, np.array(shared, np.int32), visible=visible, room=room
+            self.model,
+            self.config,
+            self._cast,
+            self._storage,
+            rows,
+            np.array(shared, np.int32),
+            visible=visible,
+            room=room,
         )
         packed = np.asarray(packed)
         columns = packed[:-1].reshape(len(self._slots), room)[:, : packed[-1]]
-        events = [self._receive(r, columns[r.slot].tolist()) for r in ready if r.finished is None]
+        events = [r.receive(columns[r.slot].tolist(), self._special) for r in ready if r.finished is None]
         return sorted(events, key=lambda event: event.request.number)
 
     def _fill_row(self, row: np.ndarray, request: Request) -> None:
@@ -285,37 +234,6 @@ class Engine:
         forced = list(itertools.islice(request.forced, self.steps_per_call))
         row[decode.N_FORCED] = len(forced)
         row[decode.N_COLUMNS : decode.N_COLUMNS + len(forced)] = forced
-
-    def _receive(self, request: Request, column: list[int]) -> Event:
-        """Books a row's new tokens and runs its tool machine (reference section 4.4)."""
-        masks = []
-        for token in column:
-            masks.append(0 if request.forced else 1)
-            if request.forced:
-                request.forced.popleft()
-            request.ended |= token in self._ends
-            if self._tool_tokens:
-                self._run_tool_machine(request, token)
-        request.tokens += column
-        request.masks += masks
-        if request.ended and not request.run_on:
-            request.finished = "end"
-        elif len(request.tokens) >= request.max_tokens:
-            request.finished = "length"
-        return Event(request, column, masks, request.finished)
-
-    def _run_tool_machine(self, request: Request, token: int) -> None:
-        assert self._tool_tokens is not None and self.tokenizer is not None
-        start, end, output_start, output_end = self._tool_tokens
-        if token == start:
-            request.in_tool, request.expression = True, []
-        elif token == end and request.in_tool:
-            answer = use_calculator(self.tokenizer.decode(request.expression)) if request.expression else None
-            if answer is not None:
-                request.forced += [output_start, *self.tokenizer.encode_text(str(answer)), output_end]
-            request.in_tool, request.expression = False, []
-        elif request.in_tool:
-            request.expression.append(token)
 
     def _visible(self, tokens: int) -> int:
         """How many old positions a call looks at: powers of two, so that there are few programs."""
@@ -367,8 +285,8 @@ class Engine:
         """
         if not 1 <= num_samples <= len(self._slots):
             raise ValueError(
-                f"generate streams all samples together: num_samples must be between 1 and the engine's {len(self._slots)} "
-                f"slots, got {num_samples}; generate_batch takes any number"
+                "generate streams all samples together: num_samples must be between 1 and the engine's "
+                f"{len(self._slots)} slots, got {num_samples}; generate_batch takes any number"
             )
         rows = self._submit_samples(tokens, num_samples, max_tokens, temperature, top_k, seed, run_on=True)
         return self._columns(rows)
@@ -382,14 +300,16 @@ class Engine:
                     self.step()
                     continue
                 tokens = [r.tokens[column] for r in rows]
-                ended = [done or token in self._ends for done, token in zip(ended, tokens, strict=True)]
+                ended = [done or token in self._special.ends for done, token in zip(ended, tokens, strict=True)]
                 yield tokens, [r.masks[column] for r in rows]
                 column += 1
         finally:
             for request in rows:
                 self.cancel(request)
 
-    def generate_batch(self, tokens: Sequence[int], num_samples: int = 1, **settings) -> tuple[list[list[int]], list[list[int]]]:
+    def generate_batch(
+        self, tokens: Sequence[int], num_samples: int = 1, **settings
+    ) -> tuple[list[list[int]], list[list[int]]]:
         """(results, masks), each num_samples lists: prompt and answer, without the end token; prompt masks are 0.
 
         Any number of samples: what does not fit the slots waits for one. settings as for `generate`; the answers are
@@ -423,37 +343,9 @@ class Engine:
         return rows
 
 
-_TOOL_NAMES = (conversation.PYTHON_START, conversation.PYTHON_END, conversation.OUTPUT_START, conversation.OUTPUT_END)
-
-
-def _special_ids(tokenizer: TextCoder | None) -> dict[str, int]:
-    """Ids of those special tokens the tokenizer has, and of its bos."""
-    ids = {}
-    if tokenizer is not None:
-        ids["bos"] = tokenizer.bos_id
-        for name in (conversation.ASSISTANT_END, *_TOOL_NAMES):
-            try:
-                ids[name] = tokenizer.encode_special(name)
-            except KeyError:
-                pass  # a stock tokenizer without chat tokens
-    return ids
-
-
 def compiled_programs() -> int:
     """How many engine programs this process has compiled: constant while an engine that was warmed up serves."""
     return sum(program._cache_size() for program in (decode.prefill, decode.copy_row, decode.decode))
-
-
-def _checked_prompt(tokens: Sequence[int], vocab_size: int) -> list[int]:
-    try:
-        prompt = [operator.index(token) for token in tokens]
-    except TypeError as error:
-        raise ValueError(f"the prompt must be a list of token ids, not {type(tokens).__name__}: {error}") from None
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one token, such as bos")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise ValueError(f"the prompt holds ids from {min(prompt)} to {max(prompt)}; the vocabulary has 0 to {vocab_size - 1}")
-    return prompt
 
 
 def _default_steps(config: gpt.GPTConfig) -> int:

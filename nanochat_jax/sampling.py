@@ -37,9 +37,7 @@ def sample(
     best, greedy = _first_maximum(folded)
 
     def draw():
-        kept = jax.lax.cond(
-            limited.any(), lambda: _keep_largest(folded, jnp.where(limited, top_k, V)), lambda: folded
-        )
+        kept = jax.lax.cond(limited.any(), lambda: _keep_largest(folded, jnp.where(limited, top_k, V)), lambda: folded)
         scale = jnp.where(hot, temperature, 1.0)
         weights = jnp.exp((kept - best[:, None, None]) / scale[:, None, None])
         uniforms = jax.vmap(_uniforms)(seed, stream, count)

@@ -19,7 +19,7 @@ MAX_DEPTH = 100
 
 _ARITHMETIC = set("0123456789*+-/.() ")
 _STRINGS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'\"()._ ")
-_REFUSED = (  # substrings the reference refuses, inside quotes too: its answers are part of the training data's contract
+_REFUSED = (  # substrings the reference refuses, inside quotes too; training data has its answers
     "__ import exec eval compile open file input raw_input globals locals vars dir getattr setattr delattr hasattr"
 ).split()
 _BINARY = {
@@ -40,10 +40,10 @@ class _Refused(Exception):
 
 
 def use_calculator(expression: str) -> Answer | None:
-    """The value of an expression, or None if it is malformed, refused, too large or has no value (reference section 4.5).
+    """The value of an expression, or None if it is malformed, refused, too large or has none (reference behaviour).
 
     Commas are dropped first ("1,000+5" is 1005, and inside quotes too). Then either arithmetic of numbers with
-    + - * / // and parentheses (no powers), or `"text".count("part")`. `str()` of the answer is what the assistant reads.
+    + - * / // and parentheses (no powers), or `"text".count("part")`. The assistant reads `str()` of the answer.
     """
     expression = expression.replace(",", "")
     if len(expression) > MAX_LENGTH:

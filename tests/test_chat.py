@@ -12,6 +12,7 @@ from nanochat_jax import gpt
 from nanochat_jax.chat import Chat, ChatSettings
 from nanochat_jax.engine import Engine
 from nanochat_jax.reference import params_from_reference
+from nanochat_jax.request import Request
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
 
@@ -38,7 +39,7 @@ class Scripted:
 
     def submit(self, prompt, max_tokens, temperature, top_k, seed):
         self.prompts.append(prompt)
-        request = Engine.submit.__globals__["Request"](prompt, max_tokens, temperature, top_k, seed, 0, False, 0)
+        request = Request(prompt, max_tokens, temperature, top_k, seed, 0, False, 0)
         self.left = list(self.answers.pop(0))[:max_tokens]
         self.request, self.ended = request, len(self.left) < max_tokens
         return request
@@ -93,9 +94,11 @@ def test_conversation_is_rendered_as_in_training():
     assert chat.reason == "length"
     chat.settings = ChatSettings(max_tokens=8)
     chat.answer("three")
+    parts = [("python", "6*7"), ("python_output", "42"), ("text", " yes")]
+    parts = [{"type": kind, "text": text} for kind, text in parts]
     history = [
         {"role": "user", "content": "one"},
-        {"role": "assistant", "content": [{"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": " yes"}]},
+        {"role": "assistant", "content": parts},
         {"role": "user", "content": "two"},
         {"role": "assistant", "content": tokenizer.decode(tokenizer.encode_text("two")[:1])},
         {"role": "user", "content": "three"},
@@ -155,7 +158,18 @@ def session(chat, *lines, decorated=False):
 
 def test_commands_change_the_settings():
     chat = Chat(Scripted(), golden_tokenizer(), ChatSettings(), True, io.StringIO())
-    said = session(chat, "", "/temperature 0.25", "/topk 7", "/maxtokens 12", "/seed -3", "/nonsense", "/topk x", "/temperature -1", "/help")
+    said = session(
+        chat,
+        "",
+        "/temperature 0.25",
+        "/topk 7",
+        "/maxtokens 12",
+        "/seed -3",
+        "/nonsense",
+        "/topk x",
+        "/temperature -1",
+        "/help",
+    )
     s = chat.settings
     assert (s.temperature, s.top_k, s.max_tokens, s.seed) == (0.25, 7, 12, -3)
     assert "no command /nonsense" in said and "/topk needs a number" in said and "at least 0, got -1" in said
@@ -207,8 +221,13 @@ def test_no_model_says_how_to_train_one(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "argv,message",
-    [(["--temperature=-1"], "temperature"), (["--top_k=-1"], "top_k"), (["--max_tokens=0"], "max_tokens"), (["--run=a", "--model_tag=b"], "two names")],
-)  # fmt: skip
+    [
+        (["--temperature=-1"], "temperature"),
+        (["--top_k=-1"], "top_k"),
+        (["--max_tokens=0"], "max_tokens"),
+        (["--run=a", "--model_tag=b"], "two names"),
+    ],
+)
 def test_bad_settings(argv, message, capsys):
     assert chatting.main(argv) == 2
     assert message in capsys.readouterr().err

@@ -1,13 +1,14 @@
 """The engine: the reference's token streams, its tool machine, requests that join and leave, and no recompiles."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import decode, gpt
+from nanochat_jax import gpt
 from nanochat_jax.engine import Engine, compiled_programs
 from nanochat_jax.reference import params_from_reference
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
@@ -27,7 +28,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def engine(tiny):
     """One engine for most tests: its programs are compiled once."""
-    return Engine(*tiny, golden_tokenizer(), slots=4, capacity=256, steps_per_call=8)
+    return Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=256, steps_per_call=8)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def drain(engine, requests):
     return [r.tokens for r in requests]
 
 
-# --- the reference's numbers -------------------------------------------------------------------------------------------
+# --- the reference's numbers ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES["greedy"], ids=lambda c: f"{c['num_samples']}x{c['max_tokens']}")
@@ -112,7 +113,7 @@ def test_golden_tool_machine(tiny, case, steps):
     assert [tokenizer.decode(r[len(prompt) :]) for r in results] == case["decoded"]
 
 
-# --- independence ------------------------------------------------------------------------------------------------------
+# --- independence ---------------------------------------------------------------------------------
 
 
 def test_greedy_equals_argmax_of_the_full_forward(tiny, engine):
@@ -143,8 +144,8 @@ def test_a_request_gives_the_same_tokens_alone_and_in_a_crowd(tiny, engine):
 
 
 def test_steps_per_call_and_slots_do_not_change_the_tokens(tiny, engine):
-    small = Engine(*tiny, golden_tokenizer(), slots=1, capacity=256, steps_per_call=3)
-    settings = dict(num_samples=4, max_tokens=30, temperature=1.0, top_k=50, seed=7)
+    small = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=1, capacity=256, steps_per_call=3)
+    settings: dict[str, Any] = dict(num_samples=4, max_tokens=30, temperature=1.0, top_k=50, seed=7)
     assert small.generate_batch([511, 12, 13], **settings) == engine.generate_batch([511, 12, 13], **settings)
 
 
@@ -178,7 +179,7 @@ def test_generate_and_generate_batch_agree(engine):
         assert masks[row] == [0, 0] + [c[row] for c in token_masks][:stop]
 
 
-# --- slots, limits, life -----------------------------------------------------------------------------------------------
+# --- slots, limits, life --------------------------------------------------------------------------
 
 
 def test_requests_wait_join_and_leave(engine):
@@ -240,7 +241,9 @@ def test_prompts_longer_than_a_chunk(tiny):
     drain(long, [request, short, copy])
     expected = likeliest(config, params, prompt + request.tokens, length=1104)
     assert request.tokens == expected[1099:1103] == copy.tokens
-    assert short.tokens == likeliest(config, params, [5, 6, *short.tokens], length=1104)[1:-1]  # prefilling a neighbour in chunks did not disturb it
+    assert (
+        short.tokens == likeliest(config, params, [5, 6, *short.tokens], length=1104)[1:-1]
+    )  # prefilling a neighbour in chunks did not disturb it
 
 
 def test_bad_requests_say_what_is_wrong(tiny, engine):
@@ -261,7 +264,7 @@ def test_bad_requests_say_what_is_wrong(tiny, engine):
     with pytest.raises(ValueError, match="num_samples.*4 slots, got 5"):
         engine.generate([1], num_samples=5)
     with pytest.raises(ValueError, match="capacity.*640"):
-        Engine(*tiny, None, capacity=641)
+        Engine(tiny[0], tiny[1], None, capacity=641)
     assert columns(engine.generate([1], max_tokens=0)) == [[], []]
     assert engine.generate_batch([1, 2], max_tokens=0) == ([[1, 2]], [[0, 0]])
     assert engine.generate_batch([1], max_tokens=3, top_k=0) == engine.generate_batch([1], max_tokens=3, top_k=520)
@@ -285,14 +288,16 @@ def test_parameters_can_be_swapped_between_requests(tiny, engine):
 
 
 def test_nothing_is_compiled_after_warm_up(tiny):
-    warm = Engine(*tiny, golden_tokenizer(), slots=3, capacity=300, steps_per_call=4)
+    warm = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=3, capacity=300, steps_per_call=4)
     assert warm.warm_up() > 0
     before = compiled_programs()
     rng = np.random.default_rng(0)
     requests = []
     for _ in range(100):
         length = int(rng.integers(1, 300))
-        settings = dict(temperature=float(rng.choice([0.0, 0.7])), top_k=int(rng.integers(0, 600)), seed=int(rng.integers(1 << 30)))
+        settings: dict[str, Any] = dict(
+            temperature=float(rng.choice([0.0, 0.7])), top_k=int(rng.integers(0, 600)), seed=int(rng.integers(1 << 30))
+        )
         requests.append(warm.submit(rng.integers(0, 520, length).tolist(), min(5, 301 - length), **settings))
     drain(warm, requests)
     warm.generate_batch([511, 4], num_samples=5, max_tokens=20)
@@ -300,7 +305,7 @@ def test_nothing_is_compiled_after_warm_up(tiny):
 
 
 def test_the_storage_is_donated_and_never_copied(tiny):
-    engine = Engine(*tiny, None, slots=2, capacity=128, steps_per_call=4)
+    engine = Engine(tiny[0], tiny[1], None, slots=2, capacity=128, steps_per_call=4)
     old = engine._storage
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(old)]
     engine.generate_batch([1, 2, 3], num_samples=2, max_tokens=9)
@@ -310,9 +315,9 @@ def test_the_storage_is_donated_and_never_copied(tiny):
 
 def test_parameters_are_arguments_of_the_programs(tiny):
     """A closed-over parameter would be a constant in the program: with other parameters, the same program serves."""
-    engine = Engine(*tiny, None, slots=1, capacity=64, steps_per_call=2)
-    before = decode.decode._cache_size()
+    engine = Engine(tiny[0], tiny[1], None, slots=1, capacity=64, steps_per_call=2)
+    before = compiled_programs()
     drain(engine, [engine.submit([1, 2], 3)])
     engine.params = jax.tree.map(lambda x: x * 2, tiny[1])
     drain(engine, [engine.submit([1, 2], 3)])
-    assert decode.decode._cache_size() == before + 1
+    assert compiled_programs() == before + 2  # prefill and decode

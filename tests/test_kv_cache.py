@@ -1,6 +1,7 @@
 """Cached decoding computes what the full forward computes: every shape, any chunking, rows at different positions."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ SHAPES = {
 
 
 def build(shape, **overrides):
-    config = gpt.GPTConfig(**{**dict(sequence_len=512, vocab_size=97, n_layer=2, n_embd=32), **SHAPES[shape], **overrides})
+    config = gpt.GPTConfig(
+        **{**dict(sequence_len=512, vocab_size=97, n_layer=2, n_embd=32), **SHAPES[shape], **overrides}
+    )
     # not gpt.init: its zero projections would hide everything behind them
     rng = np.random.default_rng(3)
     shapes = gpt.abstract(config)
@@ -40,7 +43,7 @@ view = jax.jit(KVSlots.view, static_argnames=("visible", "room"))
 commit = jax.jit(KVSlots.commit)
 
 
-def ids_for(config, rows, length, seed=0):
+def ids_for(config, rows, length, seed=0) -> Any:
     return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
 
 
@@ -134,7 +137,7 @@ def test_storage_is_updated_in_place():
         return slots.commit(cache, start[0])
 
     for program in (decode, prefill):
-        memory = jax.jit(program, donate_argnums=1).lower(params, slots, row).compile().memory_analysis()
+        memory: Any = jax.jit(program, donate_argnums=1).lower(params, slots, row).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= size
         assert memory.temp_size_in_bytes < size / 4
 

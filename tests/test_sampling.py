@@ -42,7 +42,9 @@ def assert_same_distribution(measured, expected, n=N):
     assert np.all(np.abs(measured - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1 / n)
 
 
-@pytest.mark.parametrize("case", golden("engine_v1")["sampling"]["cases"], ids=lambda c: f"{c['temperature']}-{c['top_k']}")
+@pytest.mark.parametrize(
+    "case", golden("engine_v1")["sampling"]["cases"], ids=lambda c: f"{c['temperature']}-{c['top_k']}"
+)
 def test_golden_distributions(case):
     for b, row in enumerate(golden("engine_v1")["sampling"]["logits"]):
         expected = np.zeros(len(row))
@@ -104,7 +106,11 @@ def test_seed_stream_and_count_each_change_the_draw():
     logits = np.zeros((64, 5000))
     base = call(logits, seed=np.arange(64))
     assert len(set(base)) > 50
-    for other in (dict(seed=np.arange(64) + 2**31), dict(seed=np.arange(64), stream=1), dict(seed=np.arange(64), count=1)):
+    for other in (
+        dict(seed=np.arange(64) + 2**31),
+        dict(seed=np.arange(64), stream=1),
+        dict(seed=np.arange(64), count=1),
+    ):
         assert np.mean(call(logits, **other) == base) < 0.1
     np.testing.assert_array_equal(call(logits, seed=np.arange(64)), base)
 

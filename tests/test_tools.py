@@ -65,7 +65,9 @@ def test_a_product_too_large_is_refused_not_computed():
 
 def test_works_in_a_thread():
     answers = []
-    thread = threading.Thread(target=lambda: answers.append((use_calculator("6*7"), use_calculator("'abca'.count('a')"))))
+    thread = threading.Thread(
+        target=lambda: answers.append((use_calculator("6*7"), use_calculator("'abca'.count('a')")))
+    )
     thread.start()
     thread.join()
     assert answers == [(42, 2)]
@@ -74,8 +76,10 @@ def test_works_in_a_thread():
 numbers = st.integers(0, 10**6).map(str) | st.floats(0, 1e6, allow_nan=False).map(lambda x: f"{x:.3f}")
 expressions = st.recursive(
     numbers,
-    lambda inner: st.builds(lambda a, op, b: f"({a} {op} {b})", inner, st.sampled_from(["+", "-", "*", "/", "//"]), inner)
-    | inner.map(lambda a: f"-{a}"),
+    lambda inner: (
+        st.builds(lambda a, op, b: f"({a} {op} {b})", inner, st.sampled_from(["+", "-", "*", "/", "//"]), inner)
+        | inner.map(lambda a: f"-{a}")
+    ),
     max_leaves=8,
 )
 
@@ -95,7 +99,9 @@ words = st.text("abcdefghijklmnop qrstuvwxyz._", max_size=20)
 
 @given(words, st.text("abcdefgh.", max_size=2))
 def test_counting_equals_python(word, part):
-    refused = any(w in word for w in ("__", "import", "exec", "eval", "open", "file", "input", "dir", "vars", "compile"))
+    refused = any(
+        w in word for w in ("__", "import", "exec", "eval", "open", "file", "input", "dir", "vars", "compile")
+    )
     got = use_calculator(f"'{word}'.count('{part}')")
     assert got is None if refused else got == word.count(part)
 

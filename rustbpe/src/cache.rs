@@ -1,5 +1,6 @@
 //! A bounded memory of how short pieces were encoded.
 
+use crate::huge;
 use crate::key::{MAX_KEY_BYTES, hash_key};
 use crate::prefetch::prefetch;
 use crate::vocab::MAX_RANK;
@@ -131,7 +132,7 @@ impl PieceCache {
 
     #[cold]
     fn grow(&mut self) {
-        let double = vec![EMPTY; self.buckets.len() * 2];
+        let double = huge::filled(EMPTY, self.buckets.len() * 2);
         let old = std::mem::replace(&mut self.buckets, double);
         self.inserted = 0;
         for Bucket([first, second]) in old {

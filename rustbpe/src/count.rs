@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::huge;
 use crate::key::{FastBuild, MAX_KEY_BYTES, hash_key, key, key_len};
 use crate::prefetch::prefetch;
 
@@ -149,7 +150,7 @@ impl PieceCounter {
 
     #[cold]
     fn grow(&mut self) {
-        let double = vec![EMPTY; self.slots.len() * 2];
+        let double = huge::filled(EMPTY, self.slots.len() * 2);
         let old = std::mem::replace(&mut self.slots, double);
         self.used = 0;
         for slot in old.iter().filter(|slot| slot.key != 0) {

@@ -3,6 +3,17 @@
 /// Longest piece that fits a key: fifteen bytes, and the sixteenth holds the length.
 pub const MAX_KEY_BYTES: usize = 15;
 
+/// The lowest n bytes.
+const MASKS: [u128; 16] = {
+    let mut masks = [0; 16];
+    let mut n = 1;
+    while n < 16 {
+        masks[n] = u128::MAX >> (8 * (16 - n));
+        n += 1;
+    }
+    masks
+};
+
 /// `bytes[start..end]` as a number: its bytes, little end first, zeros, and its length in the top byte. Different pieces
 /// have different keys, and no piece has key 0. The piece must have 1 to `MAX_KEY_BYTES` bytes.
 #[inline]
@@ -18,7 +29,7 @@ pub fn key(bytes: &[u8], start: usize, end: usize) -> u128 {
             u128::from_le_bytes(padded)
         }
     };
-    (raw & (u128::MAX >> (8 * (16 - len)))) | ((len as u128) << 120)
+    (raw & MASKS[len]) | ((len as u128) << 120)
 }
 
 /// The length of the piece that `key` stands for.
@@ -33,7 +44,7 @@ pub fn hash_key(key: u128) -> u64 {
     let low = (key as u64) ^ 0x9e37_79b9_7f4a_7c15;
     let high = ((key >> 64) as u64) ^ 0xd1b5_4a32_d192_ed03;
     let product = u128::from(low).wrapping_mul(u128::from(high));
-    mix((product as u64) ^ ((product >> 64) as u64))
+    (product as u64) ^ ((product >> 64) as u64)
 }
 
 /// Hasher for maps keyed by byte strings or by integers: fast, and the same in every run.

@@ -4,6 +4,7 @@
 //! - `key`, `count`, `corpus`: counting the pieces of a stream of documents
 //! - `words`, `train`: the merge loop
 //! - `vocab`, `cache`, `encode`: text to tokens
+//! - `huge`, `prefetch`: kindness to the memory system
 //! - `python`: the Python class; nothing else knows Python
 
 pub mod cache;
@@ -12,6 +13,7 @@ pub mod count;
 pub mod encode;
 pub mod error;
 pub mod fast_split;
+mod huge;
 pub mod key;
 mod prefetch;
 mod python;

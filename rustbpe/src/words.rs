@@ -7,6 +7,7 @@
 
 use crate::count::PieceCounter;
 use crate::error::Error;
+use crate::huge;
 
 /// Marks the slot before each piece, and the end of the array.
 pub const SEPARATOR: u32 = u32::MAX;
@@ -44,7 +45,7 @@ impl Words {
             )));
         }
         let separator = Slot { symbol: SEPARATOR, weight: 0 };
-        let mut slots = Vec::with_capacity(size as usize);
+        let mut slots = huge::with_capacity(size as usize);
         let mut big_weights = Vec::new();
         slots.push(separator);
         pieces.for_each(|piece, count| {

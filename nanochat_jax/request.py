@@ -1,0 +1,134 @@
+"""A request to the engine: what was asked, what came of it, and the state machine of its tool calls. No JAX here."""
+
+import operator
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nanochat_jax import conversation
+from nanochat_jax.tools import use_calculator
+
+
+class TextCoder(Protocol):
+    """What the engine needs of a tokenizer (`nanochat_jax.tokenizer.Tokenizer` has it)."""
+
+    @property
+    def bos_id(self) -> int: ...
+    def encode_text(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def encode_special(self, name: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The ids that mean something to the engine; -1 where there is none. tokenizer is None where no tool can run."""
+
+    ends: frozenset[int]
+    python_start: int = -1
+    python_end: int = -1
+    output_start: int = -1
+    output_end: int = -1
+    tokenizer: TextCoder | None = None
+
+    @classmethod
+    def of(cls, tokenizer: TextCoder | None) -> "SpecialTokens":
+        """Of a tokenizer: bos and assistant_end end a row. A stock tokenizer without the chat tokens has only bos."""
+        if tokenizer is None:
+            return cls(frozenset())
+        try:
+            ends = frozenset([tokenizer.bos_id, tokenizer.encode_special(conversation.ASSISTANT_END)])
+            return cls(ends, *(tokenizer.encode_special(name) for name in _TOOL_NAMES), tokenizer)
+        except KeyError:
+            return cls(frozenset([tokenizer.bos_id]))
+
+
+_TOOL_NAMES = (conversation.PYTHON_START, conversation.PYTHON_END, conversation.OUTPUT_START, conversation.OUTPUT_END)
+
+
+@dataclass(eq=False)
+class Request:
+    """One row of generation: the handle that `Engine.submit` returns. Read it, do not write it.
+
+    tokens and masks grow as the engine steps: mask 1 = sampled by the model, 0 = put there by the calculator. The end
+    token is included. finished: None while running, then "end" (an end token), "length" (max_tokens), "cancelled".
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    temperature: float
+    top_k: int
+    seed: int
+    stream: int
+    run_on: bool
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    masks: list[int] = field(default_factory=list)
+    finished: str | None = None
+    ended: bool = False  # has produced an end token; differs from finished only for rows that run on
+    # the engine's own
+    leader: "Request | None" = None  # a request with the same prompt whose prefilled slot may be copied
+    slot: int | None = None
+    prefilled: int = 0
+    forced: deque[int] = field(default_factory=deque)
+    in_tool: bool = False
+    expression: list[int] = field(default_factory=list)
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything but the last token of the prompt is in the slot: that one is fed to the decode loop."""
+        return self.prefilled == len(self.prompt) - 1
+
+    def receive(self, column: list[int], special: "SpecialTokens") -> "Event":
+        """Books new tokens, the forced ones among them, and runs the tool machine (reference section 4.4)."""
+        masks = []
+        for token in column:
+            masks.append(0 if self.forced else 1)
+            if self.forced:
+                self.forced.popleft()
+            self.ended |= token in special.ends
+            if special.tokenizer is not None:
+                self._run_tool_machine(token, special, special.tokenizer)
+        self.tokens += column
+        self.masks += masks
+        if self.ended and not self.run_on:
+            self.finished = "end"
+        elif len(self.tokens) >= self.max_tokens:
+            self.finished = "length"
+        return Event(self, column, masks, self.finished)
+
+    def _run_tool_machine(self, token: int, special: "SpecialTokens", tokenizer: TextCoder) -> None:
+        if token == special.python_start:
+            self.in_tool, self.expression = True, []
+        elif token == special.python_end and self.in_tool:
+            answer = use_calculator(tokenizer.decode(self.expression)) if self.expression else None
+            if answer is not None:
+                self.forced += [special.output_start, *tokenizer.encode_text(str(answer)), special.output_end]
+            self.in_tool, self.expression = False, []
+        elif self.in_tool:
+            self.expression.append(token)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one `Engine.step` added to one request: tokens with their masks, and why it finished, if it did."""
+
+    request: Request
+    tokens: list[int]
+    masks: list[int]
+    finished: str | None
+
+
+def checked_prompt(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """The prompt as a list of ints. Raises ValueError for an empty one, or ids that the vocabulary does not have."""
+    try:
+        prompt = [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise ValueError(f"the prompt must be a list of token ids, not {type(tokens).__name__}: {error}") from None
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one token, such as bos")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise ValueError(
+            f"the prompt holds ids from {min(prompt)} to {max(prompt)}; the vocabulary has 0 to {vocab_size - 1}"
+        )
+    return prompt
