@@ -52,7 +52,7 @@ class Tokenizer:
         """The split pattern."""
 
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
-        """All tokens as (bytes, id), ascending by id; after training the single bytes first, then the merges in order."""
+        """All tokens as (bytes, id), ascending by id; after training the single bytes, then the merges in order."""
 
     @property
     def vocab_size(self) -> int:

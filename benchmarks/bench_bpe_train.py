@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--max-chars", type=int, default=100_000_000)
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--competitors", type=Path, help="folder that the competitors were installed into (pip --target)")
+    parser.add_argument(
+        "--competitors", type=Path, help="folder that the competitors were installed into (pip --target)"
+    )
     parser.add_argument("--only", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--one", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--text-file", help=argparse.SUPPRESS)
@@ -172,7 +174,9 @@ def main() -> None:
         raise SystemExit("rustbpe of this project is not installed: pip install . in the project's root")
     ours = statistics.median(r["seconds"] for r in results["ours"])
     our_memory = statistics.median(r["memory"] for r in results["ours"])
-    print(f"\n{'trainer':<14}{'median s':>10}{'M chars/s':>11}{'peak +MB':>10}{'its time/ours':>15}{'its peak/ours':>15}")
+    print(
+        f"\n{'trainer':<14}{'median s':>10}{'M chars/s':>11}{'peak +MB':>10}{'its time/ours':>15}{'its peak/ours':>15}"
+    )
     for name, runs in results.items():
         seconds = statistics.median(r["seconds"] for r in runs)
         memory = statistics.median(r["memory"] for r in runs)

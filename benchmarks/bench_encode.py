@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rustbpe
 import tiktoken
+
+import rustbpe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -69,9 +70,7 @@ def main() -> None:
     ranks = trained.get_mergeable_ranks()
     ours = rustbpe.Tokenizer.from_ranks(ranks, rustbpe.DEFAULT_PATTERN)
     ours_three = rustbpe.Tokenizer.from_ranks(ranks, THREE_DIGITS)
-    theirs = tiktoken.Encoding(
-        "bench", pat_str=rustbpe.DEFAULT_PATTERN, mergeable_ranks=dict(ranks), special_tokens={}
-    )
+    theirs = tiktoken.Encoding("bench", pat_str=rustbpe.DEFAULT_PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
     dtype = "uint16" if trained.vocab_size <= 65536 else "uint32"
     encoders: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours.encode_to_numpy(texts, dtype=dtype, num_threads=args.threads),

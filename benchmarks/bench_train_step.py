@@ -75,7 +75,7 @@ def run(command: list[str]) -> list[float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Training step: nanochat_jax against torch.compile")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="depth,rows,tokens,vocabulary")
     parser.add_argument("--torch_python", default=sys.executable, help="a Python with PyTorch")
     parser.add_argument("--rounds", type=int, default=3)
@@ -85,8 +85,9 @@ def main():
     parser.add_argument("--worker", action="store_true", help="time ours in this process and print JSON")
     args = parser.parse_args()
     if args.worker:
-        sizes = map(int, args.shapes[0].split(","))
-        print(json.dumps(dict(seconds=time_ours(*sizes, args.steps, args.warmup, args.grads_only))))
+        depth, rows, tokens, vocab = map(int, args.shapes[0].split(","))
+        seconds = time_ours(depth, rows, tokens, vocab, args.steps, args.warmup, args.grads_only)
+        print(json.dumps(dict(seconds=seconds)))
         return
     common = [f"--steps={args.steps}", f"--warmup={args.warmup}", *(["--grads_only"] if args.grads_only else [])]
     for shape in args.shapes:

@@ -103,7 +103,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Training step of the reference architecture in PyTorch")
     for name, default in dict(depth=4, batch=16, seq=256, vocab=4096, steps=10, warmup=3, threads=0).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--grads_only", action="store_true", help="time loss + gradients, no clipping, no optimizer")

@@ -16,8 +16,8 @@ def attention(
 ) -> jax.Array:
     """Causal softmax attention, scaled by 1/sqrt(D).
 
-    q (B, T, H, D); k, v (B, T, G, D) with G dividing H: query head h uses key/value head h // (H / G). `window` limits a
-    query to itself and that many earlier keys. Returns (B, T, H, D) in q's dtype; the softmax is float32.
+    q (B, T, H, D); k, v (B, T, G, D) with G dividing H: query head h uses key/value head h // (H / G). `window` limits
+    a query to itself and that many earlier keys. Returns (B, T, H, D) in q's dtype; the softmax is float32.
     `implementation` is "auto", "cudnn" or "xla" as in `choose_implementation`, which raises if "cudnn" cannot work.
     """
     chosen, reason = choose_implementation(implementation, jax.default_backend(), str(q.dtype), q.shape[-1])
@@ -26,9 +26,9 @@ def attention(
         window = None  # sees everything anyway
     if chosen == "blocked":
         return blocked_attention(q, k, v, window)
-    local = None if window is None else (window, 0)
+    local, library = None if window is None else (window, 0), "cudnn" if chosen == "cudnn" else "xla"
     try:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation=chosen)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation=library)
     except RuntimeError as error:
         if chosen != "cudnn" or "cuDNN" not in str(error):
             raise
@@ -95,11 +95,11 @@ def _announce(chosen: str, reason: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
-    """`attention` by blocks of queries, each against only the keys that it can see (q (B, T, H, D), k and v (B, T, G, D)).
+    """`attention` by blocks of queries, each against only the keys that it can see; shapes as there.
 
-    The blocks are unrolled, so every one is a plain matrix product of static shape and the half of the scores above the
-    diagonal is never computed. Of the probabilities nothing is kept but the log of their normaliser (B, G, R T): the
-    backward pass makes them again (the method of FlashAttention, arXiv:2205.14135, at the granularity of a CPU's caches).
+    The blocks are unrolled, so each is a plain matrix product of static shape, and most of the scores above the
+    diagonal are never computed (5/8 of the square are, with four blocks). Of the probabilities only the log of their
+    normaliser is kept, (B, G, R T): the backward pass makes them again, as in FlashAttention (arXiv:2205.14135).
     """
     return _blocked_fwd(q, k, v, window)[0]
 

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,22 @@ def run_dir(run: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", run) or run.startswith("."):
         raise ValueError(f"run name {run!r} may hold only letters, digits, dots, dashes and underscores")
     return paths.runs_dir() / run
+
+
+@contextmanager
+def exclusive(run: Path) -> Iterator[Path]:
+    """Holds a run's directory for this process, so that two trainings cannot write into one run.
+
+    The lock ends with the process, however it ends. Raises CheckpointError if another process holds it.
+    """
+    try:
+        lock = paths.lock_file(run.with_name(f".{run.name}.lock"), wait=False)
+    except BlockingIOError:
+        raise CheckpointError(
+            f"another process is training the run in {run}; wait for it, stop it, or choose another --run_name"
+        ) from None
+    with lock:
+        yield run
 
 
 def step_dir(run: Path, step: int) -> Path:

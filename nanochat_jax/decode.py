@@ -1,4 +1,4 @@
-"""The engine's three compiled programs: prefill a slot, copy a slot, decode all slots.
+"""The engine's compiled programs: prefill a slot, copy a slot, decode all slots.
 
 Parameters are an argument, the storage is donated, and everything about a row travels in one small int32 matrix made by
 the host for each call, so requests come and go without anything on the device changing shape. Static, and so a
@@ -21,17 +21,30 @@ TOKEN, POSITION, COUNT, SEED, STREAM, TEMPERATURE, TOP_K, STOPS, N_FORCED, N_COL
 STOP_AT_END, STOP_AT_TOOL = 1, 2  # bits of STOPS
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "visible"), donate_argnames=("slots",))
 def prefill(
-    model: Any, config: Any, params: Any, slots: KVSlots, ids: jax.Array, slot_start: jax.Array, visible: int
+    model: Any, config: Any, params: Any, slots: KVSlots, ids: Any, slot_start: Any, visible: int
 ) -> KVSlots:
     """Writes keys and values of ids (1, T) into a slot. slot_start (2,) int32 is the slot and its first free position.
 
-    What is padding at the end of ids lands beyond the length the caller keeps, and is overwritten later.
+    What is padding at the end of ids lands beyond the length the caller keeps, and is overwritten later. `slots` is
+    donated.
     """
+    keys, values = _compute(model, config, params, slots, ids, slot_start, visible)
+    return _write(slots, keys, values, slot_start)
+
+
+# Two programs: in one, XLA would copy the storage of every layer whose write does not depend on the last read of it.
+@functools.partial(jax.jit, static_argnames=("model", "config", "visible"))
+def _compute(model, config, params, slots, ids, slot_start, visible):
     slot, start = slot_start
     _, cache = model.forward_cached(config, params, ids, slots.view(start[None], visible, ids.shape[1], slot))
-    return slots.commit(cache, slot)
+    return cache.new_keys, cache.new_values
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def _write(slots, keys, values, slot_start):
+    slot, start = slot_start
+    return slots.write(keys, values, start[None], slot)
 
 
 @functools.partial(jax.jit, static_argnames=("visible",), donate_argnames=("slots",))
@@ -82,3 +95,9 @@ def decode(
 def float_bits(value: float) -> int:
     """A float32's bits as the int32 that carries it in the row matrix."""
     return int(np.float32(value).view(np.int32))
+
+
+def compiled_programs() -> int:
+    """How many engine programs this process has compiled: constant while an engine that was warmed up serves."""
+    programs: tuple[Any, ...] = _compute, _write, copy_row, decode
+    return sum(program._cache_size() for program in programs)

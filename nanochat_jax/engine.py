@@ -106,7 +106,7 @@ class Engine:
         """Queues a prompt (non-empty ids) and returns its handle at once.
 
         max_tokens None = to the end of the slot. top_k None or 0 = off, above the vocabulary = the vocabulary. seed:
-        any integer (32 bits of it count); stream: which of several samples of one seed. The answer depends on these alone,
+        any integer (32 bits of it count); stream: which of several samples of one seed. The answer depends on these,
         not on what else runs. run_on: do not stop at an end token (only set `ended`). leader: an earlier request with
         the same prompt, whose prefilled keys are then copied instead of computed again. Raises ValueError for settings
         that cannot work, naming the numbers.
@@ -125,8 +125,8 @@ class Engine:
             raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
         if max_tokens > room:
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_tokens={max_tokens} do not fit the {self.capacity} positions "
-                f"of a slot: ask for at most {room}, or build the Engine with a larger capacity"
+                f"a prompt of {len(prompt)} tokens and max_tokens={max_tokens} do not fit the {self.capacity} "
+                f"positions of a slot: ask for at most {room}, or build the Engine with a larger capacity"
             )
         k = min(top_k or 0, self.config.vocab_size)
         request = Request(prompt, max_tokens, float(temperature), k, seed, stream, run_on, next(self._numbers))
@@ -251,7 +251,7 @@ class Engine:
         sizes = sorted({self._visible(n) for n in range(self.capacity + 1)})
         pair = np.zeros(2, np.int32)
         rows = np.zeros((len(self._slots), decode.N_COLUMNS + self.steps_per_call), np.int32)
-        before = compiled_programs()
+        before = decode.compiled_programs()
         for visible in sizes:
             self._storage = decode.copy_row(self._storage, pair, visible=visible)
             _, self._storage = decode.decode(
@@ -264,7 +264,7 @@ class Engine:
                     self.model, self.config, self._cast, self._storage, np.zeros((1, length), np.int32), pair,
                     visible=self._visible(begin),
                 )  # fmt: skip
-        return compiled_programs() - before
+        return decode.compiled_programs() - before
 
     # --- many samples of one prompt ---------------------------------------------------------------------------------
 
@@ -341,11 +341,6 @@ class Engine:
                 self.submit(tokens, max_tokens, temperature, top_k, seed, stream=stream, run_on=run_on, leader=leader)
             )
         return rows
-
-
-def compiled_programs() -> int:
-    """How many engine programs this process has compiled: constant while an engine that was warmed up serves."""
-    return sum(program._cache_size() for program in (decode.prefill, decode.copy_row, decode.decode))
 
 
 def _default_steps(config: gpt.GPTConfig) -> int:

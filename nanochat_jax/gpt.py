@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax.attention import attention
 from nanochat_jax.kv_cache import KVCache, cached_attention
@@ -35,7 +34,7 @@ class GPTConfig:
     The first six fields are the reference's `model_config`. The rest is neutral by default: `window_pattern` is tiled
     over the layers ("S" = a window of a quarter of the context, rounded up to 128; "L" = full; the last layer is always
     full), `compute_dtype` "auto" is bfloat16 on accelerators and float32 on CPU, `attention` "auto" is cuDNN where it
-    works and XLA elsewhere, `remat` names what the backward pass recomputes ("none", "mlp", "block").
+    works and XLA elsewhere, `remat` names what the backward pass recomputes (nothing, every MLP, every block).
     """
 
     sequence_len: int = 1024
@@ -188,19 +187,20 @@ class MLP(nnx.Module):
         self.c_proj = _linear(config, 4 * config.n_embd, config.n_embd)
 
     def __call__(self, x):
-        h = checkpoint_name(self.c_fc(x), "mlp_hidden")
-        return self.c_proj(jnp.square(jax.nn.relu(h)))
+        return self.c_proj(jnp.square(jax.nn.relu(self.c_fc(x))))
 
 
 class Block(nnx.Module):
     def __init__(self, config: GPTConfig, layer: int):
+        self.config = config
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
     def __call__(self, x, rotary, cache: KVCache | None):
         y, kv = self.attn(rms_norm(x), rotary, cache)
         x = x + y
-        return x + self.mlp(rms_norm(x)), kv
+        mlp = _recomputed(self.mlp) if self.config.remat == "mlp" else self.mlp
+        return x + mlp(rms_norm(x)), kv
 
 
 class GPT(nnx.Module):
@@ -225,8 +225,9 @@ class GPT(nnx.Module):
         x = rms_norm(self.wte(ids))
         keys_values = []
         for layer in range(config.n_layer):
-            # merge-free call through a plain function, so that rematerialisation sees the layer as one unit
-            block = _rematerialise(self.h[str(layer)], config) if cache is None else self.h[str(layer)]
+            block = self.h[str(layer)]
+            if config.remat == "block" and cache is None:
+                block = _recomputed(block)
             x, kv = block(x, rotary, cache)
             keys_values.append(kv)
         return rms_norm(x), keys_values
@@ -237,19 +238,11 @@ def _linear(config: GPTConfig, n_in: int, n_out: int) -> nnx.Linear:
     return nnx.Linear(n_in, n_out, **kind, rngs=nnx.Rngs(0))
 
 
-def _rematerialise(block: Block, config: GPTConfig):
-    """The block with the chosen part of its activations recomputed in the backward pass."""
-    if config.remat == "none":
-        return block
-    policies = jax.checkpoint_policies
-    keep = policies.save_anything_except_these_names("mlp_hidden") if config.remat == "mlp" else None
-    graphdef, state = nnx.split(block)
-
-    @functools.partial(jax.checkpoint, policy=keep)
-    def run(state, x, rotary):
-        return nnx.merge(graphdef, state)(x, rotary, None)
-
-    return lambda x, rotary, cache: run(state, x, rotary)
+def _recomputed(module):
+    """The module as a function that keeps only its inputs for the backward pass and computes the rest again there."""
+    graphdef, state = nnx.split(module)
+    run = jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args))
+    return lambda *args: run(state, *args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

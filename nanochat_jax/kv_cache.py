@@ -104,19 +104,24 @@ class KVSlots:
     def commit(self, cache: KVCache, slot: jax.Array | None = None) -> "KVSlots":
         """Writes the whole buffer of an opened view back, each row after its own old tokens.
 
-        Columns never filled are written too; they lie beyond the row's length. In place where the storage is donated.
+        Columns never filled are written too; they lie beyond the row's length. In place where the storage is donated
+        and everything that reads it comes before by necessity (a loop, or another program): else XLA copies it.
         """
+        return self.write(cache.new_keys, cache.new_values, cache.start, slot)
+
+    def write(self, keys, values, start: jax.Array, slot: jax.Array | None = None) -> "KVSlots":
+        """As `commit`, given the buffers themselves."""
 
         def put(storage, new):
             _, G, _, D = storage.shape
             new = new.reshape(-1, G, new.shape[1], D)
             if slot is not None:
-                return jax.lax.dynamic_update_slice(storage, new, (slot, 0, cache.start[0], 0))
-            return jax.vmap(lambda s, n, at: jax.lax.dynamic_update_slice(s, n, (0, at, 0)))(storage, new, cache.start)
+                return jax.lax.dynamic_update_slice(storage, new, (slot, 0, start[0], 0))
+            return jax.vmap(lambda s, n, at: jax.lax.dynamic_update_slice(s, n, (0, at, 0)))(storage, new, start)
 
         return KVSlots(
-            [put(s, n) for s, n in zip(self.keys, cache.new_keys, strict=True)],
-            [put(s, n) for s, n in zip(self.values, cache.new_values, strict=True)],
+            [put(s, n) for s, n in zip(self.keys, keys, strict=True)],
+            [put(s, n) for s, n in zip(self.values, values, strict=True)],
         )
 
     def copy_row(self, source: jax.Array, target: jax.Array, visible: int) -> "KVSlots":

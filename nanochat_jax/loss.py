@@ -54,10 +54,10 @@ def token_nll(config: GPTConfig, params: Params, inputs: jax.Array, targets: jax
 def chunk_size(n_tokens: int, vocab_size: int, dtype=jnp.float32) -> int:
     """Tokens per chunk, all chunks being as even as possible.
 
-    In float32, which means a CPU, 128 MB of float32 logits and at most 1,024 tokens. Measured on 2 cores with gradients: at
-    4,096 entries 512 to 4,096 tokens are equal within 3%; at 65,536 entries 512 tokens are 5% faster than 256 and 13%
-    faster than 128, because every chunk reads and writes the whole gradient of the kernel. bfloat16 means an accelerator,
-    whose matrix units want more rows: 512 MB and any number of tokens.
+    In float32, which means a CPU, 128 MB of float32 logits and at most 1,024 tokens. Measured on 2 cores with
+    gradients: at 4,096 entries 512 to 4,096 tokens are equal within 3%; at 65,536 entries 512 tokens are 5% faster than
+    256 and 13% faster than 128, because every chunk reads and writes the whole gradient of the kernel. bfloat16 means
+    an accelerator, whose matrix units want more rows: 512 MB and any number of tokens (not measured on a GPU).
     """
     if jnp.dtype(dtype) == jnp.float32:
         most = max(64, min(1024, (1 << 25) // vocab_size))
@@ -70,20 +70,20 @@ def chunk_size(n_tokens: int, vocab_size: int, dtype=jnp.float32) -> int:
 def fused_weighted_nll(hidden, kernel, targets, weights, softcap):
     """sum_n weights[n] * nll[n], a float32 scalar in nats; the logits of all tokens are never held.
 
-    hidden (N, C) and kernel (C, V) of one dtype, targets (N,) int (anything where the weight is 0), weights (N,) float32.
-    Differentiable in hidden and kernel; weights and targets are data. Raises ValueError for a softcap above 60.
+    hidden (N, C) and kernel (C, V) of one dtype, targets (N,) int (anything where the weight is 0), weights (N,)
+    float32. Differentiable in hidden and kernel; weights and targets are data. ValueError for a softcap above 60.
     """
     return (weights * _chunked_nll(hidden, kernel, targets, softcap)).sum()
 
 
 def _cross_entropy(hidden, kernel, targets, softcap):
-    """nll (n,) of one chunk and what its gradient needs: tanh(raw / softcap) and exp(capped) (n, V), the latter's sums (n,).
+    """(nll (n,), tanh(raw / softcap) (n, V), exp(capped) (n, V), its sums (n,)) of one chunk: what a gradient needs.
 
     Softcapped logits lie in [-softcap, softcap], so their exponentials can neither overflow nor vanish and the pass
     that finds the largest logit is saved.
     """
     if softcap > 60:
-        raise ValueError(f"softcap {softcap} is too large: exp of such logits, summed, may overflow float32 (at most 60)")
+        raise ValueError(f"softcap is {softcap}, at most 60 is possible: the sum of exp(logits) must fit in float32")
     raw = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
     tanh = jnp.tanh(raw / softcap)
     exp = jnp.exp(softcap * tanh)

@@ -99,15 +99,18 @@ def sync_directory(path: Path) -> None:
             os.close(handle)
 
 
-def lock_file(path: str | Path) -> IO[bytes]:
+def lock_file(path: str | Path, wait: bool = True) -> IO[bytes]:
     """Open ``path`` and hold it exclusively until the file is closed (or the process ends, however it ends).
 
-    Waits, and says so, while another process holds it.
+    While another process holds it: waits, and says so, or raises BlockingIOError at once if ``wait`` is false.
     """
     file = open(path, "wb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not wait:
+            file.close()
+            raise
         logger.warning("another process is at work in %s; waiting for it", Path(path).parent)
         fcntl.flock(file, fcntl.LOCK_EX)
     return file

@@ -38,7 +38,8 @@ class SpecialTokens:
             return cls(frozenset())
         try:
             ends = frozenset([tokenizer.bos_id, tokenizer.encode_special(conversation.ASSISTANT_END)])
-            return cls(ends, *(tokenizer.encode_special(name) for name in _TOOL_NAMES), tokenizer)
+            start, end, output_start, output_end = map(tokenizer.encode_special, _TOOL_NAMES)
+            return cls(ends, start, end, output_start, output_end, tokenizer)
         except KeyError:
             return cls(frozenset([tokenizer.bos_id]))
 

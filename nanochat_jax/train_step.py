@@ -79,8 +79,10 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
     def local_gradients(params, inputs, targets, weights, denominator):
         """Per device: its rows of every micro-batch, one reduction at the end."""
 
+        weights = weights / denominator  # not the sum afterwards: that would be one more pass over the head's gradient
+
         def micro(x, y, w):
-            return jax.value_and_grad(lambda p: weighted_nll(config, p, x, y, w) / denominator)(params)
+            return jax.value_and_grad(lambda p: weighted_nll(config, p, x, y, w))(params)
 
         if inputs.shape[0] == 1:
             loss, grads = micro(inputs[0], targets[0], weights[0])

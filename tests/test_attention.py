@@ -17,9 +17,9 @@ SHAPES = [  # B, T, H, G, D: multi-head, grouped, one shared head; lengths of on
     (2, 70, 4, 2, 16),
     (1, 200, 4, 1, 8),
     (1, 1, 2, 2, 16),
-    (1, 600, 2, 1, 8),
+    (1, 540, 2, 1, 8),
 ]
-WINDOWS = [None, 0, 1, 7, 64, 10_000]
+WINDOWS = [None, 0, 7, 64, 10_000]
 
 
 def xla_attention(q, k, v, window):
@@ -41,11 +41,11 @@ def slow_attention(q, k, v, window):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     B, T, H, D = q.shape
-    for b in range(B):
-        for h in range(H):
-            g = h // (H // k.shape[2])
-            for t in range(T):
-                first = 0 if window is None else max(0, t - window)
+    for h in range(H):
+        g = h // (H // k.shape[2])
+        for t in range(T):
+            first = 0 if window is None else max(0, t - window)
+            for b in range(B):
                 scores = k[b, first : t + 1, g] @ q[b, t, h] / np.sqrt(D)
                 weights = np.exp(scores - scores.max())
                 out[b, t, h] = weights @ v[b, first : t + 1, g] / weights.sum()
@@ -56,7 +56,7 @@ def slow_attention(q, k, v, window):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_slow_version(shape, window):
     q, k, v = tensors(shape)
-    out = attention(q, k, v, window=window)
+    out = jax.jit(functools.partial(attention, window=window))(q, k, v)
     assert out.dtype == q.dtype and out.shape == q.shape
     np.testing.assert_allclose(out, slow_attention(q, k, v, window), atol=1e-5)
 
@@ -80,7 +80,7 @@ def test_causal_on_every_path(path, shape, window):
             assert moved[min(t + window, T - 1)]
 
 
-@pytest.mark.parametrize("window", [None, 0, 9, 64])
+@pytest.mark.parametrize("window", [None, 0, 64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_match_plain_formula(shape, window):
     q, k, v = tensors(shape)
@@ -100,8 +100,8 @@ def test_bf16_inputs(window):
     low = tensors(shape, jnp.bfloat16)
     exact = [x.astype(jnp.float32) for x in low]
     d_low = tensors(shape, jnp.bfloat16, seed=1)[0]
-    out_low, back_low = jax.vjp(lambda *x: blocked_attention(*x, window), *low)
-    out, back = jax.vjp(lambda *x: xla_attention(*x, window), *exact)
+    out_low, back_low = jax.vjp(functools.partial(blocked_attention, window=window), *low)
+    out, back = jax.vjp(functools.partial(xla_attention, window=window), *exact)
     assert out_low.dtype == jnp.bfloat16
     np.testing.assert_allclose(out_low.astype(jnp.float32), out, atol=0.03)
     for ours, plain in zip(back_low(d_low), back(d_low.astype(jnp.float32)), strict=True):
@@ -211,7 +211,7 @@ def test_requested_cudnn_without_the_plugin_names_the_remedy(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_cudnn_request_lowers_to_cudnn_calls(monkeypatch, window):
-    """Compiled for CUDA (no GPU needed to lower), forward and backward are cuDNN's, grouped heads and window included."""
+    """Lowered for CUDA (which needs no GPU), forward and backward are cuDNN's, grouped heads and window included."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91002)

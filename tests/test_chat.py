@@ -3,6 +3,7 @@
 import io
 import signal
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 @pytest.fixture(scope="module")
 def engine():
     with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
-        config = gpt.GPTConfig(**{k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")})
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        config = gpt.GPTConfig(**sizes)
         names = [k for k in arrays if k.startswith("param/")]
         params = params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
     return Engine(config, params, golden_tokenizer(), slots=1, capacity=128, steps_per_call=4)
 
 
-def make(engine, completing, **settings):
+def make(engine, completing, **settings) -> Any:
     return Chat(engine, golden_tokenizer(), ChatSettings(**settings), completing, io.StringIO())
 
 
@@ -73,7 +75,7 @@ def test_text_is_never_broken_inside_a_character():
     tokenizer = golden_tokenizer()
     text = "naïve 🚀 日本語 ok"
     ids = list(text.encode())  # one token per byte
-    chat = Chat(Scripted([*ids, 515]), tokenizer, ChatSettings(), False, io.StringIO())
+    chat: Any = Chat(Scripted([*ids, 515]), tokenizer, ChatSettings(), False, io.StringIO())
     pieces = []
     chat.out.write = pieces.append  # type: ignore[method-assign]
     assert chat.answer("hi") == text == "".join(pieces)
@@ -86,7 +88,7 @@ def test_conversation_is_rendered_as_in_training():
     call += [tokenizer.encode_special("<|python_end|>"), tokenizer.encode_special("<|output_start|>")]
     call += [*tokenizer.encode_text("42"), tokenizer.encode_special("<|output_end|>"), *tokenizer.encode_text(" yes")]
     scripted = Scripted([*call, 515], tokenizer.encode_text("two")[:1], [515])
-    chat = Chat(scripted, tokenizer, ChatSettings(max_tokens=30), False, io.StringIO())
+    chat: Any = Chat(scripted, tokenizer, ChatSettings(max_tokens=30), False, io.StringIO())
     assert chat.answer("one") == "<6*7=42> yes"
     assert chat.reason == "end"
     chat.settings = ChatSettings(max_tokens=1)
@@ -115,7 +117,7 @@ def test_conversation_is_rendered_as_in_training():
 def test_long_conversations_drop_their_oldest_exchanges():
     tokenizer = golden_tokenizer()
     scripted = Scripted(*([[65, 66, 67, 515]] * 12))
-    chat = Chat(scripted, tokenizer, ChatSettings(max_tokens=16), False, io.StringIO())
+    chat: Any = Chat(scripted, tokenizer, ChatSettings(max_tokens=16), False, io.StringIO())
     for i in range(12):
         chat.answer(f"{i}")
     assert all(len(p) + 16 <= 64 for p in scripted.prompts)
@@ -157,7 +159,7 @@ def session(chat, *lines, decorated=False):
 
 
 def test_commands_change_the_settings():
-    chat = Chat(Scripted(), golden_tokenizer(), ChatSettings(), True, io.StringIO())
+    chat: Any = Chat(Scripted(), golden_tokenizer(), ChatSettings(), True, io.StringIO())
     said = session(
         chat,
         "",
@@ -178,14 +180,16 @@ def test_commands_change_the_settings():
 
 @pytest.mark.parametrize("leave", ["quit", "EXIT", "/quit"])
 def test_leaving_and_clearing(leave):
-    chat = Chat(Scripted([65, 515]), golden_tokenizer(), ChatSettings(), False, io.StringIO())
+    chat: Any = Chat(Scripted([65, 515]), golden_tokenizer(), ChatSettings(), False, io.StringIO())
     said = session(chat, "hello", "clear", leave, "never read")
     assert said == "A\nConversation cleared.\n" and chat.turns == []
 
 
 def test_output_is_undecorated_unless_a_terminal_shows_it():
     for decorated in (False, True):
-        chat = Chat(Scripted([65, 515], [66] * 99), golden_tokenizer(), ChatSettings(max_tokens=2), True, io.StringIO())
+        chat: Any = Chat(
+            Scripted([65, 515], [66] * 99), golden_tokenizer(), ChatSettings(max_tokens=2), True, io.StringIO()
+        )
         said = session(chat, "one", "two", decorated=decorated)
         assert ("\033[" in said and "Goodbye" in said) == decorated
         if not decorated:
@@ -193,7 +197,7 @@ def test_output_is_undecorated_unless_a_terminal_shows_it():
 
 
 def test_an_interrupt_while_typing_leaves():
-    chat = Chat(Scripted(), golden_tokenizer(), ChatSettings(), True, io.StringIO())
+    chat: Any = Chat(Scripted(), golden_tokenizer(), ChatSettings(), True, io.StringIO())
 
     def read():
         raise KeyboardInterrupt

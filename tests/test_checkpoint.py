@@ -132,6 +132,16 @@ def test_missing_runs_say_what_to_do(base, tokenizer):
         checkpoint.run_dir("../evil")
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(base):
+    run = checkpoint.run_dir("r")
+    with checkpoint.exclusive(run):
+        with pytest.raises(CheckpointError, match="another process.*--run_name"):
+            with checkpoint.exclusive(run):
+                pass
+    with checkpoint.exclusive(run):
+        pass
+
+
 def test_wrong_shape_and_unknown_config_fields_are_errors(base, tokenizer):
     run = saved_run(tokenizer)
     wrong = jax.tree.map(lambda a: jax.ShapeDtypeStruct((7, *a.shape[1:]), a.dtype, sharding=a.sharding), target())

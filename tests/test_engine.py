@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nanochat_jax import gpt
-from nanochat_jax.engine import Engine, compiled_programs
+from nanochat_jax.decode import compiled_programs
+from nanochat_jax.engine import Engine
 from nanochat_jax.reference import params_from_reference
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
@@ -20,7 +21,8 @@ CASES = golden("engine_v1")
 def tiny():
     """(config, params) of the golden files' model, whose vocabulary is the golden tokenizer's."""
     with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
-        config = gpt.GPTConfig(**{k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")})
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        config = gpt.GPTConfig(**sizes)
         names = [k for k in arrays if k.startswith("param/")]
         return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
 
@@ -320,4 +322,4 @@ def test_parameters_are_arguments_of_the_programs(tiny):
     drain(engine, [engine.submit([1, 2], 3)])
     engine.params = jax.tree.map(lambda x: x * 2, tiny[1])
     drain(engine, [engine.submit([1, 2], 3)])
-    assert compiled_programs() == before + 2  # prefill and decode
+    assert compiled_programs() == before + 3  # the two halves of a prefill, and decode

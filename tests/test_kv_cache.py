@@ -131,15 +131,17 @@ def test_storage_is_updated_in_place():
         token, cache = jax.lax.fori_loop(0, 8, body, start)
         return token, slots.commit(cache)
 
-    def prefill(params, slots, start):
-        cache = slots.view(start[:1], 128, 16, start[0])
-        _, cache = gpt.forward_cached(config, params, jnp.zeros((1, 16), jnp.int32), cache)
-        return slots.commit(cache, start[0])
+    def write(params, slots, start):
+        new = [jnp.zeros((config.n_kv_head, 16, config.head_dim))] * config.n_layer
+        return slots.write(new, new, start[:1], start[0])
 
-    for program in (decode, prefill):
+    def copy(params, slots, start):
+        return slots.copy_row(start[0], start[1], 128)
+
+    for program in (decode, write, copy):
         memory: Any = jax.jit(program, donate_argnums=1).lower(params, slots, row).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= size
-        assert memory.temp_size_in_bytes < size / 4
+        assert memory.temp_size_in_bytes < size / 20
 
 
 def test_bf16_storage_keeps_its_dtype():

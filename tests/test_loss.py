@@ -1,5 +1,6 @@
 """The fused loss: against the dense formula for awkward sizes, its gradients, its memory, and its denominators."""
 
+import math
 import re
 
 import jax
@@ -64,16 +65,16 @@ def test_value_and_gradients_equal_the_dense_formula(size, chunks):
 def test_gradient_scales_with_the_cotangent(chunks):
     hidden, kernel, targets, weights = problem(130, 8, 33)
     one = jax.grad(lambda h: fused_weighted_nll(h, kernel, targets, weights, CAP))(hidden)
-    scaled = jax.grad(lambda h: -2.5 * fused_weighted_nll(h, kernel, targets, weights, CAP))(hidden)
+    scaled = jax.grad(lambda h: jnp.asarray(fused_weighted_nll(h, kernel, targets, weights, CAP)) * -2.5)(hidden)
     np.testing.assert_allclose(scaled, -2.5 * one, rtol=1e-6)
 
 
 def test_bf16_activations_keep_a_float32_loss(chunks):
     hidden, kernel, targets, weights = problem(300, 16, 65, jnp.bfloat16)
     value, grads = jax.value_and_grad(fused_weighted_nll, (0, 1))(hidden, kernel, targets, weights, CAP)
-    exact, exact_grads = jax.value_and_grad(
-        lambda h, k: (weights * dense_nll(h, k, targets, CAP)).sum(), (0, 1)
-    )(hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+    exact, exact_grads = jax.value_and_grad(lambda h, k: (weights * dense_nll(h, k, targets, CAP)).sum(), (0, 1))(
+        hidden.astype(jnp.float32), kernel.astype(jnp.float32)
+    )
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, exact, rtol=1e-4, atol=1e-3)  # bf16 logits would be off by 1e-2
     for ours, wanted in zip(grads, exact_grads, strict=True):
@@ -99,7 +100,7 @@ def batch(rows=4, length=24, seed=0):
     ids = rng.integers(0, CONFIG.vocab_size, (rows, length + 1)).astype(np.int32)
     inputs, targets = ids[:, :-1], ids[:, 1:].copy()
     targets[rng.random(targets.shape) < 0.2] = -1
-    return inputs, targets, rng.random(targets.shape).astype(np.float32)
+    return jnp.asarray(inputs), jnp.asarray(targets), jnp.asarray(rng.random(targets.shape), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +136,9 @@ def test_next_token_loss_is_the_weighted_mean(params):
 def test_nothing_to_learn_is_zero_and_not_nan(params, case):
     inputs, targets, weights = batch()
     if case == "zero weights":
-        weights = np.zeros_like(weights)
+        weights = jnp.zeros_like(weights)
     else:
-        targets = np.full_like(targets, -1)
+        targets = jnp.full_like(targets, -1)
     value, grads = jax.value_and_grad(lambda p: next_token_loss(CONFIG, p, inputs, targets, weights))(params)
     assert value == 0.0
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
@@ -145,7 +146,7 @@ def test_nothing_to_learn_is_zero_and_not_nan(params, case):
 
 def test_ignored_targets_equal_zero_weights(params):
     inputs, targets, _ = batch()
-    filled = np.where(targets < 0, 3, targets)
+    filled = jnp.where(targets < 0, 3, targets)
     by_target = jax.grad(lambda p: next_token_loss(CONFIG, p, inputs, targets))(params)
     by_weight = jax.grad(lambda p: next_token_loss(CONFIG, p, inputs, filled, targets >= 0))(params)
     for a, b in zip(jax.tree.leaves(by_target), jax.tree.leaves(by_weight), strict=True):
@@ -155,13 +156,19 @@ def test_ignored_targets_equal_zero_weights(params):
 def test_accumulation_invariance(params):
     """The sum over a batch is the sum over its pieces, uneven weights included, in value and in gradient."""
     inputs, targets, weights = batch(rows=8)
-    weights = np.asarray(target_weights(jnp.asarray(targets), jnp.asarray(weights)))
+    weights = target_weights(targets, weights)
     grad = jax.jit(jax.value_and_grad(lambda p, *b: weighted_nll(CONFIG, p, *b)))
     whole = grad(params, inputs, targets, weights)
     pieces = [grad(params, *(a[i : i + 1] for a in (inputs, targets, weights))) for i in range(8)]
     summed = jax.tree.map(lambda *x: sum(x), *pieces)
     for a, b in zip(jax.tree.leaves(summed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_too_large_a_softcap_is_refused():
+    hidden, kernel, targets, weights = problem(5, 4, 7)
+    with pytest.raises(ValueError, match="at most 60"):
+        fused_weighted_nll(hidden, kernel, targets, weights, 61.0)
 
 
 def test_first_loss_is_log_vocabulary():
@@ -185,6 +192,6 @@ def test_never_holds_all_logits(wanted):
         return next_token_loss(config, params, ids, ids)
 
     f = loss if wanted == "loss" else jax.value_and_grad(loss)
-    text = jax.jit(f).lower(shapes, ids).compile().as_text()
-    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    text = jax.jit(f).lower(shapes, ids).compile().as_text() or ""
+    sizes = [math.prod(int(n) for n in dims.split(",")) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(sizes) < 128 * 64 * 40_000 / 4

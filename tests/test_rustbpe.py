@@ -7,18 +7,20 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-import regex
-import rustbpe
+import regex  # a dependency of tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import rustbpe
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
 NUM_SPECIAL = len(GOLDEN["special_tokens"])
 
 
-def train(texts, vocab_size, **kwargs):
+def train(texts, vocab_size, **kwargs) -> Any:
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(iter(texts), vocab_size, **kwargs)
     return tokenizer

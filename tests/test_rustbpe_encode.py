@@ -5,20 +5,22 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import rustbpe
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import rustbpe
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
 BYTES = [(bytes([b]), b) for b in range(256)]
 MAIN = BYTES + [(bytes.fromhex(token), rank) for token, rank in GOLDEN["main"]["merged_ranks"]]
 
-# Everything that the split pattern tells apart: white space of all kinds, line ends, contractions in every case and with
-# the long s, digits and numbers of many scripts, combining marks, letters of one to four bytes.
+# Everything that the split pattern tells apart: white space of all kinds, line ends, contractions in every case and
+# with the long s, digits and numbers of many scripts, combining marks, letters of one to four bytes.
 PARTS = st.sampled_from(
     [" ", "  ", "\t", "\n", "\r", "\r\n", "\u0085", "\u00a0", "\u2003", "\u2028", "\u3000", "\u001c", "\u200b"]
     + ["'s", "'S", "'ſ", "'ll", "'Ll", "'l", "'ve", "'RE", "'r", "'d", "'m", "'t", "'", "''", "’s", "K"]
@@ -32,7 +34,7 @@ TEXTS = st.one_of(
 )
 
 
-def both(ranks, pattern=rustbpe.DEFAULT_PATTERN):
+def both(ranks, pattern=rustbpe.DEFAULT_PATTERN) -> tuple[Any, Any]:
     ours = rustbpe.Tokenizer.from_ranks(ranks, pattern)
     return ours, tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
 
@@ -84,7 +86,9 @@ def test_any_ranks(seed, text):
     assert ours.get_mergeable_ranks() == sorted(ranks, key=lambda pair: pair[1])
 
 
-@pytest.mark.parametrize("pattern", [r"\p{L}+|\s+", r".{1,3}(?=.)|.+", rustbpe.DEFAULT_PATTERN.replace("{1,2}", "{1,3}")])
+@pytest.mark.parametrize(
+    "pattern", [r"\p{L}+|\s+", r".{1,3}(?=.)|.+", rustbpe.DEFAULT_PATTERN.replace("{1,2}", "{1,3}")]
+)
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_other_patterns(pattern, text):
@@ -95,7 +99,9 @@ def test_other_patterns(pattern, text):
 def test_every_character_is_tiktoken():
     """Both have the same idea of letters, numbers and white space: every character, in contexts that show its class."""
     for first in range(0, 0x110000, 0x800):
-        text = "".join(f"a{chr(c)}b {chr(c)}1{chr(c)}\n" for c in range(first, first + 0x800) if not 0xD800 <= c < 0xE000)
+        text = "".join(
+            f"a{chr(c)}b {chr(c)}1{chr(c)}\n" for c in range(first, first + 0x800) if not 0xD800 <= c < 0xE000
+        )
         assert OURS.encode(text) == THEIRS.encode_ordinary(text), f"among U+{first:04X}..U+{first + 0x7FF:04X}"
 
 
@@ -122,11 +128,13 @@ def test_trained_tokenizer_encodes_as_tiktoken_with_its_ranks():
     assert ours.batch_encode(texts) == theirs.encode_ordinary_batch(texts)
 
 
-@pytest.mark.parametrize("text", ["a" * 1_000_000, "ab" * 500_000, "abcdefghij" * 100_000, "é" * 500_000, "!" * 1_000_000])
+@pytest.mark.parametrize(
+    "text", ["a" * 1_000_000, "ab" * 500_000, "abcdefghij" * 100_000, "é" * 500_000, "!" * 1_000_000]
+)
 def test_one_huge_piece_is_not_quadratic(text):
-    start = time.monotonic()
+    start = time.process_time()
     ids = OURS.encode(text)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
     assert OURS.decode(ids) == text
     # Far from its ends a periodic text encodes the same as a shorter one, which tiktoken can do in time.
     assert ids[:100] == THEIRS.encode_ordinary(text[:10_000])[:100]
@@ -157,8 +165,8 @@ def test_uint16_must_be_enough():
             ours.encode_to_numpy(["text"])
     tokens, _ = ours.encode_to_numpy(["zq a"], dtype="uint32")
     assert tokens.tolist() == theirs.encode_ordinary("zq a") and 65536 in tokens
-    # Ids above a million are not remembered in packed form.
-    huge, theirs = both(MAIN + [(b"zq", 1 << 21)])
+    # The largest rank there can be, met twice: computed, then remembered.
+    huge, theirs = both(MAIN + [(b"zq", (1 << 24) - 1)])
     for _ in range(2):
         assert huge.encode("zq zq") == theirs.encode_ordinary("zq zq")
 

@@ -1,5 +1,7 @@
 """Sampling: the reference's distributions, exact top-k, rows that do not see each other, no recompiles."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,10 @@ from nanochat_jax import sampling
 from tests.tokenizer_fixtures import golden
 
 N = 5000
-draw = jax.jit(sampling.sample)
+draw: Any = jax.jit(sampling.sample)
 
 
-def call(logits, temperature=1.0, top_k=0, seed=0, stream=0, count=0):
+def call(logits, temperature: Any = 1.0, top_k: Any = 0, seed: Any = 0, stream: Any = 0, count: Any = 0):
     """`sample` with scalars spread over the rows."""
     B = logits.shape[0]
 

@@ -1,4 +1,4 @@
-"""The training step over a mesh: same numbers on any number of devices, one reduction a step, donation, accumulation."""
+"""The training step over a mesh: same numbers on any number of devices, one reduction, donation, accumulation."""
 
 import re
 

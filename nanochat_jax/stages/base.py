@@ -115,7 +115,13 @@ def run(settings: BaseSettings) -> Outcome:
     config = dataclasses.replace(plan.config, remat=settings.remat)
     print(plan.describe())
     source = text_source(settings.data, settings.demo, settings.text_column)
-    folder = _open_run(settings, tokenizer)
+    with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}")) as folder:
+        return _train(settings, folder, tokenizer, plan, config, source, mesh)
+
+
+def _train(settings: BaseSettings, folder: Path, tokenizer: Tokenizer, plan: BasePlan, config, source, mesh) -> Outcome:
+    """Everything that happens inside the run's folder, which nobody else uses meanwhile."""
+    _open_run(folder, settings, tokenizer)
     train_rows, val_rows = make_rows(source, tokenizer, plan, settings.eval_tokens)
 
     hyper = OptimHyper(**{f: getattr(settings, f) for f in _fields_of(OptimHyper) & _fields_of(BaseSettings)})
@@ -167,9 +173,8 @@ def _fields_of(cls) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 
 
-def _open_run(settings: BaseSettings, tokenizer: Tokenizer) -> Path:
-    """The run's folder with its own copy of the tokenizer; an old run is set aside if it is not to be resumed."""
-    folder = checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}")
+def _open_run(folder: Path, settings: BaseSettings, tokenizer: Tokenizer) -> None:
+    """Makes the folder with its own copy of the tokenizer; an old run is set aside if it is not to be resumed."""
     if folder.exists() and not settings.resume:
         number = 1
         while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
@@ -179,7 +184,6 @@ def _open_run(settings: BaseSettings, tokenizer: Tokenizer) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if not checkpoint.steps(folder):
         tokenizer.save(folder)
-    return folder
 
 
 def _start_or_resume(folder: Path, settings, identity, config, optimizer, mesh) -> tuple[TrainState, bool]:
