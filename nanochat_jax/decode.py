@@ -21,9 +21,7 @@ TOKEN, POSITION, COUNT, SEED, STREAM, TEMPERATURE, TOP_K, STOPS, N_FORCED, N_COL
 STOP_AT_END, STOP_AT_TOOL = 1, 2  # bits of STOPS
 
 
-def prefill(
-    model: Any, config: Any, params: Any, slots: KVSlots, ids: Any, slot_start: Any, visible: int
-) -> KVSlots:
+def prefill(model: Any, config: Any, params: Any, slots: KVSlots, ids: Any, slot_start: Any, visible: int) -> KVSlots:
     """Writes keys and values of ids (1, T) into a slot. slot_start (2,) int32 is the slot and its first free position.
 
     What is padding at the end of ids lands beyond the length the caller keeps, and is overwritten later. `slots` is
