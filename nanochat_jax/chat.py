@@ -243,10 +243,12 @@ def main(argv: Sequence[str]) -> int:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     # JAX takes a second to import: flags are judged before
+    from nanochat_jax import devices
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.engine import Engine
 
     try:
+        devices.prepare()
         config, params, tokenizer, meta = load_model(settings.run or settings.model_tag, settings.stage, settings.step)
     except (ValueError, RuntimeError, OSError) as error:
         if not (type(error).__module__.startswith("nanochat_jax") or isinstance(error, ValueError | FileNotFoundError)):
