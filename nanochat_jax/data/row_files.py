@@ -201,7 +201,8 @@ class RowWriter:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise RowsError(
-                f"no space for {self.directory / name}: {size / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free. "
+                f"no space for {self.directory / name}: {(size + _SPARE_BYTES) / 2**20:.0f} MiB needed (a reserve for "
+                f"checkpoints included), {free / 2**20:.0f} MiB free. "
                 f"{self.rows - self._filled} rows are safe; free some space and run again to go on from there, or set "
                 "NANOCHAT_BASE_DIR to a larger disk, or ask for fewer tokens"
             ) from error
