@@ -233,6 +233,7 @@ def test_a_slot_can_be_filled_to_its_last_position(tiny):
         assert request.tokens[-1] == likeliest(config, params, prompt + request.tokens[:-1])[-1]
 
 
+@pytest.mark.slow
 def test_prompts_longer_than_a_chunk(tiny):
     config, params = dataclasses.replace(tiny[0], sequence_len=1200), tiny[1]
     long = Engine(config, params, None, slots=2, capacity=1200, steps_per_call=4)

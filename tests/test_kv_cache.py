@@ -65,6 +65,7 @@ def test_lockstep_cache_equals_forward(shape, chunks):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
 def test_slots_at_different_positions_equal_forward(shape):
     """Rows are prefilled one by one in padded chunks, then decoded together in calls of several steps, with reuse."""
     config, params = build(shape)

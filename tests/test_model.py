@@ -164,6 +164,7 @@ VARIED = [
 
 
 @pytest.mark.parametrize("seed, config", list(enumerate(VARIED)))
+@pytest.mark.slow
 def test_other_shapes_against_the_slow_version(seed, config):
     params = noisy(config, seed)
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, config.sequence_len))
@@ -173,6 +174,7 @@ def test_other_shapes_against_the_slow_version(seed, config):
         np.testing.assert_allclose(logits[row], slow_forward(config, weights, ids[row]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_whole_model_is_the_slope_of_the_slow_version():
     """A directional derivative of the float64 model, by central differences."""
     config = VARIED[1]

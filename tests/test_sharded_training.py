@@ -103,6 +103,7 @@ def test_optimizer_state_is_cut_over_the_devices_and_buffers_are_donated():
     assert old.is_deleted()
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_step():
     inputs, targets, weights = batch(1, accumulation=1, rows=16)
     results = []
@@ -128,6 +129,7 @@ def test_no_weight_at_all_is_a_zero_loss_and_a_finite_state():
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_number_of_devices(single_device_losses):
     out = []
     mesh, optimizer, state, step = setup(8)
