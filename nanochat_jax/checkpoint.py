@@ -189,6 +189,16 @@ def find_run(run: str | None = None, stage: str | None = None) -> Path:
     return max(found, key=lambda p: (step_dir(p, steps(p)[-1]) / "meta.json").stat().st_mtime)
 
 
+def find_first(stages: tuple[str, ...]) -> Path:
+    """The newest run of the first of `stages` that has any. Raises CheckpointError where none has."""
+    for stage in stages[:-1]:
+        try:
+            return find_run(stage=stage)
+        except CheckpointError:
+            continue
+    return find_run(stage=stages[-1])
+
+
 def load_model(
     run: str | None = None, stage: str | None = None, step: int | None = None
 ) -> tuple[GPTConfig, Params, Tokenizer, dict]:
@@ -196,11 +206,15 @@ def load_model(
     folder = find_run(run, stage)
     meta = load_meta(folder, step)
     config = config_from_dict(meta["config"])
-    tokenizer = load_tokenizer(folder, meta)
+    return config, load_params(folder, meta), load_tokenizer(folder, meta), {**meta, "run": folder.name}
+
+
+def load_params(folder: Path, meta: dict) -> Params:
+    """The parameters of the checkpoint that `meta` describes, on the default device."""
+    config = config_from_dict(meta["config"])
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract(config))
-    params = restore(folder, meta["step"], {"params": target})["params"]
-    return config, params, tokenizer, {**meta, "run": folder.name}
+    return restore(folder, meta["step"], {"params": target})["params"]
 
 
 def load_tokenizer(run: Path, meta: dict) -> Tokenizer:

@@ -51,16 +51,27 @@ def copy_row(slots: KVSlots, source_target: jax.Array, visible: int) -> KVSlots:
     return slots.copy_row(source_target[0], source_target[1], visible)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "visible", "room"), donate_argnames=("slots",))
+@functools.partial(
+    jax.jit, static_argnames=("model", "config", "visible", "room", "logprobs"), donate_argnames=("slots",)
+)
 def decode(
-    model: Any, config: Any, params: Any, slots: KVSlots, rows: jax.Array, shared: jax.Array, visible: int, room: int
+    model: Any,
+    config: Any,
+    params: Any,
+    slots: KVSlots,
+    rows: jax.Array,
+    shared: jax.Array,
+    visible: int,
+    room: int,
+    logprobs: bool = False,
 ) -> tuple[jax.Array, KVSlots]:
     """Up to `room` tokens for every row, one at a time: feed the row's last token, sample (or force) the next.
 
     rows (B, N_COLUMNS + room) int32 as laid out above (temperature as its float32 bits), the forced tokens last. shared
     (2 + E,) int32: steps to do (at most room), the tool token, the end tokens (-1 = none). Stops early after the step
     in which a row produced a token it is to stop at; nothing sampled is lost. Returns (B * room + 1,) int32, the tokens
-    row by row and the number of steps done, and the storage.
+    row by row and the number of steps done, and the storage. With `logprobs` (2 * B * room + 1,): after the tokens come
+    the float32 bits of their log-probabilities under the model (temperature 1, no top-k), row by row.
     """
     B = rows.shape[0]
     steps, tool, ends = shared[0], shared[1], shared[2:]
@@ -68,26 +79,29 @@ def decode(
     seed = rows[:, SEED].astype(jnp.uint32)
 
     def going(carry):
-        i, _, _, _, stopped = carry
+        i, *_, stopped = carry
         return (i < steps) & ~stopped
 
     def step(carry):
-        i, token, cache, out, _ = carry
+        i, token, cache, out, chances, _ = carry
         hidden, cache = model.forward_cached(config, params, token[:, None], cache)
         logits = model.unembed(config, params, hidden[:, 0])
         token = sample(logits, temperature, rows[:, TOP_K], seed, rows[:, STREAM], rows[:, COUNT] + i)
         forced = jax.lax.dynamic_index_in_dim(rows, N_COLUMNS + i, axis=1, keepdims=False)
         token = jnp.where(i < rows[:, N_FORCED], forced, token)
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
+        if logprobs:
+            chance = jnp.take_along_axis(logits, token[:, None], axis=1) - jax.nn.logsumexp(logits, axis=1)[:, None]
+            chances = jax.lax.dynamic_update_slice(chances, chance, (0, i))
         at_end = (token[:, None] == ends[None]).any(-1) & (rows[:, STOPS] & STOP_AT_END > 0)
         at_tool = (token == tool) & (rows[:, STOPS] & STOP_AT_TOOL > 0)
-        return i + 1, token, cache.advance(1), out, (at_end | at_tool).any()
+        return i + 1, token, cache.advance(1), out, chances, (at_end | at_tool).any()
 
     start = jnp.zeros((), jnp.int32), rows[:, TOKEN], slots.view(rows[:, POSITION], visible, room)
-    done, _, cache, out, _ = jax.lax.while_loop(
-        going, step, (*start, jnp.zeros((B, room), jnp.int32), jnp.array(False))
-    )
-    return jnp.concatenate([out.ravel(), done[None]]), slots.commit(cache)
+    outputs = jnp.zeros((B, room), jnp.int32), jnp.zeros((B, room if logprobs else 0), jnp.float32)
+    done, _, cache, out, chances, _ = jax.lax.while_loop(going, step, (*start, *outputs, jnp.array(False)))
+    bits = jax.lax.bitcast_convert_type(chances, jnp.int32)
+    return jnp.concatenate([out.ravel(), bits.ravel(), done[None]]), slots.commit(cache)
 
 
 def float_bits(value: float) -> int:

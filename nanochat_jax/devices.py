@@ -1,7 +1,10 @@
 """The machine: which devices JAX may use, the caches and flags set before it starts, and how fast a device is."""
 
+import datetime
+import importlib.metadata
 import logging
 import os
+import platform
 import subprocess
 import time
 from pathlib import Path
@@ -65,6 +68,39 @@ def check(device: str = "auto") -> str:
         )
     kinds = sorted({d.device_kind for d in jax.devices()})
     return f"{len(jax.devices())} x {', '.join(kinds)} ({backend}), {jax.process_count()} process(es)"
+
+
+def session() -> dict:
+    """What a report wants to know about this process: start time (UTC), devices, host, versions. JSON-able."""
+    import jax
+
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "devices": len(jax.devices()),
+        "device_kind": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "processes": jax.process_count(),
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
 
 
 def nvidia_gpus() -> list[str]:

@@ -44,9 +44,10 @@ class Engine:
         slots: int = 8,
         capacity: int | None = None,
         steps_per_call: int | None = None,
+        logprobs: bool = False,
         model: ModuleType | Any = gpt,
     ):
-        """capacity: positions per slot, default sequence_len, at most the rotary range 10 * sequence_len.
+        """logprobs: also give each request the log-probabilities of its tokens. capacity: positions per slot, default sequence_len, at most the rotary range 10 * sequence_len.
         steps_per_call: tokens per compiled call (default: fewer the larger the model, so that streaming stays smooth).
         """
         limit = 10 * config.sequence_len
@@ -57,6 +58,7 @@ class Engine:
             raise ValueError(f"slots must be at least 1, got {slots}")
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.steps_per_call = steps_per_call or _default_steps(config)
+        self._logprobs = logprobs
         self._slots: list[Request | None] = [None] * slots
         self._queue: deque[Request] = deque()
         self._numbers = itertools.count()
@@ -212,10 +214,14 @@ class Engine:
             np.array(shared, np.int32),
             visible=visible,
             room=room,
+            logprobs=self._logprobs,
         )
         packed = np.asarray(packed)
-        columns = packed[:-1].reshape(len(self._slots), room)[:, : packed[-1]]
-        events = [r.receive(columns[r.slot].tolist(), self._special) for r in ready if r.finished is None]
+        parts = packed[:-1].reshape(-1, len(self._slots), room)[:, :, : packed[-1]]
+        events = [r.receive(parts[0, r.slot].tolist(), self._special) for r in ready if r.finished is None]
+        if self._logprobs:
+            for event in events:
+                event.request.logprobs += parts[1, event.request.slot].view(np.float32).tolist()
         return sorted(events, key=lambda event: event.request.number)
 
     def _fill_row(self, row: np.ndarray, request: Request) -> None:
@@ -256,7 +262,7 @@ class Engine:
             self._storage = decode.copy_row(self._storage, pair, visible=visible)
             _, self._storage = decode.decode(
                 self.model, self.config, self._cast, self._storage, rows, np.array([0, -1, -1, -1], np.int32),
-                visible=visible, room=self.steps_per_call,
+                visible=visible, room=self.steps_per_call, logprobs=self._logprobs,
             )  # fmt: skip
         for begin in range(0, self.capacity, PREFILL_CHUNK):
             for length in {_bucket(n + 1) for n in range(min(PREFILL_CHUNK, self.capacity - begin))}:

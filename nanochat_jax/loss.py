@@ -51,6 +51,25 @@ def token_nll(config: GPTConfig, params: Params, inputs: jax.Array, targets: jax
     return jnp.where(targets >= 0, nll.reshape(targets.shape), 0.0)
 
 
+def token_statistics(
+    config: GPTConfig, params: Params, inputs: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(log-probability of the target, entropy of the prediction), both (B, T) float32 in nats, 0 at ignored targets."""
+    hidden = hidden_states(config, params, inputs)
+    kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+
+    def chunk(args):
+        nll, tanh, exp, total = _cross_entropy(args[0], kernel, args[1], config.softcap)
+        return -nll, jnp.log(total) - config.softcap * jnp.sum(exp * tanh, axis=1) / total
+
+    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    n = targets.size
+    chunks = _in_chunks(chunk_size(n, kernel.shape[1], hidden.dtype), *flat)
+    statistics = jax.lax.map(chunk, chunks)
+    logprob, entropy = (jnp.where(targets >= 0, x.reshape(-1)[:n].reshape(targets.shape), 0.0) for x in statistics)
+    return logprob, entropy
+
+
 def chunk_size(n_tokens: int, vocab_size: int, dtype=jnp.float32) -> int:
     """Tokens per chunk, all chunks being as even as possible.
 

@@ -58,7 +58,7 @@ class BasePlan:
         ):
             if value < 1:
                 raise PlanError(f"--{name} must be at least 1, got {value}")
-        _check_batch(total_batch_size, device_batch_size, max_seq_len, devices)
+        check_batch(total_batch_size, device_batch_size, max_seq_len, devices)
         config = GPTConfig.from_depth(depth, vocab_size, max_seq_len)
         steps, horizon = _horizon(config, total_batch_size, num_iterations, target_flops, target_param_data_ratio)
         hyper = hyper or optim.OptimHyper()
@@ -197,7 +197,7 @@ def _horizon(
     return steps, "target_param_data_ratio"
 
 
-def _check_batch(total: int, device_batch_size: int, max_seq_len: int, devices: int) -> None:
+def check_batch(total: int, device_batch_size: int, max_seq_len: int, devices: int) -> None:
     """The total batch must be a whole number of micro-steps over all devices."""
     row = max_seq_len * devices
     micro = device_batch_size * row

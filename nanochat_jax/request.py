@@ -52,7 +52,8 @@ class Request:
     """One row of generation: the handle that `Engine.submit` returns. Read it, do not write it.
 
     tokens and masks grow as the engine steps: mask 1 = sampled by the model, 0 = put there by the calculator. The end
-    token is included. finished: None while running, then "end" (an end token), "length" (max_tokens), "cancelled".
+    token is included. logprobs: of the tokens, where the engine was asked for them. finished: None while running, then
+    "end" (an end token), "length" (max_tokens), "cancelled".
     """
 
     prompt: list[int]
@@ -65,6 +66,7 @@ class Request:
     number: int
     tokens: list[int] = field(default_factory=list)
     masks: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     finished: str | None = None
     ended: bool = False  # has produced an end token; differs from finished only for rows that run on
     # the engine's own

@@ -1,7 +1,8 @@
 """`fit`: the one training loop of every stage.
 
 Step k of a run is: evaluate, sample, save (all before the update, so that a checkpoint of step k holds k updates), then
-one update. The host stays one step ahead of the device: step k is dispatched before the numbers of step k - 1 are read.
+one update. The host stays one step ahead of the device: step k is dispatched before the numbers of step k - 1 are read
+(except where a batch is made by the model itself, as in reinforcement learning).
 """
 
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, metrics
+from nanochat_jax import checkpoint, devices, metrics
 from nanochat_jax.progress import Progress
 from nanochat_jax.train_step import TrainState
 
@@ -28,22 +29,44 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says what happened and what to do."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers measured on the model now and then: `measure(params)` gives for example {"val_bpb": 1.2}."""
+
+    measure: Callable[[Any], dict[str, float]]
+    every: int = 0  # 0 or negative: only at the end (the reference treats -1 as every step)
+    at_start: bool = True  # also before the first update, where it is due every so many steps
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch that the model made itself, the numbers to log with its step, and texts to keep."""
+
+    batch: Batch
+    numbers: dict[str, float] = field(default_factory=dict)
+    transcripts: list[dict] = field(default_factory=list)
+
+
 @dataclass
 class Job:
-    """What a stage gives the loop. Callables keep `fit` free of data sets, models and flags."""
+    """What a stage gives the loop. Callables keep `fit` free of data sets, models and flags.
+
+    Batches come from `batches` (from a step on; a pure function of the step) or from `rollout` (a pure function of the
+    parameters and the step).
+    """
 
     run: Path
     num_iterations: int
     train_step: Any  # the jitted step of `train_step.make_train_step`
-    batches: Callable[[int], Iterator[Batch]]  # from a step on; a pure function of the step
     meta: dict  # saved with every checkpoint: stage, config, tokenizer_hash, settings
     tokens_per_step: int
+    batches: Callable[[int], Iterator[Batch]] | None = None
+    rollout: Callable[[Any, int], Rollout] | None = None
     flops_per_token: int = 0
     peak_flops: float = 0.0  # of all devices together
-    evaluate: Callable[[Any], dict[str, float]] | None = None  # params -> numbers, e.g. {"val_bpb": 1.2}
+    evaluations: tuple[Evaluation, ...] = ()
     sample: Callable[[Any], list[str]] | None = None
-    eval_every: int = 0  # 0 or negative: only at the end (the reference treats -1 as every step)
-    sample_every: int = 0
+    sample_every: int = 0  # 0 or negative: only at the end
     save_every: int = 0
     keep: int = 2
     sinks: dict[str, metrics.Sink] = field(default_factory=dict)
@@ -77,21 +100,26 @@ def fit(job: Job, state: TrainState, evaluated: bool = False) -> Outcome:
             compiled = None
             pending: _Pending | None = None
             clock = _Clock()
+            if start < n:
+                log.write({"kind": "session", "step": start, **devices.session()})
             for step in range(start, n + 1):
                 last, resumed = step == n, step == start and evaluated
-                eval_now = not resumed and (last or _due(step, job.eval_every))
+                evals_now = [] if resumed else [e for e in job.evaluations if last or _eval_due(step, e)]
                 sample_now = not resumed and (last or (step > 0 and _due(step, job.sample_every)))
                 save_now = last or (step > start and _due(step, job.save_every))
-                if stop or eval_now or sample_now or save_now:  # all of them need the numbers of the step before
+                # all of them, and a rollout, need the numbers of the step before
+                if stop or evals_now or sample_now or save_now or job.rollout is not None:
                     pending = _finish(pending, job, log, smooth, progress, clock)
                 if stop:
                     _save(job, state, step, evaluated=resumed)
                     progress.say(f"stopped by {stop[0]} at step {step}; saved. The same command goes on from here.")
                     return Outcome(state, False, results)
-                if eval_now and job.evaluate is not None:
-                    results = job.evaluate(state.params)
-                    log.write({"kind": "eval", "step": step, **results})
-                    progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items()))
+                if evals_now:
+                    began = time.perf_counter()
+                    new = {k: v for e in evals_now for k, v in e.measure(state.params).items()}
+                    results = {**results, **new}
+                    log.write({"kind": "eval", "step": step, **new, "seconds": time.perf_counter() - began})
+                    progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in new.items()))
                 if sample_now and job.sample is not None:
                     texts = job.sample(state.params)
                     log.write({"kind": "sample", "step": step, "texts": texts})
@@ -100,22 +128,37 @@ def fit(job: Job, state: TrainState, evaluated: bool = False) -> Outcome:
                     _save(job, state, step, evaluated=True)
                 if last:
                     break
-                if batches is None:
-                    batches = job.batches(step)
-                clock.wait_begins()
-                batch = next(batches)
-                clock.wait_ends()
+                extra: dict[str, float] = {}
+                if job.rollout is not None:
+                    clock.restart()
+                    rollout = job.rollout(state.params, step)
+                    batch, extra = rollout.batch, rollout.numbers
+                    if rollout.transcripts:
+                        log.write({"kind": "transcripts", "step": step, "samples": rollout.transcripts})
+                else:
+                    assert job.batches is not None, "a job has either batches or rollouts"
+                    if batches is None:
+                        batches = job.batches(step)
+                    clock.wait_begins()
+                    batch = next(batches)
+                    clock.wait_ends()
                 if compiled is None:  # once, ahead of time: a changed shape later is an error, not a silent recompile
                     compiled = _compile(job, state, batch, progress)
-                    clock.restart()
+                    if job.rollout is None:
+                        clock.restart()
                 state, numbers = compiled(state, *batch)
-                pending = _finish(pending, job, log, smooth, progress, clock)
-                pending = _Pending(step, numbers)
+                if job.rollout is None:
+                    pending = _finish(pending, job, log, smooth, progress, clock)
+                pending = _Pending(step, numbers, extra)
         return Outcome(state, True, results)
     finally:
         if batches is not None and hasattr(batches, "close"):
             batches.close()  # pyright: ignore[reportAttributeAccessIssue]
         log.close()
+
+
+def _eval_due(step: int, evaluation: Evaluation) -> bool:
+    return _due(step, evaluation.every) and (step > 0 or evaluation.at_start)
 
 
 def _due(step: int, every: int) -> bool:
@@ -126,6 +169,7 @@ def _due(step: int, every: int) -> bool:
 class _Pending:
     step: int
     numbers: dict[str, jax.Array]
+    extra: dict[str, float]  # of the rollout that the step learnt from
 
 
 class _Smoothed:
@@ -187,6 +231,7 @@ def _finish(pending: _Pending | None, job: Job, log, smooth: _Smoothed, progress
         "step": pending.step,
         "loss": loss,
         "grad_norm": grad_norm,
+        **pending.extra,
         **job.schedule(pending.step),
         "seconds": seconds,
         "tok_per_sec": job.tokens_per_step / seconds,
@@ -213,8 +258,12 @@ def _save(job: Job, state: TrainState, step: int, evaluated: bool) -> None:
 
 
 def _last_results(records: list[dict]) -> dict[str, float]:
-    evals = [r for r in records if r["kind"] == "eval"]
-    return {k: v for k, v in evals[-1].items() if k not in ("kind", "step")} if evals else {}
+    """The newest value of every evaluated number."""
+    results: dict[str, float] = {}
+    for record in records:
+        if record["kind"] == "eval":
+            results.update({k: v for k, v in record.items() if k not in ("kind", "step", "seconds")})
+    return results
 
 
 @contextmanager

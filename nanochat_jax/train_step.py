@@ -48,21 +48,36 @@ def state_shardings(config: GPTConfig, optimizer: optax.GradientTransformation, 
 
 def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: jax.Array) -> TrainState:
     """A fresh training state, created in place on the mesh."""
+    return _make_state(lambda key: init(config, key), config, optimizer, mesh)(key)
 
-    def make(key):
-        params = init(config, key)
+
+def state_of(config: GPTConfig, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A training state at step 0 with given parameters (of an earlier stage) and a fresh optimizer."""
+    return _make_state(lambda params: params, config, optimizer, mesh)(params)
+
+
+def _make_state(params_from, config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
+    def make(source):
+        params = params_from(source)
         return TrainState(params, optimizer.init(padded_groups(params, mesh.size)), jnp.zeros((), jnp.int32))
 
-    return jax.jit(make, out_shardings=state_shardings(config, optimizer, mesh))(key)
+    return jax.jit(make, out_shardings=state_shardings(config, optimizer, mesh))
 
 
-def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, grad_clip: float = 1.0):
+def make_train_step(
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    grad_clip: float = 1.0,
+    normalize: bool = True,
+):
     """A jitted (state, inputs, targets, weights) -> (state, metrics) that donates the state.
 
     Batches are (A, B, T): A micro-batches of B rows in all, B a multiple of the mesh size; target -1 is ignored. The
-    loss is sum(weights * nll) / sum(weights) over the whole (A, B, T) batch, whatever its split. The gradient is
+    loss is sum(weights * nll) / sum(weights) over the whole (A, B, T) batch, whatever its split; without `normalize`
+    it is sum(weights * nll): advantages, which may add up to nothing, bring their own denominator. The gradient is
     clipped by its global norm after averaging (the reference clips per rank, before). Metrics: loss, grad_norm,
-    weight (the denominator), all float32 scalars.
+    weight (sum of the weights), all float32 scalars.
     """
     n_devices = mesh.size
     abstract_groups = jax.eval_shape(lambda p: padded_groups(p, n_devices), abstract(config))
@@ -118,7 +133,7 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
     def step(state: TrainState, inputs, targets, weights):
         weights = target_weights(targets, weights)
         total_weight = weights.sum()
-        denominator = jnp.where(total_weight == 0, 1.0, total_weight)
+        denominator = jnp.where((total_weight == 0) | (not normalize), 1.0, total_weight)
         loss, grads = gradients(state.params, inputs, targets, weights, denominator)
         grads, grad_norm = clip_by_global_norm(grads, grad_clip)
         # replicated first, then cut: asked for the cut stack at once, the partitioner inserts an all-to-all per shape

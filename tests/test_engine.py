@@ -324,3 +324,17 @@ def test_parameters_are_arguments_of_the_programs(tiny):
     engine.params = jax.tree.map(lambda x: x * 2, tiny[1])
     drain(engine, [engine.submit([1, 2], 3)])
     assert compiled_programs() == before + 3  # the two halves of a prefill, and decode
+
+
+def test_log_probabilities_are_those_of_the_full_forward(tiny):
+    engine = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=3, capacity=128, steps_per_call=4, logprobs=True)
+    prompt = CASES["greedy"][0]["prompt_tokens"]
+    # different temperatures and lengths: the log-probabilities are the model's, not those of the sampling distribution
+    requests = [engine.submit(prompt, 9 + 5 * i, 0.5 + i, top_k=20 * i, seed=i, stream=i, run_on=True) for i in range(3)]
+    drain(engine, requests)
+    for r in requests:
+        ids = np.zeros((1, 128), np.int32)
+        ids[0, : len(prompt) + len(r.tokens)] = prompt + r.tokens
+        logp = np.asarray(jax.nn.log_softmax(full_forward(*tiny, ids)))[0]
+        expected = [logp[len(prompt) - 1 + i, token] for i, token in enumerate(r.tokens)]
+        np.testing.assert_allclose(r.logprobs, expected, atol=2e-4)

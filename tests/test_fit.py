@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import checkpoint, metrics
-from nanochat_jax.train import Job, TrainingError, fit
+from nanochat_jax.train import Evaluation, Job, Rollout, TrainingError, fit
 from nanochat_jax.train_step import TrainState
 
 
@@ -41,12 +41,15 @@ def job(run, n=10, **changes) -> Job:
         batches=batches,
         meta={"stage": "base"},
         tokens_per_step=6,
-        evaluate=lambda params: {"val_bpb": float(params["a"][0])},
+        evaluations=(Evaluation(bpb, 4),),
         sample=lambda params: ["text"],
-        eval_every=4,
         save_every=3,
     )
     return Job(**{**defaults, **changes})
+
+
+def bpb(params) -> dict[str, float]:
+    return {"val_bpb": float(params["a"][0])}
 
 
 def resumed(run) -> tuple[TrainState, bool]:
@@ -57,9 +60,10 @@ def resumed(run) -> tuple[TrainState, bool]:
 
 
 def numbers(run):
-    """What a run recorded, without the clock."""
+    """What a run recorded, without the clock and the sessions."""
     timing = ("seconds", "tok_per_sec", "data_wait", "mfu")
-    return [{k: v for k, v in r.items() if k not in timing} for r in metrics.read(run / "metrics.jsonl")]
+    records = [r for r in metrics.read(run / "metrics.jsonl") if r["kind"] != "session"]
+    return [{k: v for k, v in r.items() if k not in timing} for r in records]
 
 
 def test_cadence(tmp_path):
@@ -77,7 +81,7 @@ def test_cadence(tmp_path):
 
 @pytest.mark.parametrize("every", [0, -1])
 def test_zero_or_negative_cadence_means_only_at_the_end(tmp_path, every):
-    fit(job(tmp_path, eval_every=every, save_every=every), fresh())
+    fit(job(tmp_path, evaluations=(Evaluation(bpb, every),), save_every=every), fresh())
     assert [r["step"] for r in metrics.read(tmp_path / "metrics.jsonl") if r["kind"] == "eval"] == [10]
     assert checkpoint.steps(tmp_path) == [10]
 
@@ -159,3 +163,43 @@ def test_mfu_uses_the_given_peak(tmp_path):
     for r in metrics.read(tmp_path / "metrics.jsonl"):
         if r["kind"] == "train":
             assert r["mfu"] == pytest.approx(100 * r["tok_per_sec"] / 1e6)
+
+
+def test_several_evaluations_keep_their_own_cadence(tmp_path):
+    slow = Evaluation(lambda params: {"accuracy": 0.5}, 5, at_start=False)
+    outcome = fit(job(tmp_path, n=9, evaluations=(Evaluation(bpb, 4), slow)), fresh())
+    evals = {r["step"]: set(r) & {"val_bpb", "accuracy"} for r in numbers(tmp_path) if r["kind"] == "eval"}
+    assert evals == {0: {"val_bpb"}, 4: {"val_bpb"}, 5: {"accuracy"}, 8: {"val_bpb"}, 9: {"val_bpb", "accuracy"}}
+    assert set(outcome.results) == {"val_bpb", "accuracy"}
+
+
+def rollout(params, step) -> Rollout:
+    """A batch that depends on the parameters, as reinforcement learning makes them."""
+    x = np.random.default_rng(step).random((1, 2, 3), dtype=np.float32) * float(params["a"][0])
+    return Rollout((x, x, np.ones_like(x)), {"reward": float(x.sum())}, [{"text": f"said at {step}"}])
+
+
+def test_rollouts_see_the_newest_parameters_and_resume_exactly(tmp_path):
+    whole = fit(job(tmp_path / "whole", batches=None, rollout=rollout), fresh())
+    a, rewards = 1.0, []
+    for step in range(10):
+        x = np.random.default_rng(step).random((1, 2, 3), dtype=np.float32) * np.float32(a)
+        rewards.append(float(x.sum()))
+        a = np.float32(a) * np.float32(0.9) + x.mean()
+    records = numbers(tmp_path / "whole")
+    assert [r["reward"] for r in records if r["kind"] == "train"] == pytest.approx(rewards, rel=1e-5)
+    assert [r["samples"] for r in records if r["kind"] == "transcripts"][3] == [{"text": "said at 3"}]
+
+    def breaks(params, step):
+        if step == 7:
+            raise RuntimeError("power cut")
+        return rollout(params, step)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(job(tmp_path / "cut", batches=None, rollout=breaks), fresh())
+    state, evaluated = resumed(tmp_path / "cut")
+    again = fit(job(tmp_path / "cut", batches=None, rollout=rollout), state, evaluated)
+    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
+    assert numbers(tmp_path / "cut") == records
+    sessions = [r for r in metrics.read(tmp_path / "cut" / "metrics.jsonl") if r["kind"] == "session"]
+    assert [r["step"] for r in sessions] == [0, 6] and all(r["versions"]["jax"] for r in sessions)

@@ -56,8 +56,8 @@ def result(base: Path) -> tuple[str, list[dict]]:
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(tree), key=lambda item: str(item[0])):
         digest.update(str(path).encode() + np.asarray(leaf).tobytes())
-    records = [{k: v for k, v in r.items() if k not in TIMING} for r in metrics.read(run / "metrics.jsonl")]
-    return digest.hexdigest(), records
+    records = [r for r in metrics.read(run / "metrics.jsonl") if r["kind"] != "session"]
+    return digest.hexdigest(), [{k: v for k, v in r.items() if k not in TIMING} for r in records]
 
 
 def wait_for(condition, process: subprocess.Popen, base: Path, limit: float = 300) -> None:

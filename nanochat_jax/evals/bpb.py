@@ -19,16 +19,17 @@ from nanochat_jax.loss import token_nll
 
 
 @functools.lru_cache(maxsize=8)
-def nats_and_bytes_fn(config: GPTConfig, mesh: Mesh | None = None):
-    """A jitted (params, inputs, targets, token_bytes) -> (nats float32, bytes int32) for (B, T) batches.
+def loss_sums_fn(config: GPTConfig, mesh: Mesh | None = None):
+    """A jitted (params, inputs, targets, token_bytes) -> four sums over a (B, T) batch: nats of targets that have
+    bytes, their bytes, nats of all targets, their number.
 
-    With a mesh, rows are dealt to its devices (B must divide by their number) and both sums are global.
+    With a mesh, rows are dealt to its devices (B must divide by their number) and the sums are global.
     """
 
     def local(params, inputs, targets, token_bytes):
         nll = token_nll(config, params, inputs, targets)
         size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
-        return jnp.sum(jnp.where(size > 0, nll, 0.0)), jnp.sum(size)
+        return jnp.sum(jnp.where(size > 0, nll, 0.0)), jnp.sum(size), jnp.sum(nll), jnp.sum(targets >= 0)
 
     if mesh is None:
         return jax.jit(local)
@@ -38,8 +39,34 @@ def nats_and_bytes_fn(config: GPTConfig, mesh: Mesh | None = None):
 
     whole, rows = sharding.replicated_spec(), sharding.batch_spec(2)
     return jax.jit(
-        jax.shard_map(summed, mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=(whole, whole), check_vma=False)
+        jax.shard_map(
+            summed, mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=(whole,) * 4, check_vma=False
+        )
     )
+
+
+def held_out_loss(
+    config: GPTConfig,
+    params: Params,
+    batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    token_bytes: np.ndarray,
+    mesh: Mesh | None = None,
+) -> dict[str, float]:
+    """{"val_loss": mean nats per target, "val_bpb": bits per byte} over (inputs, targets, weights) batches (B, T).
+
+    Targets of weight 0 do not count. token_bytes (V,) int32 from the tokenizer. Infinite where nothing counts.
+    """
+    count = loss_sums_fn(config, mesh)
+    sizes = jnp.asarray(token_bytes, jnp.int32)
+    byte_nats, n_bytes, nats, n_targets = 0.0, 0, 0.0, 0
+    for inputs, targets, weights in batches:
+        sums = count(params, inputs, np.where(weights > 0, targets, -1), sizes)
+        byte_nats, n_bytes = byte_nats + float(sums[0]), n_bytes + int(sums[1])
+        nats, n_targets = nats + float(sums[2]), n_targets + int(sums[3])
+    return {
+        "val_loss": nats / n_targets if n_targets else math.inf,
+        "val_bpb": byte_nats / (math.log(2) * n_bytes) if n_bytes else math.inf,
+    }
 
 
 def bits_per_byte(
@@ -49,14 +76,6 @@ def bits_per_byte(
     token_bytes: np.ndarray,
     mesh: Mesh | None = None,
 ) -> float:
-    """Bits per byte over (inputs, targets) batches of shape (B, T); token_bytes (V,) int32 from the tokenizer.
-
-    Returns infinity if no target has any bytes.
-    """
-    count = nats_and_bytes_fn(config, mesh)
-    sizes = jnp.asarray(token_bytes, jnp.int32)
-    nats, n_bytes = 0.0, 0
-    for inputs, targets in batches:
-        batch_nats, batch_bytes = count(params, inputs, targets, sizes)
-        nats, n_bytes = nats + float(batch_nats), n_bytes + int(batch_bytes)
-    return nats / (math.log(2) * n_bytes) if n_bytes else math.inf
+    """Bits per byte over (inputs, targets) batches of shape (B, T), target -1 ignored; see `held_out_loss`."""
+    weighted = ((x, y, np.ones(np.shape(y), np.float32)) for x, y in batches)
+    return held_out_loss(config, params, weighted, token_bytes, mesh)["val_bpb"]

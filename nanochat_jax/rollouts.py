@@ -1,0 +1,160 @@
+"""Rollouts: the model answers questions, rewards say how good the answers are, advantages become weights of the loss.
+
+On-policy policy gradient (REINFORCE with the group's mean reward as baseline; GRPO, arXiv:2402.03300, without its
+division by the deviation). Maximising sum(advantage * log p) is minimising the one loss of this project,
+sum(weight * nll), with weight = advantage. Also the optional extras are weights: they are known before the update.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nanochat_jax.engine import Engine
+from nanochat_jax.request import Request
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer to question number `question`. masks 1 = sampled, 0 = put there by the calculator.
+
+    tokens include the end token where the answer came to one (`ended`); text does not. logprobs are the engine's.
+    """
+
+    question: int
+    prompt: list[int]
+    tokens: list[int]
+    masks: list[int]
+    logprobs: list[float]
+    ended: bool
+    text: str
+    reward: float
+
+
+def collect(
+    engine: Engine,
+    tokenizer: Any,
+    task: Any,
+    questions: Sequence[int],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> list[list[Answer]]:
+    """num_samples answers to each question of a task with `reward(conversation, completion)`, all through the engine.
+
+    The answers depend on the parameters, the questions and the seed only.
+    """
+    conversations = [task[i] for i in questions]
+    rows: list[list[Request]] = []
+    for index, conversation in zip(questions, conversations, strict=True):
+        prompt, group = tokenizer.render_for_completion(conversation), []
+        for stream in range(num_samples):
+            group.append(
+                engine.submit(
+                    prompt,
+                    max_new_tokens,
+                    temperature,
+                    top_k,
+                    question_seed(seed, index),
+                    stream=stream,
+                    leader=group[0] if group else None,
+                )
+            )
+        rows.append(group)
+    try:
+        while engine.live:
+            engine.step()
+    finally:
+        for group in rows:
+            for request in group:
+                engine.cancel(request)
+    out = []
+    for index, conversation, group in zip(questions, conversations, rows, strict=True):
+        out.append([_answer(index, conversation, request, tokenizer, task) for request in group])
+    return out
+
+
+def question_seed(seed: int, question: int) -> int:
+    """A 32-bit seed for a question in a step's seed (a multiplicative hash: neighbours must not share samples)."""
+    return (seed * 0x9E3779B1 + question * 0x85EBCA6B + 0x27D4EB2F) & 0xFFFFFFFF
+
+
+def _answer(index: int, conversation: dict, request: Request, tokenizer: Any, task: Any) -> Answer:
+    ended = request.finished == "end"
+    text = tokenizer.decode(request.tokens[:-1] if ended else request.tokens)
+    reward = float(task.reward(conversation, text))
+    return Answer(index, request.prompt, request.tokens, request.masks, request.logprobs, ended, text, reward)
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Reward minus the mean reward of the question's samples: (questions, samples) -> the same shape, float32."""
+    rewards = np.asarray(rewards, np.float32)
+    return rewards - rewards.mean(axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Answers as rows of T tokens: inputs, targets (rows, T) int32 with -1 where nothing is learnt (prompt, forced
+    tokens, padding), and the engine's log-probabilities of the targets (0 where ignored)."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    logprobs: np.ndarray
+
+    @property
+    def mask(self) -> np.ndarray:
+        return (self.targets >= 0).astype(np.float32)
+
+
+def pack(answers: Sequence[Answer], T: int, pad: int, train_stop_token: bool = True) -> Packed:
+    """Rows of one answer each. The reference never trains the end token, so that stopping is not learnt; we do, unless
+    `train_stop_token` is off. Raises ValueError where prompt and answer exceed T + 1 tokens."""
+    inputs = np.full((len(answers), T), pad, np.int32)
+    targets = np.full((len(answers), T), -1, np.int32)
+    logprobs = np.zeros((len(answers), T), np.float32)
+    for row, answer in enumerate(answers):
+        n = len(answer.tokens) - (1 if answer.ended and not train_stop_token else 0)
+        ids = answer.prompt + answer.tokens[:n]
+        if len(ids) > T + 1:
+            raise ValueError(f"an answer of {len(ids)} tokens does not fit a row of {T}")
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        where = slice(len(answer.prompt) - 1, len(ids) - 1)  # positions that predict the answer's tokens
+        sampled = np.array(answer.masks[:n], bool)
+        targets[row, where] = np.where(sampled, answer.tokens[:n], -1)
+        if answer.logprobs:
+            logprobs[row, where] = np.where(sampled, answer.logprobs[:n], 0.0)
+    return Packed(inputs, targets, logprobs)
+
+
+def weights(
+    packed: Packed,
+    advantage: np.ndarray,
+    *,
+    now: np.ndarray | None = None,
+    reference: np.ndarray | None = None,
+    clip: float = 0.0,
+    kl: float = 0.0,
+) -> np.ndarray:
+    """The loss weights (rows, T) float32: advantage / number of learnt tokens of the whole batch, 0 where ignored.
+
+    advantage (rows,). Token-level normalisation over the step (the reference divides by the tokens of each pass of 8
+    rows, then averages passes). now, reference (rows, T): log-probabilities of the policy before the update and of the
+    model it started from. clip > 0: the clipped importance ratio of PPO (arXiv:1707.06347) between trainer and sampler,
+    min(r A, clip(r, 1 - clip, 1 + clip) A); its gradient is r A grad log p where the ratio is not clipped, else 0. kl >
+    0: subtracts kl * (now - reference) from every token's advantage.
+    """
+    mask = packed.mask
+    per_token = np.broadcast_to(np.asarray(advantage, np.float32)[:, None], mask.shape)
+    if kl:
+        assert now is not None and reference is not None, "kl needs both log-probabilities"
+        per_token = per_token - np.float32(kl) * (now - reference)
+    if clip:
+        assert now is not None, "clip needs the trainer's log-probabilities"
+        ratio = np.exp(now - packed.logprobs)
+        inactive = np.where(per_token > 0, ratio > 1 + clip, ratio < 1 - clip)
+        per_token = np.where(inactive, 0.0, ratio * per_token)
+    return (per_token * mask / max(1.0, float(mask.sum()))).astype(np.float32)

@@ -1,0 +1,271 @@
+"""What all stages share: their flags, the run's folder, the parent's model, going on with a run, the job for `fit`."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nanochat_jax import checkpoint, devices, metrics
+from nanochat_jax.cli import flag
+from nanochat_jax.data.loader import RowLoader, val_batches
+from nanochat_jax.data.rows import RowSet
+from nanochat_jax.engine import Engine
+from nanochat_jax.evals.bpb import held_out_loss
+from nanochat_jax.gpt import GPTConfig, Params, flops_per_token
+from nanochat_jax.optim import OptimHyper, make_optimizer
+from nanochat_jax.schedules import Schedule
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import Batch, Evaluation, Job, Outcome, Rollout, fit
+from nanochat_jax.train_step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    restore_padding,
+    state_of,
+    strip_padding,
+)
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Flags that every stage has. Names and defaults are the reference's where it has them."""
+
+    run_name: str = flag("", "name of the run's folder")
+    device_batch_size: int = flag(
+        32, "rows per device and micro-step; lower it if memory runs out, the mathematics stays"
+    )
+    total_batch_size: int = flag(524288, "tokens per optimizer step, reached by accumulation")
+    num_iterations: int = flag(-1, "optimizer steps")
+    embedding_lr: float = flag(0.2, "AdamW learning rate of the embedding at width 768")
+    unembedding_lr: float = flag(0.004, "AdamW learning rate of the unembedding at width 768")
+    matrix_lr: float = flag(0.02, "Muon learning rate of the matrices")
+    weight_decay: float = flag(0.0, "decoupled weight decay of the embeddings")
+    grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping")
+    eval_every: int = flag(250, "steps between evaluations; 0: only at the end")
+    eval_tokens: int = flag(20 * 524288, "tokens of held-out text per evaluation")
+    sample_every: int = flag(2000, "steps between samples; 0: only at the end")
+    save_every: int = flag(1000, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+    keep: int = flag(2, "newest checkpoints kept; 0: all")
+    resume: bool = flag(True, "go on with an existing run; False sets the old folder aside and starts anew")
+    seed: int = flag(42, "seed of initialisation, data order and sampling")
+    remat: str = flag("none", "activations recomputed in the backward pass", choices=("none", "mlp", "block"))
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
+    sinks: str = flag("", "further metric sinks, comma-separated: wandb, tensorboard (metrics.jsonl is always written)")
+    demo: bool = flag(False, "the embedded demo world, with small defaults (they change with this flag)")
+
+
+# Settings that may differ between the parts of one run: they change neither the mathematics nor the data order.
+# What derives from them (num_iterations) or is identified by its content (the rows) is compared instead.
+FREE = {
+    "run_name", "device_batch_size", "eval_every", "eval_tokens", "sample_every", "save_every", "keep", "resume",
+    "remat", "device", "sinks", "num_iterations", "source",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model a stage starts from: `params` reads its parameters; meta is that of the parent's checkpoint."""
+
+    run: str
+    step: int
+    stage: str
+    config: GPTConfig
+    tokenizer: Tokenizer
+    params: Callable[[], Params]
+
+    @property
+    def meta(self) -> dict:
+        return {"run": self.run, "step": self.step, "stage": self.stage}
+
+
+def find_parent(source: str, stages: tuple[str, ...], step: int | None = None) -> Parent:
+    """The run named `source`, or the newest one of the first of `stages` that has any.
+
+    Raises CheckpointError when there is none, ValueError when the named run is of another stage.
+    """
+    folder = checkpoint.find_run(source) if source else checkpoint.find_first(stages)
+    meta = checkpoint.load_meta(folder, step)
+    if meta["stage"] not in stages:
+        raise ValueError(
+            f"--source={folder.name} is a {meta['stage']} run; this stage starts from one of: {', '.join(stages)}"
+        )
+    config = checkpoint.config_from_dict(meta["config"])
+    return Parent(
+        folder.name,
+        meta["step"],
+        meta["stage"],
+        config,
+        checkpoint.load_tokenizer(folder, meta),
+        lambda: checkpoint.load_params(folder, meta),
+    )
+
+
+def child_name(parent: str, stage: str) -> str:
+    """The default name of a run that starts from `parent`: "d20" -> "d20-mid" -> "d20-sft"."""
+    name, _, last = parent.rpartition("-")
+    return f"{name if name and last in ('base', 'mid', 'sft', 'rl') else parent}-{stage}"
+
+
+@dataclass
+class Recipe:
+    """What a stage brings: how long, from what start, on which batches, measured how. `train` does the rest.
+
+    identity: what decides the numbers beside the settings (rows, parent, ...): a run is only gone on with if it agrees.
+    """
+
+    stage: str
+    settings: StageSettings
+    tokenizer: Tokenizer
+    config: GPTConfig
+    num_iterations: int
+    schedule: Schedule
+    tokens_per_step: int
+    identity: dict[str, Any]
+    batches: Callable[[int], Iterator[Batch]] | None = None
+    rollout: Callable[[Any, int], Rollout] | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    sample: Callable[[Any], list[str]] | None = None
+    parent: Parent | None = None  # None: fresh parameters
+    normalize: bool = True
+    hyper: dict[str, Any] = dataclasses.field(default_factory=dict)  # OptimHyper fields that are no flags
+
+
+def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
+    """Runs a recipe in the run's folder, from its newest checkpoint or from the start."""
+    settings, config = recipe.settings, recipe.config
+    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(OptimHyper) if hasattr(settings, f.name)}
+    optimizer = make_optimizer(OptimHyper(**{**given, **recipe.hyper}), recipe.schedule, config.n_embd)
+    identity = {
+        **{k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE},
+        "num_iterations": recipe.num_iterations,
+        **recipe.identity,
+    }
+    identity = {k: v for k, v in identity.items() if v is not None}
+    state, evaluated = _start_or_resume(folder, recipe, identity, optimizer, mesh)
+    peak, peak_source = devices.peak_flops()
+    print(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s per device ({peak_source})")
+    unpadded = abstract_state(config, optimizer, mesh, padded=False)
+    job = Job(
+        run=folder,
+        num_iterations=recipe.num_iterations,
+        train_step=make_train_step(config, optimizer, mesh, settings.grad_clip, recipe.normalize),
+        batches=recipe.batches,
+        rollout=recipe.rollout,
+        meta={
+            "stage": recipe.stage,
+            "config": checkpoint.config_to_dict(config),
+            "tokenizer_hash": recipe.tokenizer.hash,
+            "identity": identity,
+            "settings": dataclasses.asdict(settings),
+            **({"parent": recipe.parent.meta} if recipe.parent else {}),
+        },
+        tokens_per_step=recipe.tokens_per_step,
+        flops_per_token=flops_per_token(config),
+        peak_flops=peak * mesh.size,
+        evaluations=recipe.evaluations,
+        sample=recipe.sample,
+        sample_every=settings.sample_every,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        sinks=metrics.open_sinks(settings.sinks, folder.name, folder, dataclasses.asdict(settings)),
+        schedule=lambda step: {"lr_multiplier": recipe.schedule(step)},
+        to_saved=lambda s: strip_padding(s, unpadded),
+    )
+    outcome = fit(job, state, evaluated)
+    if outcome.finished:
+        results = ", ".join(f"{_NAMES.get(k, k)} {v:.4f}" for k, v in outcome.results.items())
+        print(f"run {folder.name} is complete: {results}")
+    return outcome
+
+
+_NAMES = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}
+
+
+def open_run(folder: Path, settings: StageSettings, tokenizer: Tokenizer) -> None:
+    """Makes the folder with its own copy of the tokenizer; an old run is set aside if it is not to be resumed."""
+    if folder.exists() and not settings.resume:
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+            number += 1
+        os.rename(folder, aside)
+        print(f"the earlier run is kept as {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not checkpoint.steps(folder):
+        tokenizer.save(folder)
+
+
+def _start_or_resume(folder: Path, recipe: Recipe, identity, optimizer, mesh) -> tuple[TrainState, bool]:
+    """(state, whether its step was already evaluated): the newest checkpoint's, or a fresh one."""
+    config = recipe.config
+    if not checkpoint.steps(folder):
+        if recipe.parent is not None:
+            return state_of(config, recipe.parent.params(), optimizer, mesh), False
+        return init_state(config, optimizer, mesh, jax.random.key(recipe.settings.seed)), False
+    meta = checkpoint.load_meta(folder)
+    now, then = recipe.tokenizer.hash, meta["tokenizer_hash"]
+    if now != then:
+        raise checkpoint.CheckpointError(
+            f"{folder} was trained with tokenizer {then[:12]}, but the current one is {now[:12]}. Train a new run with "
+            f"--run_name=NAME, or put the old tokenizer back: it is kept as {folder / 'tokenizer.json'}"
+        )
+    if meta["stage"] != recipe.stage:
+        raise checkpoint.CheckpointError(
+            f"{folder} holds a {meta['stage']} run; choose another --run_name for this {recipe.stage} run"
+        )
+    changed = [k for k in {**identity, **meta["identity"]} if identity.get(k) != meta["identity"].get(k)]
+    if changed:
+        details = ", ".join(f"{k}: {meta['identity'].get(k)} -> {identity.get(k)}" for k in changed)
+        raise checkpoint.CheckpointError(
+            f"the run in {folder} was started with other settings ({details}). Use the old settings to go on, another "
+            "--run_name for a new run beside it, or --resume=False to set the old one aside."
+        )
+    saved = checkpoint.restore(folder, meta["step"], abstract_state(config, optimizer, mesh, padded=False))
+    print(f"going on with {folder} from step {meta['step']}")
+    return restore_padding(saved, abstract_state(config, optimizer, mesh)), meta["evaluated"]
+
+
+def micro_batches(loader: RowLoader, step: int, accumulation: int) -> Iterator[Batch]:
+    """Batches from `step` on, cut into (accumulation, rows, T)."""
+    iterator = loader.iterate(step)
+    try:
+        for batch in iterator:
+            inputs, targets, weights = (a.reshape(accumulation, -1, a.shape[-1]) for a in batch)
+            yield inputs, targets, weights
+    finally:
+        iterator.close()
+
+
+def held_out(config, rows: RowSet, batch_rows: int, max_tokens: int | None, tokenizer: Tokenizer, mesh):
+    """An evaluation: {"val_loss": mean nats per supervised target, "val_bpb": bits per byte} on held-out rows."""
+    batch = min(batch_rows * mesh.size, -(-len(rows) // mesh.size) * mesh.size)
+    token_bytes = tokenizer.token_bytes()
+    if max_tokens is not None:
+        max_tokens = max(max_tokens, batch * rows.T)
+
+    def measure(params) -> dict[str, float]:
+        return held_out_loss(config, params, val_batches(rows, batch, max_tokens), token_bytes, mesh)
+
+    return measure
+
+
+def greedy_sampler(config, tokenizer: Tokenizer, prompts: list[list[int]], max_tokens: int):
+    """Samples for `fit`: greedy continuations of token prompts through the engine, all at once."""
+    engines: list[Engine] = []  # made at the first use and kept with its compiled programs
+
+    def sample(params) -> list[str]:
+        if not engines:
+            capacity = max(map(len, prompts)) + max_tokens
+            engines.append(Engine(config, params, tokenizer, slots=len(prompts), capacity=capacity))
+        engine = engines[0]
+        engine.params = params
+        requests = [engine.submit(prompt, max_tokens, temperature=0.0) for prompt in prompts]
+        while engine.live:
+            engine.step()
+        return [tokenizer.decode([*r.prompt[1:], *r.tokens]) for r in requests]
+
+    return sample

@@ -1,0 +1,224 @@
+"""Reinforcement learning: the model's own answers, weighted by how much better than its average they are."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nanochat_jax import checkpoint, devices, rollouts, sharding
+from nanochat_jax.cli import flag
+from nanochat_jax.engine import Engine
+from nanochat_jax.evals.chat import evaluate_generative
+from nanochat_jax.loss import token_statistics
+from nanochat_jax.plan import PlanError
+from nanochat_jax.schedules import linear_to_zero
+from nanochat_jax.stages import mixtures
+from nanochat_jax.stages.common import Parent, Recipe, child_name, greedy_sampler, open_run, train
+from nanochat_jax.stages.supervised import ChatStageSettings, chat_prompts, open_parent
+from nanochat_jax.train import Evaluation, Outcome, Rollout
+
+PARENTS = ("sft", "mid")
+TRANSCRIPTS = 2  # questions a step whose best and worst answers are kept
+
+
+@dataclass(frozen=True)
+class RlSettings(ChatStageSettings):
+    """Flags of --stage=rl; defaults as the reference's."""
+
+    num_iterations: int = flag(-1, "optimizer steps; -1: from num_epochs")
+    examples_per_step: int = flag(16, "questions per optimizer step")
+    num_samples: int = flag(16, "answers sampled per question")
+    max_new_tokens: int = flag(256, "the longest answer, in tokens")
+    temperature: float = flag(1.0, "of the sampled answers")
+    top_k: int = flag(50, "sample among the k likeliest tokens, 0 = all")
+    slots: int = flag(64, "answers decoded side by side")
+    train_stop_token: bool = flag(True, "also learn when to stop (the reference does not)")
+    clip: float = flag(0.0, "clip the trainer-to-sampler ratio to 1 +- this (PPO); 0: off, as the reference")
+    kl: float = flag(0.0, "penalty for leaving the starting model, per nat; 0: off, as the reference")
+    device_batch_size: int = flag(8, "rows per device and micro-step; lower it if memory runs out")
+    init_lr_frac: float = flag(0.05, "all learning rates as a share of pretraining's")
+    grad_clip: float = flag(0.0, "largest global gradient norm; 0: no clipping (as the reference)")
+    eval_every: int = flag(60, "steps between evaluations of pass@k; 0: only at the end")
+    eval_examples: int = flag(400, "questions per evaluation")
+    eval_samples: int = flag(8, "answers per question in an evaluation: the largest k of pass@k")
+    sample_every: int = flag(0, "steps between samples; 0: only at the end")
+    save_every: int = flag(60, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+
+
+@dataclass(frozen=True)
+class DemoRlSettings(RlSettings):
+    """The same flags with defaults for the demo world on two CPU cores."""
+
+    demo: bool = flag(True, "the embedded demo world's questions, with these small defaults")
+    num_iterations: int = flag(30, "optimizer steps")
+    examples_per_step: int = flag(8, "questions per optimizer step")
+    num_samples: int = flag(8, "answers sampled per question")
+    max_new_tokens: int = flag(64, "the longest answer, in tokens")
+    slots: int = flag(32, "answers decoded side by side")
+    device_batch_size: int = flag(16, "rows per device and micro-step")
+    init_lr_frac: float = flag(0.1, "all learning rates as a share of pretraining's")
+    eval_every: int = flag(15, "steps between evaluations of pass@k; 0: only at the end")
+    eval_examples: int = flag(100, "questions per evaluation")
+    eval_samples: int = flag(4, "answers per question in an evaluation: the largest k of pass@k")
+    save_every: int = flag(10, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+
+
+def run(settings: RlSettings) -> Outcome:
+    """Trains, or goes on training, one model by reinforcement."""
+    devices.prepare(settings.device)
+    print(f"device: {devices.check(settings.device)}")
+    parent = open_parent(settings, "rl", PARENTS)
+    mesh = sharding.make_mesh()
+    _check(settings, mesh.size)
+    with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or child_name(parent.run, "rl"))) as folder:
+        return _train(settings, folder, parent, mesh)
+
+
+def _check(settings: RlSettings, n_devices: int) -> None:
+    rows, micro = settings.examples_per_step * settings.num_samples, settings.device_batch_size * n_devices
+    if settings.num_samples < 2:
+        raise PlanError(f"--num_samples={settings.num_samples}: an advantage needs at least 2 answers per question")
+    if rows % micro:
+        raise PlanError(
+            f"{settings.examples_per_step} questions x {settings.num_samples} answers = {rows} rows are no multiple of "
+            f"--device_batch_size={settings.device_batch_size} x {n_devices} devices; use a divisor of {rows}"
+        )
+
+
+def _train(settings: RlSettings, folder: Path, parent: Parent, mesh) -> Outcome:
+    tokenizer, config = parent.tokenizer, dataclasses.replace(parent.config, remat=settings.remat)
+    task, val = mixtures.rl(settings)
+    open_run(folder, settings, tokenizer)
+    steps = settings.num_iterations
+    if steps <= 0:
+        steps = max(1, len(task) // settings.examples_per_step * settings.num_epochs)
+    longest = max(len(tokenizer.render_for_completion(t[i])) for t in (task, val) for i in range(len(t)))
+    T = -(-(longest + settings.max_new_tokens) // 64) * 64
+    rows = settings.examples_per_step * settings.num_samples
+    print(
+        f"{steps:,} steps of {settings.examples_per_step} questions x {settings.num_samples} answers "
+        f"({len(task):,} questions; rows of {T} tokens); held out: {len(val):,} questions"
+    )
+    sampler = _Sampler(settings, config, parent, task, T, mesh)
+    recipe = Recipe(
+        stage="rl",
+        settings=settings,
+        tokenizer=tokenizer,
+        config=config,
+        num_iterations=steps,
+        schedule=linear_to_zero(steps),
+        tokens_per_step=rows * T,
+        identity={"task": task.fingerprint(), "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
+        rollout=sampler.rollout,
+        evaluations=(Evaluation(lambda params: sampler.evaluate(params, val), settings.eval_every),),
+        sample=greedy_sampler(config, tokenizer, chat_prompts(tokenizer), 64),
+        parent=parent,
+        normalize=False,
+        hyper={"momentum_warmup": 0},
+    )
+    return train(recipe, folder, mesh)
+
+
+_DECIDED = ("num_epochs", "task_data", "max_seq_len", "total_batch_size", "eval_examples", "eval_samples", "slots")
+
+
+class _Sampler:
+    """Makes the batches of a run, with one engine whose compiled programs are kept."""
+
+    def __init__(self, settings: RlSettings, config, parent: Parent, task, T: int, mesh):
+        self.settings, self.config, self.tokenizer, self.task, self.T = settings, config, parent.tokenizer, task, T
+        self._micro = settings.device_batch_size * mesh.size
+        self._engine: Engine | None = None
+        self._statistics = jax.jit(lambda params, x, y: token_statistics(config, params, x, y))
+        self._reference = parent.params() if settings.kl else None
+
+    def engine(self, params) -> Engine:
+        if self._engine is None:
+            s = self.settings
+            self._engine = Engine(
+                self.config, params, self.tokenizer, slots=s.slots, capacity=self.T, logprobs=True, steps_per_call=16
+            )
+        self._engine.params = params
+        return self._engine
+
+    def evaluate(self, params, val) -> dict[str, float]:
+        """pass@k on held-out questions, sampled as in training; the interval of pass@1 beside it."""
+        s = self.settings
+        result = evaluate_generative(
+            self.engine(params),
+            self.tokenizer,
+            val,
+            num_samples=s.eval_samples,
+            max_new_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            max_problems=s.eval_examples,
+        )
+        numbers = {f"pass@{k}": value for k, value in result["pass_at_k"].items()}
+        low, high = result["pass_at_k_interval"]["1"]
+        return {**numbers, "pass@1_low": low, "pass@1_high": high}
+
+    def rollout(self, params, step: int) -> Rollout:
+        """The batch of a step: a pure function of the parameters and the step."""
+        s = self.settings
+        first = step * s.examples_per_step
+        groups = rollouts.collect(
+            self.engine(params),
+            self.tokenizer,
+            self.task,
+            [(first + i) % len(self.task) for i in range(s.examples_per_step)],
+            num_samples=s.num_samples,
+            max_new_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            seed=s.seed + step,
+        )
+        rewards = np.array([[a.reward for a in group] for group in groups], np.float32)
+        answers = [a for group in groups for a in group]
+        pad = self.tokenizer.encode_special("<|assistant_end|>")
+        packed = rollouts.pack(answers, self.T, pad, s.train_stop_token)
+        now, entropy = self._policy(params, packed, everything=bool(s.clip or s.kl))
+        reference = self._policy(self._reference, packed, everything=True)[0] if s.kl else None
+        weight = rollouts.weights(
+            packed, rollouts.advantages(rewards).ravel(), now=now, reference=reference, clip=s.clip, kl=s.kl
+        )
+        shape = (-1, self._micro, self.T)
+        seen = packed.mask[: len(now)]
+        counted = max(1.0, float(seen.sum()))
+        numbers = {
+            "reward": float(rewards.mean()),
+            "solved_sometimes": float(((rewards.max(1) > 0) & (rewards.min(1) < rewards.max(1))).mean()),
+            "completion_length": float(np.mean([len(a.tokens) for a in answers])),
+            "unfinished": float(np.mean([not a.ended for a in answers])),
+            "entropy": float(entropy.sum() / counted),
+            "logprob_difference": float(np.abs((now - packed.logprobs[: len(now)]) * seen).sum() / counted),
+        }
+        return Rollout(
+            (packed.inputs.reshape(shape), packed.targets.reshape(shape), weight.reshape(shape)),
+            numbers,
+            _transcripts(groups[:TRANSCRIPTS], self.tokenizer),
+        )
+
+    def _policy(self, params, packed: rollouts.Packed, everything: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities and entropies of the trainer's forward pass, of all rows or of the first micro-batch."""
+        n = len(packed.inputs) if everything else self._micro
+        parts = [
+            self._statistics(params, packed.inputs[i : i + self._micro], packed.targets[i : i + self._micro])
+            for i in range(0, n, self._micro)
+        ]
+        return tuple(np.concatenate([np.asarray(part[k]) for part in parts]) for k in (0, 1))  # pyright: ignore
+
+
+def _transcripts(groups: list[list[rollouts.Answer]], tokenizer) -> list[dict]:
+    """The best and the worst answer of each question, as text."""
+    kept = []
+    for group in groups:
+        ordered = sorted(group, key=lambda a: a.reward)
+        for answer in [ordered[-1], *(ordered[:1] if ordered[0].reward < ordered[-1].reward else [])]:
+            prompt = tokenizer.decode(answer.prompt[1:])
+            kept.append(
+                {"question": answer.question, "prompt": prompt, "answer": answer.text, "reward": answer.reward}
+            )
+    return kept

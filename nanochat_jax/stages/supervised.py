@@ -1,0 +1,150 @@
+"""Midtraining and finetuning: a parent's model goes on learning, from rows made of conversations."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax import checkpoint, devices, sharding
+from nanochat_jax.cli import flag
+from nanochat_jax.data.conversations import Conversations, build_conversation_rows
+from nanochat_jax.data.loader import RowLoader
+from nanochat_jax.data.rows import RowSet
+from nanochat_jax.plan import check_batch
+from nanochat_jax.progress import RowsProgress
+from nanochat_jax.schedules import Schedule
+from nanochat_jax.stages.common import (
+    Parent,
+    Recipe,
+    StageSettings,
+    child_name,
+    find_parent,
+    greedy_sampler,
+    held_out,
+    micro_batches,
+    open_run,
+    train,
+)
+from nanochat_jax.train import Evaluation, Outcome
+
+PROMPTS = ("Hello!", "Who are you?", "What is 34 + 27?", "Spell the word: garden", "What is the capital of France?")
+
+
+@dataclass(frozen=True)
+class ChatStageSettings(StageSettings):
+    """Flags of the stages that learn from conversations."""
+
+    run_name: str = flag("", "name of the run's folder; default: the parent's, with this stage at its end")
+    source: str = flag("", "run to start from; default: the newest of the stage before")
+    max_seq_len: int = flag(0, "tokens per row; 0: the parent's context length")
+    num_iterations: int = flag(-1, "optimizer steps; -1: from num_epochs")
+    num_epochs: int = flag(1, "passes over the conversations")
+    init_lr_frac: float = flag(1.0, "all learning rates as a share of pretraining's")
+    task_data: Path | None = flag(None, "folder with the data sets, instead of downloading them (see tasks/hub.py)")
+    model_name: str = flag("nanochat", "the name the model learns to give when asked who it is")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a stage is taught: conversations for training and held out, and how rows are made of them."""
+
+    stage: str
+    parents: tuple[str, ...]
+    packing: str  # "stream" or "best_fit"
+    train: Conversations
+    val: Conversations
+    schedule: Callable[[int], Schedule]  # number of steps -> multiplier
+    evaluations: Callable[[Parent, Any], tuple[Evaluation, ...]] = lambda parent, mesh: ()
+    hyper: dict[str, Any] = dataclasses.field(default_factory=dict)  # optimizer settings that are no flags
+
+
+def run(settings: ChatStageSettings, stage: str, parents: tuple[str, ...], lesson: Callable[[Parent], Lesson]):
+    """Trains, or goes on training, one stage. `lesson` is asked for the conversations once the parent is known."""
+    devices.prepare(settings.device)
+    print(f"device: {devices.check(settings.device)}")
+    parent = open_parent(settings, stage, parents)
+    mesh = sharding.make_mesh()
+    with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or child_name(parent.run, stage))) as folder:
+        return _train(settings, folder, parent, lesson(parent), mesh)
+
+
+def open_parent(settings: ChatStageSettings, stage: str, parents: tuple[str, ...]) -> Parent:
+    """The parent that --source names, or the one an existing run had, or the newest of the stage before."""
+    source = settings.source
+    if not source and settings.run_name and settings.resume:
+        folder = checkpoint.run_dir(settings.run_name)
+        if checkpoint.steps(folder):
+            source = checkpoint.load_meta(folder).get("parent", {}).get("run", "")
+    parent = find_parent(source, parents)
+    print(f"{stage} starts from {parent.run}, step {parent.step} ({parent.stage})")
+    return parent
+
+
+def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Lesson, mesh) -> Outcome:
+    tokenizer, config = parent.tokenizer, dataclasses.replace(parent.config, remat=settings.remat)
+    T = settings.max_seq_len or config.sequence_len
+    check_batch(settings.total_batch_size, settings.device_batch_size, T, mesh.size)
+    rows_per_step = settings.total_batch_size // T
+    accumulation = rows_per_step // (settings.device_batch_size * mesh.size)
+    open_run(folder, settings, tokenizer)
+    wanted = settings.num_iterations * rows_per_step if settings.num_iterations > 0 else None
+    train_rows = _rows(lesson, "train", tokenizer, T, wanted)
+    val_rows = _rows(lesson, "val", tokenizer, T, -(-settings.eval_tokens // T))
+    steps = settings.num_iterations
+    if steps <= 0:
+        steps = max(1, settings.num_epochs * len(train_rows) // rows_per_step)
+    epochs = steps * rows_per_step / len(train_rows)
+    print(
+        f"{steps:,} steps of {settings.total_batch_size:,} tokens ({settings.device_batch_size} rows x {T} x "
+        f"{mesh.size} devices x {accumulation} accumulated): {epochs:.2f} passes over the rows"
+    )
+    schedule = lesson.schedule(steps)
+    recipe = Recipe(
+        stage=lesson.stage,
+        settings=settings,
+        tokenizer=tokenizer,
+        config=config,
+        num_iterations=steps,
+        schedule=schedule,
+        tokens_per_step=settings.total_batch_size,
+        identity={"rows": train_rows.key, "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
+        batches=lambda step: micro_batches(RowLoader(train_rows, rows_per_step, settings.seed), step, accumulation),
+        evaluations=(
+            Evaluation(
+                held_out(config, val_rows, settings.device_batch_size, settings.eval_tokens, tokenizer, mesh),
+                settings.eval_every,
+            ),
+            *lesson.evaluations(parent, mesh),
+        ),
+        sample=greedy_sampler(config, tokenizer, chat_prompts(tokenizer), 64),
+        parent=parent,
+        hyper=lesson.hyper,
+    )
+    return train(recipe, folder, mesh)
+
+
+def chat_prompts(tokenizer) -> list[list[int]]:
+    """PROMPTS as token prompts that wait for the assistant."""
+    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": ""}] for p in PROMPTS]
+    return [tokenizer.render_for_completion({"messages": messages}) for messages in turns]
+
+
+# Flags that have decided the rows or the number of steps, which are compared themselves.
+_DECIDED = ("num_epochs", "task_data", "data", "metrics_every", "metrics_max_problems")
+
+
+def _rows(lesson: Lesson, split: str, tokenizer, T: int, max_rows: int | None) -> RowSet:
+    conversations = lesson.train if split == "train" else lesson.val
+    name = {"train": "training rows", "val": "held-out rows"}[split]
+    with RowsProgress(name, max_rows or 0) as progress:
+        rows = build_conversation_rows(
+            conversations, tokenizer, T, packing=lesson.packing, split=split, max_rows=max_rows, progress=progress
+        )
+    facts = rows.manifest["facts"]
+    left_out = [f"{facts[k]:,} {what}" for k, what in (("skipped", "skipped"), ("truncated", "cut to a row")) if facts.get(k)]
+    print(
+        f"{name}: {len(rows):,} of {T} tokens from {facts['conversations']:,} conversations"
+        + (f" ({', '.join(left_out)})" if left_out else "")
+    )
+    return rows
