@@ -1,0 +1,399 @@
+"""Rows of a data set on the Hugging Face hub, from a local folder or fetched once over HTTPS.
+
+**A local folder** (``--task_data DIR``) is used alone, nothing is fetched. It holds, per data set,
+
+    <DIR>/<data set>/<split>*.parquet | .jsonl | .jsonl.gz        (or all files in <DIR>/<data set>/<split>/)
+
+where <data set> is one of the source's ``folders`` (``gsm8k``, ``mmlu``, ``ARC-Easy``, ``humaneval``, ``smoltalk``; any
+case), or ``<owner--name>/<subset>`` or ``<name>/<subset>`` as in a copy of the hub's repository. The file name may
+start with the folder's name (``mmlu/mmlu_test.jsonl``), and ``val`` is as good as ``validation``. Several files of a
+split are read in the order of their names; they must be of one kind.
+
+**Otherwise** the hub's parquet files are fetched into ``<base directory>/task_data/<owner--name>/<subset>/<split>/``,
+interrupted transfers going on where they stopped. ``manifest.json`` (names, sizes, SHA-256, rows) is written last, so a
+folder with one is whole; sizes and hashes are checked at every load. ``HF_ENDPOINT`` names another server, ``HF_TOKEN``
+a token for it. ``NANOCHAT_OFFLINE=1`` refuses to fetch.
+"""
+
+import gzip
+import json
+import logging
+import os
+import re
+import urllib.parse
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat_jax.data.download import DEFAULT_ENDPOINT
+from nanochat_jax.data.fetch import FetchError, OfflineError, fetch_file
+from nanochat_jax.data.readers import DataError
+from nanochat_jax.paths import OFFLINE_VARIABLE, base_dir, lock_file, offline, sha256_file, write_atomic
+from tasks.common import Conversation, Task, TaskError, shuffled_order
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+MANIFEST, LOCK, LISTING = "manifest.json", ".lock", "listing.json"
+
+Row = dict[str, Any]
+# Called for every row at access: raises ValueError if no conversation can be made of it.
+ToConversation = Callable[[Row], Conversation]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One subset of a data set on the hub.
+
+    ``columns`` are those needed, alternatives separated by ``|``. ``wrapper`` names a column that may hold them all
+    one level down. ``folders`` are the local folders that hold this subset alone.
+    """
+
+    repo: str
+    subset: str
+    columns: tuple[str, ...]
+    folders: tuple[str, ...] = ()
+    wrapper: str | None = None
+
+    def local_folders(self) -> list[str]:
+        """Folders below ``--task_data`` that may hold this subset, the first that does counts."""
+        slug, name = self.repo.replace("/", "--"), self.repo.rpartition("/")[2]
+        return [f"{slug}/{self.subset}", f"{name}/{self.subset}", *self.folders]
+
+
+class HubTask(Task):
+    """A task over the rows of a hub data set, in the order of ``common.shuffled_order``."""
+
+    splits: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        source: Source,
+        split: str,
+        task_data: str | Path | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        step: int = 1,
+    ):
+        super().__init__(start, stop, step)
+        self.source, self.split = source, split
+        self.rows = load_rows(source, split, task_data)
+        self._order = shuffled_order(len(self.rows))
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def conversation(self, row: Row) -> Conversation:
+        """The conversation of one row. Raises ValueError for a row that cannot be one."""
+        raise NotImplementedError
+
+    def get_example(self, index: int) -> Conversation:
+        number = int(self._order[index])
+        row = self.rows[number]
+        try:
+            return self.conversation(row)
+        except (TypeError, ValueError, KeyError) as error:
+            raise TaskError(f"{self.rows.name_of(number)}: no {self.name} row ({error}): {str(row)[:200]}") from error
+
+    def identity(self) -> dict[str, Any]:
+        return {"subset": self.source.subset, "split": self.split, "files": self.rows.sha256}
+
+    @classmethod
+    def check_split(cls, split: str) -> None:
+        """Raises TaskError for a split this task does not have."""
+        if split not in cls.splits:
+            raise TaskError(f"{cls.__name__} has no split {split!r}; it has {', '.join(cls.splits)}")
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _File:
+    """The rows of one file, as Arrow batches or as JSON lines; either way a row becomes a dict only when asked for."""
+
+    path: Path
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    lines: list[tuple[int, bytes]] = field(default_factory=list)  # line number, line
+    wrapper: str | None = None
+
+    def __post_init__(self) -> None:
+        self._ends = list(accumulate(batch.num_rows for batch in self.batches))
+
+    def __len__(self) -> int:
+        return len(self.lines) + (self._ends[-1] if self._ends else 0)
+
+    def row(self, index: int) -> Row:
+        if self.lines:
+            row = json.loads(self.lines[index][1])
+        else:
+            batch = bisect_right(self._ends, index)
+            offset = index - (self._ends[batch - 1] if batch else 0)
+            row = self.batches[batch].slice(offset, 1).to_pylist()[0]
+        return row[self.wrapper] if self.wrapper else row
+
+    def name_of(self, index: int) -> str:
+        return f"{self.path}:{self.lines[index][0]}" if self.lines else f"{self.path}: row {index}"
+
+
+class Rows:
+    """The rows of some files in order, with random access. ``sha256`` has the hash of every file."""
+
+    def __init__(self, paths: Sequence[Path], columns: Sequence[str], wrapper: str | None = None):
+        self.paths = list(paths)
+        self.sha256 = [sha256_file(path) for path in self.paths]
+        self._files = [_read(path, columns, wrapper) for path in self.paths]
+        self._ends = list(accumulate(len(file) for file in self._files))
+        if len(self) == 0:
+            raise DataError(f"{self.paths[0]} has no rows; fetch it again or put another file in its place")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[_File, int]:
+        file = bisect_right(self._ends, index)
+        return self._files[file], index - (self._ends[file - 1] if file else 0)
+
+    def __getitem__(self, index: int) -> Row:
+        file, local = self._locate(index)
+        return file.row(local)
+
+    def name_of(self, index: int) -> str:
+        """Where a row is, for a person: the file and the line or row."""
+        file, local = self._locate(index)
+        return file.name_of(local)
+
+
+def _read(path: Path, columns: Sequence[str], wrapper: str | None) -> _File:
+    return _read_parquet(path, columns, wrapper) if path.suffix == ".parquet" else _read_lines(path, columns, wrapper)
+
+
+def _read_parquet(path: Path, columns: Sequence[str], wrapper: str | None) -> _File:
+    try:
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        nested = wrapper is not None and wrapper in schema.names and pa.types.is_struct(schema.field(wrapper).type)
+        present = [inner.name for inner in schema.field(wrapper).type] if nested else schema.names
+        needed = _needed(str(path), columns, present)
+        table = file.read(columns=[wrapper] if nested else needed)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no readable parquet file ({error}); remove it or fetch it again") from error
+    return _File(path, batches=table.to_batches(), wrapper=wrapper if nested else None)
+
+
+def _read_lines(path: Path, columns: Sequence[str], wrapper: str | None) -> _File:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove it or fetch it again") from error
+    nested = False
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: no JSON ({error}); repair or remove the line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
+        if number == lines[0][0]:
+            nested = wrapper is not None and isinstance(row.get(wrapper), dict)
+        inner = row.get(wrapper) if nested and wrapper else row
+        if not isinstance(inner, dict):
+            raise DataError(f"{path}:{number}: {wrapper!r} is no object, as it is in the first line")
+        _needed(f"{path}:{number}", columns, inner)
+    return _File(path, lines=lines, wrapper=wrapper if nested else None)
+
+
+def _needed(where: str, columns: Sequence[str], present: Iterable[str]) -> list[str]:
+    """The first present alternative of every column."""
+    present = list(present)
+    found = []
+    for column in columns:
+        alternatives = column.split("|")
+        name = next((name for name in alternatives if name in present), None)
+        if name is None:
+            raise DataError(
+                f"{where} has no column {' or '.join(map(repr, alternatives))}; it has {', '.join(present)}"
+            )
+        found.append(name)
+    return found
+
+
+# --- which files ----------------------------------------------------------------------------------------------------
+
+
+def load_rows(source: Source, split: str, task_data: str | Path | None = None) -> Rows:
+    """All rows of a split, from ``task_data`` or (None) from the base directory, fetched first if they are not there.
+
+    Raises FileNotFoundError or FetchError when they cannot be had, saying how to get them, DataError for files that
+    are damaged or lack a column.
+    """
+    paths = find_local(source, split, Path(task_data)) if task_data is not None else fetch_rows(source, split)
+    rows = Rows(paths, source.columns, source.wrapper)
+    manifest = paths[0].parent / MANIFEST
+    if manifest.is_file():  # a fetched split: the rows have just been hashed, so compare in full
+        for path, digest, entry in zip(paths, rows.sha256, _manifest(manifest), strict=True):
+            if digest != entry["sha256"]:
+                raise DataError(f"{path} is damaged; delete {path.parent} to have it fetched again")
+    return rows
+
+
+def find_local(source: Source, split: str, task_data: Path) -> list[Path]:
+    """Files of a split below ``task_data``, by the layout of this module. Raises FileNotFoundError or DataError."""
+    if not task_data.is_dir():
+        raise FileNotFoundError(f"--task_data={task_data} is no folder; make it, or leave the flag out to download")
+    for name in source.local_folders():
+        folder = _descend(task_data, name)
+        if folder is not None and (paths := _files_of_split(folder, split)):
+            return paths
+    held = ", ".join(sorted(path.name for path in task_data.iterdir())[:12]) or "nothing"
+    raise FileNotFoundError(
+        f"{task_data} (which holds {held}) has no {split} split of {source.repo} ({source.subset}). Put it there as {_layout(source, split)}"
+        ", or leave --task_data out to download it"
+    )
+
+
+def _layout(source: Source, split: str) -> str:
+    folder = source.folders[0] if source.folders else source.local_folders()[0]
+    return f"{folder}/{split}.jsonl (or .jsonl.gz, .parquet) with the columns {', '.join(source.columns)}"
+
+
+def _descend(root: Path, name: str) -> Path | None:
+    """The folder ``root``/``name``, upper and lower case being equal."""
+    for part in name.split("/"):
+        folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name.lower() == part.lower()]
+        if not folders:
+            return None
+        root = folders[0]
+    return root
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    names = ("validation", "val") if split == "validation" else (split,)
+    for name in names:
+        inner = folder / name
+        if inner.is_dir():
+            if (inner / MANIFEST).is_file():
+                return _verified(inner)
+            if (inner / LOCK).is_file():
+                raise DataError(f"{inner} is an unfinished download; finish it, or delete the folder")
+            if paths := _of_one_kind([path for path in inner.iterdir() if _suffix(path)]):
+                return paths
+    prefix = rf"(?:{re.escape(folder.name)}[-_])?"
+    pattern = re.compile(rf"{prefix}(?:{'|'.join(names)})(?:[-_.].*)?", re.IGNORECASE)
+    found = [path for path in folder.iterdir() if (end := _suffix(path)) and pattern.fullmatch(path.name[: -len(end)])]
+    return _of_one_kind(found)
+
+
+def _suffix(path: Path) -> str | None:
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+    return suffix if suffix and path.is_file() and not path.name.startswith(".") else None
+
+
+def _of_one_kind(paths: list[Path]) -> list[Path]:
+    paths = sorted(paths)
+    if len({_suffix(path) for path in paths}) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise DataError(f"{paths[0].parent} has one split in several kinds of file ({names}); keep one of them")
+    return paths
+
+
+# --- fetching -------------------------------------------------------------------------------------------------------
+
+
+def task_data_dir() -> Path:
+    """Where fetched data sets go: task_data below the base directory."""
+    return base_dir() / "task_data"
+
+
+def fetch_rows(source: Source, split: str, wait: float = 1.0) -> list[Path]:
+    """Parquet files of a split in the base directory, fetched if they are not there.
+
+    ``wait`` is the first pause between attempts. Raises OfflineError, FetchError or DataError, saying what to do.
+    """
+    directory = task_data_dir() / source.repo.replace("/", "--") / source.subset / split
+    if (directory / MANIFEST).is_file():
+        return _verified(directory)
+    if offline():
+        raise OfflineError(
+            f"{OFFLINE_VARIABLE} is set and the {split} split of {source.repo} ({source.subset}) has not been fetched "
+            f"yet; unset it once, or give --task_data=DIR with {_layout(source, split)}"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock_file(directory / LOCK):
+        if not (directory / MANIFEST).is_file():  # else another process has fetched it while this one waited
+            try:
+                _fetch_into(directory, source, split, wait)
+            except FetchError as error:
+                raise FetchError(
+                    f"the {split} split of {source.repo} ({source.subset}) cannot be fetched: {error}. Run again to go "
+                    f"on, or give --task_data=DIR with {_layout(source, split)}"
+                ) from error
+    return _verified(directory)
+
+
+def _fetch_into(directory: Path, source: Source, split: str, wait: float) -> None:
+    endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+    token = os.environ.get("HF_TOKEN") or None
+    # Never from an earlier attempt: the split may have changed on the hub since.
+    listing = directory / LISTING
+    for old in (listing, directory / f"{LISTING}.part", directory / f"{LISTING}.part.json"):
+        old.unlink(missing_ok=True)
+    fetch_file(f"{endpoint}/api/datasets/{source.repo}/parquet/{source.subset}/{split}", listing, token, wait=wait)
+    urls = _urls(listing)
+    files = []
+    for number, url in enumerate(urls):
+        path = directory / f"{number:05d}.parquet"
+        if not path.is_file():
+            logger.info("fetching %s %s, file %d of %d", source.repo, split, number + 1, len(urls))
+            # The token is for the endpoint; a listing may name files anywhere.
+            same_host = urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(endpoint).netloc
+            fetch_file(url, path, token if same_host else None, wait=wait)
+        try:
+            rows = pq.ParquetFile(path).metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            path.unlink()
+            raise FetchError(
+                f"what {url} sent is no parquet file ({error}); check HF_ENDPOINT and your proxy"
+            ) from error
+        files.append({"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path), "rows": rows})
+    content = {"repo": source.repo, "subset": source.subset, "split": split, "files": files}
+    write_atomic(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
+    listing.unlink()
+
+
+def _urls(listing: Path) -> list[str]:
+    try:
+        urls = json.loads(listing.read_bytes())
+    except ValueError as error:
+        raise FetchError("the hub's list of files is no JSON; check HF_ENDPOINT and your proxy") from error
+    if not isinstance(urls, list) or not urls or not all(isinstance(url, str) and "://" in url for url in urls):
+        raise FetchError(f"the hub's list of files is no list of addresses: {str(urls)[:200]}")
+    return urls
+
+
+def _verified(directory: Path) -> list[Path]:
+    """The files named by the manifest, if they still have their sizes. Raises DataError naming the remedy."""
+    remedy = f"delete {directory} to have it fetched again"
+    sizes = {directory / entry["name"]: entry["size"] for entry in _manifest(directory / MANIFEST)}
+    for path, size in sizes.items():
+        if not path.is_file():
+            raise DataError(f"{path} is gone; {remedy}")
+        if path.stat().st_size != size:
+            raise DataError(f"{path} has {path.stat().st_size} bytes where its manifest says {size}; {remedy}")
+    return list(sizes)
+
+
+def _manifest(path: Path) -> list[dict[str, Any]]:
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return [{key: entry[key] for key in ("name", "size", "sha256")} for entry in files]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); delete {path.parent} to have it fetched again") from error

@@ -1,0 +1,246 @@
+"""SpellingBee and SimpleSpelling: made-up tasks that teach a model the letters inside its tokens.
+
+Every example is a pure function of the word list, the split and its number: CPython's ``random.Random`` seeded with it,
+drawn from in the reference's order, so that equal lists give the reference's conversations.
+"""
+
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax.data.fetch import FetchError, fetch_file
+from nanochat_jax.data.readers import DataError
+from nanochat_jax.paths import base_dir, lock_file, sha256_hex
+from tasks.common import SEED, Conversation, Task, TaskError
+from tasks.gsm8k import evaluate_answer
+
+logger = logging.getLogger(__name__)
+
+WORDS_FILE = "words_alpha.txt"
+WORDS_URL = f"https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/{WORDS_FILE}"
+TEST_SEED_OFFSET = 10_000_000
+SPLITS = ("train", "test")
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_QUOTES = ["", "'", '"']
+TEMPLATES = [
+    "How many {letter} are in the word {word}",
+    "How many {letter} are in {word}",
+    "Count the number of {letter} in {word}",
+    "How many times does {letter} appear in {word}",
+    "What's the count of {letter} in {word}",
+    "In the word {word}, how many {letter} are there",
+    "How many letter {letter} are in the word {word}",
+    "Count how many {letter} appear in {word}",
+    "Tell me the number of {letter} in {word}",
+    "How many occurrences of {letter} are in {word}",
+    "Find the count of {letter} in {word}",
+    "Can you count the {letter} letters in {word}",
+    "What is the frequency of {letter} in {word}",
+    "How many {letter}s are in {word}",
+    "How many {letter}'s are in {word}",
+    "Count all the {letter} in {word}",
+    "How many times is {letter} in {word}",
+    "Number of {letter} in {word}",
+    "Total count of {letter} in {word}",
+    "How many {letter} does {word} have",
+    "How many {letter} does {word} contain",
+    "What's the number of {letter} in {word}",
+    "{word} has how many {letter}",
+    "In {word}, count the {letter}",
+    "How many {letter} appear in {word}",
+    "Count the {letter} in {word}",
+    "Give me the count of {letter} in {word}",
+    "How many instances of {letter} in {word}",
+    "Show me how many {letter} are in {word}",
+    "Calculate the number of {letter} in {word}",
+    "¿Cuántas {letter} hay en {word}?",
+    "¿Cuántas veces aparece {letter} en {word}?",
+    "Cuenta las {letter} en {word}",
+    "¿Cuántas letras {letter} tiene {word}?",
+    "{word}中有多少个{letter}",
+    "{word}里有几个{letter}",
+    "数一下{word}中的{letter}",
+    "{word}这个词里有多少{letter}",
+    "{word}에 {letter}가 몇 개 있나요",
+    "{word}에서 {letter}의 개수는",
+    "{word}에 {letter}가 몇 번 나오나요",
+    "{word}라는 단어에 {letter}가 몇 개",
+    "Combien de {letter} dans {word}",
+    "Combien de fois {letter} apparaît dans {word}",
+    "Compte les {letter} dans {word}",
+    "Wie viele {letter} sind in {word}",
+    "Wie oft kommt {letter} in {word} vor",
+    "Zähle die {letter} in {word}",
+    "{word}に{letter}は何個ありますか",
+    "{word}の中に{letter}がいくつ",
+    "{word}に{letter}が何回出てくる",
+]
+
+
+class _WordTask(Task):
+    """``size`` examples made from a word list: ``words``, or ``words_alpha.txt`` of ``task_data``, or the fetched one.
+
+    Test example i is seeded with 10,000,000 + i, so none is a training example. ``v1_compat`` seeds it as the reference
+    of October 2025 did, with -(i + 1): CPython drops the sign, so that every test example was a training example.
+    """
+
+    def __init__(
+        self,
+        size: int = 1000,
+        split: str = "train",
+        task_data: str | Path | None = None,
+        words: Sequence[str] | None = None,
+        v1_compat: bool = False,
+        **slicing,
+    ):
+        super().__init__(**slicing)
+        if split not in SPLITS:
+            raise TaskError(f"{self.name} has no split {split!r}; it has {', '.join(SPLITS)}")
+        if not 1 <= size <= TEST_SEED_OFFSET:
+            raise TaskError(f"{self.name}: size is {size}; it must be from 1 to {TEST_SEED_OFFSET}")
+        self.size, self.split, self.v1_compat = size, split, v1_compat
+        self.words = load_words(task_data) if words is None else _checked(words)
+        self._words_sha256 = sha256_hex("\n".join(self.words).encode())
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def _random(self, index: int) -> random.Random:
+        if self.split == "train":
+            return random.Random(index)
+        return random.Random(-(index + 1) if self.v1_compat else TEST_SEED_OFFSET + index)
+
+    def identity(self) -> dict[str, Any]:
+        seeding = "v1" if self.v1_compat and self.split == "test" else "apart"
+        return {"split": self.split, "words": self._words_sha256, "seeding": seeding}
+
+
+class SpellingBee(_WordTask):
+    """How many times is a letter in a word: spelled out, counted, checked with Python, answered after ``####``."""
+
+    name = "SpellingBee"
+    eval_type = "generative"
+
+    def get_example(self, index: int) -> Conversation:
+        rng = self._random(index)
+        word = rng.choice(self.words)
+        letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(_ALPHABET)
+        template = rng.choice(TEMPLATES)
+        if rng.random() < 0.3:
+            template = template.lower()
+        letter_quote, word_quote = rng.choice(_QUOTES), rng.choice(_QUOTES)
+        question = template.format(
+            letter=f"{letter_quote}{letter}{letter_quote}", word=f"{word_quote}{word}{word_quote}"
+        )
+        if rng.random() < 0.5:
+            question += "?"
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": _counting(word, letter)},
+        ]
+        return {"messages": messages}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return evaluate_answer(conversation, completion)
+
+
+def _counting(word: str, letter: str) -> list[dict[str, str]]:
+    """The worked answer. No spaces around single letters, so that each is the token of the bare letter."""
+    text = (
+        f"We are asked to find the number '{letter}' in the word '{word}'. Let me try a manual approach first.\n\n"
+        f"First spell the word out:\n{spelled(word)}\n\nThen count the occurrences of '{letter}':\n"
+    )
+    found = 0
+    for place, char in enumerate(word, 1):
+        found += char == letter
+        text += f"{place}:{char}" + (f" hit! count={found}\n" if char == letter else "\n")
+    text += f"\nThis gives us {found}."
+    return [
+        {"type": "text", "text": text},
+        {"type": "text", "text": "\n\nLet me double check this using Python:\n\n"},
+        {"type": "python", "text": f"'{word}'.count('{letter}')"},
+        {"type": "python_output", "text": str(found)},
+        {"type": "text", "text": f"\n\nPython gives us {found}.\n\nMy final answer is:\n\n#### {found}"},
+    ]
+
+
+class SimpleSpelling(_WordTask):
+    """Spell a word: ``Spell the word: cat`` is answered ``cat:c,a,t``. For training only."""
+
+    name = "SimpleSpelling"
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # Else example i would have the word of SpellingBee's example i.
+        self.words = list(self.words)
+        random.Random(SEED).shuffle(self.words)
+
+    def get_example(self, index: int) -> Conversation:
+        word = self._random(index).choice(self.words)
+        messages = [
+            {"role": "user", "content": f"Spell the word: {word}"},
+            {"role": "assistant", "content": spelled(word)},
+        ]
+        return {"messages": messages}
+
+
+def spelled(word: str) -> str:
+    """``cat`` as ``cat:c,a,t``."""
+    return f"{word}:{','.join(word)}"
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def load_words(task_data: str | Path | None = None) -> list[str]:
+    """The words of ``task_data``'s words_alpha.txt, or (None) of the one in the base directory, fetched once; one a line.
+
+    Lines that are not letters A to Z alone are left out and counted in a warning: a word with a quote in it would break
+    the Python expression, and the calculator takes no other letters. Raises FileNotFoundError or FetchError saying how
+    to get the list, DataError if it has no word.
+    """
+    if task_data is not None:
+        path = Path(task_data) / WORDS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {path}: put a list of words there, one a line (the reference's is {WORDS_URL}), or leave "
+                "--task_data out to download it"
+            )
+    else:
+        path = base_dir() / WORDS_FILE
+        if not path.is_file():
+            _fetch_words(path)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    stripped = [word for line in lines if (word := line.strip())]
+    words = [word for word in stripped if _usable(word)]
+    if len(words) < len(stripped):
+        logger.warning("%s: left out %d lines that are not letters alone", path, len(stripped) - len(words))
+    if not words:
+        raise DataError(f"{path} has no word; it needs one of the letters A to Z on each line")
+    return words
+
+
+def _fetch_words(path: Path) -> None:
+    with lock_file(path.with_name(path.name + ".lock")):
+        if path.is_file():  # another process has fetched it while this one waited
+            return
+        try:
+            fetch_file(WORDS_URL, path)
+        except FetchError as error:
+            raise type(error)(f"{error}; or put a list of words, one a line, into {path}") from error
+
+
+def _usable(word: str) -> bool:
+    return word.isascii() and word.isalpha()
+
+
+def _checked(words: Sequence[str]) -> list[str]:
+    bad = next((word for word in words if not _usable(word)), None)
+    if bad is not None:
+        raise TaskError(f"the word {bad!r} is not made of the letters A to Z alone")
+    if not words:
+        raise TaskError("the list of words is empty")
+    return list(words)
