@@ -146,6 +146,12 @@ class RowWriter:
 
     def commit(self, state: Any) -> None:
         """Writes the current shard, then the note that it is complete and that ``state`` comes next."""
+        self._close_shard()
+        self.state = state
+        progress = {"identity": self.identity, "shards": self._shards, "state": state}
+        self._guarded(PROGRESS, 0, lambda: write_atomic(self.directory / PROGRESS, json.dumps(progress)))
+
+    def _close_shard(self) -> None:
         if self._filled:
             number = len(self._shards)
             files = {"rows": self._write(f"rows_{number:05d}.npy", self._rows[: self._filled])}
@@ -153,14 +159,10 @@ class RowWriter:
                 files["mask"] = self._write(f"mask_{number:05d}.npy", self._masks[: self._filled])
             self._shards.append({"rows": self._filled, "files": files})
             self._filled = 0
-        self.state = state
-        progress = {"identity": self.identity, "shards": self._shards, "state": state}
-        self._guarded(PROGRESS, 0, lambda: write_atomic(self.directory / PROGRESS, json.dumps(progress)))
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Writes what is left and the manifest: from here on the rows are valid. ``facts`` go into the manifest."""
-        if self._filled:
-            self.commit(self.state)
+        self._close_shard()  # not noted as progress: an interruption here makes it again, from the same state
         manifest = {
             "format": ROWS_FORMAT,
             "version": ROWS_VERSION,

@@ -236,7 +236,7 @@ def _fill(
 
     if limit is not None and writer.rows >= limit:  # interrupted between the last shard and the manifest
         return _facts(writer, start["now"])
-    with contextlib.closing(_ahead(_batches(documents, batch["document"]))) as batches:
+    with contextlib.closing(read_ahead(_batches(documents, batch["document"]))) as batches:
         for texts, repairs in batches:
             encoded, _ = tokenizer.encode_to_numpy(texts, num_threads)
             recent.append(now)
@@ -319,7 +319,7 @@ def _plus(before: dict[str, Any], since: TextStats) -> dict[str, Any]:
     return total.as_dict()
 
 
-def _ahead(items: Iterable[Any]) -> Generator[Any, None, None]:
+def read_ahead(items: Iterable[Any]) -> Generator[Any, None, None]:
     """The same items, the next one being made in a thread while the caller works on this one."""
     waiting: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
