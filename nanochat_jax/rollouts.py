@@ -121,7 +121,7 @@ def pack(answers: Sequence[Answer], T: int, pad: int, train_stop_token: bool = T
         ids = answer.prompt + answer.tokens[:n]
         if len(ids) > T + 1:
             raise ValueError(f"an answer of {len(ids)} tokens does not fit a row of {T}")
-        inputs[row, : len(ids) - 1] = ids[:-1]
+        inputs[row, : len(ids)] = ids[:T]
         where = slice(len(answer.prompt) - 1, len(ids) - 1)  # positions that predict the answer's tokens
         sampled = np.array(answer.masks[:n], bool)
         targets[row, where] = np.where(sampled, answer.tokens[:n], -1)

@@ -39,9 +39,7 @@ def loss_sums_fn(config: GPTConfig, mesh: Mesh | None = None):
 
     whole, rows = sharding.replicated_spec(), sharding.batch_spec(2)
     return jax.jit(
-        jax.shard_map(
-            summed, mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=(whole,) * 4, check_vma=False
-        )
+        jax.shard_map(summed, mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=(whole,) * 4, check_vma=False)
     )
 
 

@@ -1,14 +1,22 @@
 """From a command line to a stage: which settings class, and how errors end the process."""
 
+import importlib
 import logging
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import nanochat_jax
 from nanochat_jax import cli, devices
 
-STAGES = ("base",)
+# stage -> settings class and its variant for the demo, in the stage's module
+STAGES = {
+    "base": ("BaseSettings", "DemoSettings"),
+    "mid": ("MidSettings", "DemoMidSettings"),
+    "sft": ("SftSettings", "DemoSftSettings"),
+    "rl": ("RlSettings", "DemoRlSettings"),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -17,12 +25,11 @@ def main(argv: list[str]) -> int:
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     stage, rest = _take_stage(argv)
-    from nanochat_jax.stages import base  # after the flags are known to be sane: JAX takes a second to import
-
-    settings_type = base.DemoSettings if cli.is_set("demo", rest) else base.BaseSettings
-    settings = cli.parse(settings_type, rest, f"python -m scripts.train --stage={stage}: {base.__doc__}")
+    module: Any = importlib.import_module(f"nanochat_jax.stages.{stage}")  # only now: JAX takes a second to import
+    settings_type = getattr(module, STAGES[stage][cli.is_set("demo", rest)])
+    settings = cli.parse(settings_type, rest, f"python -m scripts.train --stage={stage}: {module.__doc__}")
     try:
-        base.run(settings)
+        module.run(settings)
     except devices.DeviceError as error:
         print(f"error: {error}", file=sys.stderr)
         return devices.NO_USABLE_GPU

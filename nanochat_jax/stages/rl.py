@@ -218,7 +218,5 @@ def _transcripts(groups: list[list[rollouts.Answer]], tokenizer) -> list[dict]:
         ordered = sorted(group, key=lambda a: a.reward)
         for answer in [ordered[-1], *(ordered[:1] if ordered[0].reward < ordered[-1].reward else [])]:
             prompt = tokenizer.decode(answer.prompt[1:])
-            kept.append(
-                {"question": answer.question, "prompt": prompt, "answer": answer.text, "reward": answer.reward}
-            )
+            kept.append({"question": answer.question, "prompt": prompt, "answer": answer.text, "reward": answer.reward})
     return kept

@@ -142,7 +142,9 @@ def _rows(lesson: Lesson, split: str, tokenizer, T: int, max_rows: int | None) -
             conversations, tokenizer, T, packing=lesson.packing, split=split, max_rows=max_rows, progress=progress
         )
     facts = rows.manifest["facts"]
-    left_out = [f"{facts[k]:,} {what}" for k, what in (("skipped", "skipped"), ("truncated", "cut to a row")) if facts.get(k)]
+    left_out = [
+        f"{facts[k]:,} {what}" for k, what in (("skipped", "skipped"), ("truncated", "cut to a row")) if facts.get(k)
+    ]
     print(
         f"{name}: {len(rows):,} of {T} tokens from {facts['conversations']:,} conversations"
         + (f" ({', '.join(left_out)})" if left_out else "")

@@ -1,0 +1,100 @@
+"""What each chat stage is taught: the reference's mixtures, the demo world's, or the user's own conversations.
+
+Spec of the reference: midtraining 7.2, finetuning 8.2, reinforcement learning 9.1.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tasks
+from nanochat_jax.data.chat_files import describe_samples, load_chat_file
+from nanochat_jax.data.conversations import Conversations
+from nanochat_jax.identity import write_identity_file
+from nanochat_jax.paths import base_dir
+from tasks import world
+from tasks.common import Task, TaskMixture
+from tasks.customjson import CustomJSON
+
+if TYPE_CHECKING:
+    from nanochat_jax.stages.mid import MidSettings
+    from nanochat_jax.stages.rl import RlSettings
+    from nanochat_jax.stages.sft import SftSettings
+
+IDENTITY_CONVERSATIONS = 1000
+
+
+def mid(settings: "MidSettings") -> tuple[Conversations, Conversations]:
+    """(training, held-out) conversations of midtraining."""
+    if settings.demo:
+        return world.mid_mixture("train"), world.mid_mixture("val")
+    data = settings.task_data
+    identity = identity_task(settings.model_name)
+    train = [
+        tasks.load("SmolTalk", "train", data),
+        tasks.load("MMLU", "auxiliary_train", data),
+        tasks.load("GSM8K", "train", data),
+        identity,
+        identity,
+        tasks.load("SimpleSpelling", "train", data, size=200_000),
+        tasks.load("SpellingBee", "train", data, size=80_000),
+    ]
+    val = [
+        tasks.load("SmolTalk", "test", data),
+        tasks.load("MMLU", "test", data, stop=5200),
+        tasks.load("GSM8K", "test", data, stop=420),
+    ]
+    return TaskMixture(train), TaskMixture(val)
+
+
+def sft(settings: "SftSettings", tokenizer) -> tuple[Conversations, Conversations]:
+    """(training, held-out) conversations of finetuning."""
+    if settings.data is not None:
+        return own(settings.data, tokenizer)
+    if settings.demo:
+        return world.sft_mixture("train"), world.sft_mixture("val")
+    data = settings.task_data
+    train = [
+        tasks.load("ARC-Easy", "train", data),
+        tasks.load("ARC-Challenge", "train", data),
+        tasks.load("GSM8K", "train", data),
+        tasks.load("SmolTalk", "train", data, stop=10_000),
+        identity_task(settings.model_name),
+        tasks.load("SimpleSpelling", "train", data, size=300),
+        tasks.load("SpellingBee", "train", data, size=300),
+    ]
+    return TaskMixture(train), tasks.load("SmolTalk", "test", data)
+
+
+def rl(settings: "RlSettings") -> tuple[Task, Task]:
+    """(training, held-out) questions whose answers can be rewarded."""
+    if settings.demo:
+        return world.rl_task("train"), world.rl_task("val")
+    return tasks.load("GSM8K", "train", settings.task_data), tasks.load("GSM8K", "test", settings.task_data)
+
+
+def own(path: Path, tokenizer) -> tuple[Conversations, Conversations]:
+    """The user's conversations, one in twenty held out; shows what was read and how it will be learnt."""
+    file = load_chat_file(path)
+    for line, reason in file.problems[:10]:
+        print(f"{path}, line {line}: left out: {reason}")
+    if len(file.problems) > 10:
+        print(f"{path}: {len(file.problems) - 10} more lines left out")
+    print(f"{path}: {len(file):,} conversations; the first ones, with what is learnt marked:")
+    print(describe_samples(file, tokenizer))
+    return file.held_out()
+
+
+def identity_task(name: str) -> Task:
+    """Conversations about who the model is: the user's `identity_conversations.jsonl` in the base directory if there is
+    one, else made from templates for the name."""
+    given = base_dir() / "identity_conversations.jsonl"
+    if given.is_file():
+        return CustomJSON(given)
+    path = base_dir() / "task_data" / "identity" / f"{''.join(c if c.isalnum() else '_' for c in name)}.jsonl"
+    write_identity_file(path, name, n=IDENTITY_CONVERSATIONS)
+    return CustomJSON(path)
+
+
+def eval_task(name: str, task_data: Path | None) -> Task:
+    """The held-out side of a task by its name."""
+    return world.load(name, "val") if name.startswith("world/") else tasks.load(name, "test", task_data)
