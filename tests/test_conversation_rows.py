@@ -372,11 +372,11 @@ def test_supervised_targets_equal_the_references_finetuning(tmp_path, case):
 CASES: list[dict[str, Any]] = [
     {"packing": "stream"},
     {"packing": "stream", "batch_rows": 3},
-    {"packing": "stream", "max_rows": 60},
-    {"packing": "stream", "max_rows": 64},
+    {"packing": "stream", "max_rows": 380},
+    {"packing": "stream", "max_rows": 384},
     {"packing": "best_fit"},
-    {"packing": "best_fit", "max_rows": 18},
-    {"packing": "best_fit", "max_rows": 20},
+    {"packing": "best_fit", "max_rows": 80},
+    {"packing": "best_fit", "max_rows": 84},
 ]
 
 
@@ -384,13 +384,13 @@ CASES: list[dict[str, Any]] = [
 def test_interrupted_anywhere_gives_the_same_bytes(tmp_path, small_batches, monkeypatch, options):
     monkeypatch.setattr(module, "BUFFER", 9)
     items = [made(i) for i in range(120)]
-    options = {"split": "train", "rows_per_shard": 6, **options}
+    options = {"split": "train", "rows_per_shard": 12, **options}
     T = 20 if options["packing"] == "stream" else 60
     every = Listed(items)
     whole = build_conversation_rows(every, TOKENIZER, T, out_dir=tmp_path / "whole", **options)
     assert len(whole) > 12 and whole.manifest["skipped"] > 0
     reads = []
-    for stop in range(3, 120, 12):
+    for stop in range(3, 120, 19):
         place = tmp_path / str(stop)
         try:
             build_conversation_rows(Listed(items, fail_at=stop), TOKENIZER, T, out_dir=place, **options)
