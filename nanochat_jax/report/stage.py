@@ -1,0 +1,238 @@
+"""One stage on the card: plan, pace, curves, evaluations, and what the model wrote before and after."""
+
+import os
+import re
+import statistics
+
+from nanochat_jax.report.blocks import (
+    ABSENT,
+    Block,
+    Facts,
+    Plot,
+    Plots,
+    Quotes,
+    Samples,
+    Section,
+    Series,
+    Table,
+    clean,
+    count_of,
+    duration,
+    interval,
+    number,
+)
+from nanochat_jax.report.collect import Run, curve
+from nanochat_jax.report.summary import bpb_label, figure, interval_in, is_limit
+
+TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
+# Numbers of a training step that are shown as a fact or have a plot of their own; any other one is plotted by its name.
+_PACE = {"seconds", "tok_per_sec", "mfu", "data_wait"}
+_FIRST = {"loss": "loss", "lr_multiplier": "learning rate (share of its peak)", "grad_norm": "gradient norm"}
+_PASS = re.compile(r"pass(@|_at_)\d+")
+MAX_QUOTES = 4
+
+
+def stage_section(run: Run, label: str, parent: Run | None) -> Section:
+    """The chapter of one run; `parent` is the run it began from, where that is on the card too."""
+    blocks: list[Block] = [Facts(_facts(run))]
+    if plots := _plots(run):
+        blocks.append(Plots(plots))
+    if table := _during_training(run):
+        blocks.append(Section("Measured during training", [table], level=3))
+    if table := _evaluations(run):
+        blocks.append(Section("Evaluations", [table], level=3))
+    if samples := _samples(run, parent):
+        blocks.append(Section("Samples", [samples], level=3))
+    if quotes := _transcripts(run):
+        blocks.append(Section("Rollouts", quotes, level=3))
+    settings = [(k, clean(v)) for k, v in run.meta.get("settings", {}).items()]
+    blocks.append(Facts(settings, fold=f"All settings ({len(settings)})"))
+    identity = [(k, clean(v)) for k, v in run.meta.get("identity", {}).items()]
+    blocks.append(Facts(identity, fold=f"Identity: what a continued run must agree with ({len(identity)})"))
+    return Section(f"{label}: {TITLES.get(run.stage, run.stage)}", blocks)
+
+
+def tokens_seen(run: Run) -> int:
+    """Tokens of all logged steps (a step's tokens are its rate times its time)."""
+    return sum(round(r["tok_per_sec"] * r["seconds"]) for r in run.train if {"tok_per_sec", "seconds"} <= r.keys())
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    config, parent = run.meta.get("config", {}), run.meta.get("parent") or {}
+    facts = [("run", run.name)]
+    if parent:
+        facts.append(("began from", f"{parent.get('run')}, step {number(parent.get('step'))}"))
+    shape = [f"{config[k]:,} {name}" for k, name in (("n_layer", "layers"), ("n_head", "heads")) if k in config]
+    shape += [f"width {config['n_embd']:,}"] if "n_embd" in config else []
+    shape += [f"context {config['sequence_len']:,}"] if "sequence_len" in config else []
+    if shape:
+        facts.append(("model", ", ".join(shape)))
+    planned = f" of {run.planned_steps:,}" if run.planned_steps else ""
+    facts.append(("steps", f"{run.step:,}{planned} in the newest checkpoint, {len(run.train):,} logged"))
+    if run.train:
+        facts.append(("tokens", number(tokens_seen(run))))
+        facts.append(("time in steps", duration(run.train_seconds)))
+        facts.append(("loss", _first_to_last(curve(run.train, "loss")[1])))
+    if rates := curve(run.train, "tok_per_sec")[1]:
+        facts.append(("tokens per second", f"{number(statistics.median(rates))} (median)"))
+    if mfu := curve(run.train, "mfu")[1]:
+        facts.append(("MFU", f"{number(100 * statistics.median(mfu))} % (median)"))
+    if waits := curve(run.train, "data_wait")[1]:
+        facts.append(("waiting for data", f"{100 * statistics.fmean(waits):.2f} % of the time"))
+    if len(run.sessions) > 1:
+        facts.append(("sessions", f"{len(run.sessions)} (continued {count_of(len(run.sessions) - 1, 'time')})"))
+    return facts
+
+
+def _first_to_last(values: list[float]) -> str:
+    """How a noisy number went: mean of the first and of the last few."""
+    if not values:
+        return ABSENT
+    n = max(1, min(10, len(values) // 10))
+    return f"{number(statistics.fmean(values[:n]))} → {number(statistics.fmean(values[-n:]))}" + (
+        f" (means of {n} steps)" if n > 1 else ""
+    )
+
+
+def _plots(run: Run) -> list[Plot]:
+    """Loss and held-out numbers first, then the schedule, then whatever else a step logged (reward, entropy, ...)."""
+    extra = dict.fromkeys(
+        k
+        for r in run.train
+        for k, v in r.items()
+        if k not in {"kind", "step", *_PACE, *_FIRST} and isinstance(v, int | float) and not isinstance(v, bool)
+    )
+    plots = [Plot("loss", [Series("loss", *curve(run.train, "loss"), kind="noisy")])]
+    plots += _eval_plots(run)
+    if passes := [k for k in extra if _PASS.fullmatch(k)]:
+        series = [Series(k, *curve(run.train, k), kind="noisy") for k in passes]
+        plots.append(Plot("pass@k of the rollouts", series))
+    plots += [
+        Plot(k.replace("_", " "), [Series(k, *curve(run.train, k), kind="noisy")]) for k in extra if k not in passes
+    ]
+    for key in ("lr_multiplier", "grad_norm"):
+        kind = "line" if key == "lr_multiplier" else "noisy"
+        plots.append(Plot(_FIRST[key], [Series(key, *curve(run.train, key), kind=kind)]))
+    return [p for p in plots if any(s.x for s in p.series)]
+
+
+def _eval_plots(run: Run) -> list[Plot]:
+    keys = [k for k in run.eval_keys() if not is_limit(k, run.eval_keys())]
+    groups: dict[str, list[str]] = {}
+    for k in keys:
+        groups.setdefault("pass@k, held out" if _PASS.fullmatch(k) else _eval_label(k), []).append(k)
+    plots = []
+    for title, members in groups.items():
+        series = []
+        for k in members:
+            limits = [interval_in(r, k) for r in run.evals if k in r]
+            whole = all(low is not None for low, _ in limits)
+            low, high = ([x for x in side if x is not None] if whole else [] for side in zip(*limits, strict=True))
+            series.append(Series(k, *curve(run.evals, k), kind="points", low=low, high=high))
+        if max(len(s.x) for s in series) > 1:
+            plots.append(Plot(title, series))
+    return plots
+
+
+def _eval_label(key: str) -> str:
+    return bpb_label(key) if "bpb" in key else key.replace("_", " ")
+
+
+def _during_training(run: Run) -> Table | None:
+    keys = [k for k in run.eval_keys() if not is_limit(k, run.eval_keys())]
+    if not keys:
+        return None
+    rows = []
+    for k in keys:
+        steps, values = curve(run.evals, k)
+        record = next(r for r in reversed(run.evals) if k in r)
+        lowest, highest = min(values), max(values)
+        rows.append(
+            [
+                _eval_label(k),
+                f"{number(values[0])}\nstep {int(steps[0]):,}",
+                f"{number(values[-1])} {interval(*interval_in(record, k))}".strip() + f"\nstep {int(steps[-1]):,}",
+                f"{number(lowest)}\nstep {int(steps[values.index(lowest)]):,}",
+                f"{number(highest)}\nstep {int(steps[values.index(highest)]):,}",
+            ]
+        )
+    return Table(["Number", "first", "last", "lowest", "highest"], rows)
+
+
+def _evaluations(run: Run) -> Table | None:
+    rows = []
+    for task, result in sorted(run.newest_results.items()):
+        if result["kind"] == "samples":
+            continue
+        if "skipped" in result:
+            rows.append([clean(task), f"skipped: {clean(result['skipped'])}", *[ABSENT] * 5])
+            continue
+        value = figure(result)
+        shown = ABSENT if value is None else f"{number(value.value)} {interval(value.low, value.high)}".strip()
+        seconds = result.get("seconds")
+        rows.append(
+            [
+                clean(task),
+                shown,
+                number(result.get("n")),
+                number(result.get("baseline")),
+                number(result.get("centered")),
+                number(result["step"]),
+                ABSENT if seconds is None else duration(seconds),
+            ]
+        )
+    return Table(["Task", "result", "items", "chance", "centered", "step", "time"], rows) if rows else None
+
+
+def _samples(run: Run, parent: Run | None) -> Samples | None:
+    """The last samples beside those of the parent if both answered the same prompts, else beside the run's first."""
+    if not run.samples:
+        return None
+    last = run.samples[-1]
+    after = [clean(t) for t in last.get("texts", [])]
+    first = run.samples[0]
+    candidates = []
+    if first["step"] == 0 and len(run.samples) > 1:
+        candidates.append((f"before ({run.name}, step 0)", first))
+    if parent and parent.samples:
+        candidates.append((f"before ({parent.name}, step {parent.samples[-1]['step']:,})", parent.samples[-1]))
+    if len(run.samples) > 1:
+        candidates.append((f"early ({run.name}, step {first['step']:,})", first))
+    label = f"after ({run.name}, step {last['step']:,})"
+    for before_label, record in candidates:
+        before = [clean(t) for t in record.get("texts", [])]
+        if len(before) == len(after) and all(map(_same_prompt, before, after)):
+            return Samples(before_label, label, list(zip(before, after, strict=True)))
+    return Samples("", label, [("", text) for text in after])
+
+
+def _same_prompt(a: str, b: str) -> bool:
+    """Whether two samples plausibly continue one prompt: they begin alike."""
+    return len(os.path.commonprefix([a, b])) >= min(6, len(a), len(b))
+
+
+def _transcripts(run: Run) -> list[Block]:
+    """A few rollouts of the first and of the last step that kept any, and samples made by scripts.eval."""
+    blocks: list[Block] = []
+    kept = run.transcripts[:1] + run.transcripts[1:][-1:]
+    for record in kept:
+        quotes = [_quote(s) for s in record.get("samples", [])[:MAX_QUOTES]]
+        blocks.append(Quotes(quotes, fold=f"Step {record['step']:,}: {count_of(len(quotes), 'rollout')}"))
+    for task, result in sorted(run.newest_results.items()):
+        if result["kind"] == "samples" and result.get("items"):
+            quotes = [_quote(item) for item in result["items"][: 2 * MAX_QUOTES]]
+            blocks.append(Quotes(quotes, fold=f"{clean(task)}, step {result['step']:,}"))
+    return blocks
+
+
+def _quote(sample: object) -> tuple[str, str]:
+    """(title, text): numbers of a rollout become its title, its texts follow."""
+    if not isinstance(sample, dict):
+        return "", clean(sample)
+    short, texts = [], []
+    for key, value in sample.items():
+        if isinstance(value, str) and (len(value) > 40 or key in ("text", "prompt", "completion", "question")):
+            texts.append(clean(value))
+        else:
+            short.append(f"{key} {number(value) if isinstance(value, int | float) else clean(value)}")
+    return ", ".join(short), "\n".join(texts)
