@@ -1,4 +1,4 @@
-"""Reinforcement learning's pure parts: the reference's batches, gradients and step; extras against their textbook form."""
+"""Reinforcement learning's pure parts: the reference's batches, gradients and step; extras against textbook forms."""
 
 import json
 from typing import Any

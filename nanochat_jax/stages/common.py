@@ -63,7 +63,7 @@ class StageSettings:
 # What derives from them (num_iterations) or is identified by its content (the rows) is compared instead.
 FREE = {
     "run_name", "device_batch_size", "eval_every", "eval_tokens", "sample_every", "save_every", "keep", "resume",
-    "remat", "device", "sinks", "num_iterations", "source",
+    "remat", "device", "sinks", "num_iterations", "source", "source_step",
 }  # fmt: skip
 
 
@@ -84,15 +84,21 @@ class Parent:
 
 
 def find_parent(source: str, stages: tuple[str, ...], step: int | None = None) -> Parent:
-    """The run named `source`, or the newest one of the first of `stages` that has any.
+    """The run named `source`, or the newest one of the first of `stages` that has any, at its end (or at `step`).
 
-    Raises CheckpointError when there is none, ValueError when the named run is of another stage.
+    Raises CheckpointError when there is none, ValueError when the named run is of another stage or was stopped early.
     """
     folder = checkpoint.find_run(source) if source else checkpoint.find_first(stages)
     meta = checkpoint.load_meta(folder, step)
     if meta["stage"] not in stages:
         raise ValueError(
             f"--source={folder.name} is a {meta['stage']} run; this stage starts from one of: {', '.join(stages)}"
+        )
+    planned = meta["identity"].get("num_iterations", meta["step"])
+    if step is None and meta["step"] < planned:
+        raise ValueError(
+            f"the run {folder.name} was stopped at step {meta['step']} of {planned}: finish it with the command that "
+            f"started it, or take it as it is with --source_step={meta['step']}"
         )
     config = checkpoint.config_from_dict(meta["config"])
     return Parent(

@@ -37,6 +37,7 @@ class ChatStageSettings(StageSettings):
 
     run_name: str = flag("", "name of the run's folder; default: the parent's, with this stage at its end")
     source: str = flag("", "run to start from; default: the newest of the stage before")
+    source_step: int | None = flag(None, "checkpoint of the source to start from; default: its last")
     max_seq_len: int = flag(0, "tokens per row; 0: the parent's context length")
     num_iterations: int = flag(-1, "optimizer steps; -1: from num_epochs")
     num_epochs: int = flag(1, "passes over the conversations")
@@ -71,12 +72,13 @@ def run(settings: ChatStageSettings, stage: str, parents: tuple[str, ...], lesso
 
 def open_parent(settings: ChatStageSettings, stage: str, parents: tuple[str, ...]) -> Parent:
     """The parent that --source names, or the one an existing run had, or the newest of the stage before."""
-    source = settings.source
+    source, step = settings.source, settings.source_step
     if not source and settings.run_name and settings.resume:
         folder = checkpoint.run_dir(settings.run_name)
         if checkpoint.steps(folder):
-            source = checkpoint.load_meta(folder).get("parent", {}).get("run", "")
-    parent = find_parent(source, parents)
+            recorded = checkpoint.load_meta(folder).get("parent", {})
+            source, step = recorded.get("run", ""), recorded.get("step")
+    parent = find_parent(source, parents, step)
     print(f"{stage} starts from {parent.run}, step {parent.step} ({parent.stage})")
     return parent
 
@@ -142,11 +144,10 @@ def _rows(lesson: Lesson, split: str, tokenizer, T: int, max_rows: int | None) -
             conversations, tokenizer, T, packing=lesson.packing, split=split, max_rows=max_rows, progress=progress
         )
     facts = rows.manifest["facts"]
-    left_out = [
-        f"{facts[k]:,} {what}" for k, what in (("skipped", "skipped"), ("truncated", "cut to a row")) if facts.get(k)
-    ]
+    kinds = {"skipped": "left out", "truncated": "cut to a row"}
+    problems = [f"{facts[k]:,} {what}" for k, what in kinds.items() if facts.get(k)]
     print(
         f"{name}: {len(rows):,} of {T} tokens from {facts['conversations']:,} conversations"
-        + (f" ({', '.join(left_out)})" if left_out else "")
+        + (f" ({', '.join(problems)})" if problems else "")
     )
     return rows
