@@ -7,7 +7,8 @@ answerKey}; a local file may have {question, choices: [...], answer} instead, th
 from pathlib import Path
 
 from tasks.common import Conversation, TaskError, evaluate_letter, mc_conversation
-from tasks.hub import HubTask, Row, Source
+from tasks.hub import HubTask, Source
+from tasks.rows import Row
 
 SUBSETS = ("ARC-Easy", "ARC-Challenge")
 

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from tasks.common import Conversation, TaskError
-from tasks.hub import HubTask, Row, Source
+from tasks.hub import HubTask, Source
+from tasks.rows import Row
 
 SUBSETS = ("main", "socratic")
 
@@ -45,8 +46,8 @@ class GSM8K(HubTask):
 def answer_parts(answer: str) -> list[dict[str, str]]:
     """An answer with ``<<expression=result>>`` in it as parts: text, python and python_output.
 
-    A call is cut at its last ``=``; without one the result is empty. The text around a call stays whole, so an empty text may
-    come first or between two calls, and the result usually comes again right after its output.
+    A call is cut at its last ``=``; without one the result is empty. The text around a call stays whole,
+    so an empty text may come first or between two calls, and the result usually comes again right after its output.
     """
     parts = []
     for piece in _TOOL_CALL.split(answer):

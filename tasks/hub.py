@@ -15,17 +15,12 @@ folder with one is whole; sizes and hashes are checked at every load. ``HF_ENDPO
 a token for it. ``NANOCHAT_OFFLINE=1`` refuses to fetch.
 """
 
-import gzip
 import json
 import logging
 import os
 import re
 import urllib.parse
-import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +32,12 @@ from nanochat_jax.data.fetch import FetchError, OfflineError, fetch_file
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.paths import OFFLINE_VARIABLE, base_dir, lock_file, offline, sha256_file, write_atomic
 from tasks.common import Conversation, Task, TaskError, shuffled_order
+from tasks.rows import Row, Rows
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 MANIFEST, LOCK, LISTING = "manifest.json", ".lock", "listing.json"
-
-Row = dict[str, Any]
-# Called for every row at access: raises ValueError if no conversation can be made of it.
-ToConversation = Callable[[Row], Conversation]
 
 
 @dataclass(frozen=True)
@@ -112,120 +104,6 @@ class HubTask(Task):
             raise TaskError(f"{cls.__name__} has no split {split!r}; it has {', '.join(cls.splits)}")
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _File:
-    """The rows of one file, as Arrow batches or as JSON lines; either way a row becomes a dict only when asked for."""
-
-    path: Path
-    batches: list[pa.RecordBatch] = field(default_factory=list)
-    lines: list[tuple[int, bytes]] = field(default_factory=list)  # line number, line
-    wrapper: str | None = None
-
-    def __post_init__(self) -> None:
-        self._ends = list(accumulate(batch.num_rows for batch in self.batches))
-
-    def __len__(self) -> int:
-        return len(self.lines) + (self._ends[-1] if self._ends else 0)
-
-    def row(self, index: int) -> Row:
-        if self.lines:
-            row = json.loads(self.lines[index][1])
-        else:
-            batch = bisect_right(self._ends, index)
-            offset = index - (self._ends[batch - 1] if batch else 0)
-            row = self.batches[batch].slice(offset, 1).to_pylist()[0]
-        return row[self.wrapper] if self.wrapper else row
-
-    def name_of(self, index: int) -> str:
-        return f"{self.path}:{self.lines[index][0]}" if self.lines else f"{self.path}: row {index}"
-
-
-class Rows:
-    """The rows of some files in order, with random access. ``sha256`` has the hash of every file."""
-
-    def __init__(self, paths: Sequence[Path], columns: Sequence[str], wrapper: str | None = None):
-        self.paths = list(paths)
-        self.sha256 = [sha256_file(path) for path in self.paths]
-        self._files = [_read(path, columns, wrapper) for path in self.paths]
-        self._ends = list(accumulate(len(file) for file in self._files))
-        if len(self) == 0:
-            raise DataError(f"{self.paths[0]} has no rows; fetch it again or put another file in its place")
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def _locate(self, index: int) -> tuple[_File, int]:
-        file = bisect_right(self._ends, index)
-        return self._files[file], index - (self._ends[file - 1] if file else 0)
-
-    def __getitem__(self, index: int) -> Row:
-        file, local = self._locate(index)
-        return file.row(local)
-
-    def name_of(self, index: int) -> str:
-        """Where a row is, for a person: the file and the line or row."""
-        file, local = self._locate(index)
-        return file.name_of(local)
-
-
-def _read(path: Path, columns: Sequence[str], wrapper: str | None) -> _File:
-    return _read_parquet(path, columns, wrapper) if path.suffix == ".parquet" else _read_lines(path, columns, wrapper)
-
-
-def _read_parquet(path: Path, columns: Sequence[str], wrapper: str | None) -> _File:
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        nested = wrapper is not None and wrapper in schema.names and pa.types.is_struct(schema.field(wrapper).type)
-        present = [inner.name for inner in schema.field(wrapper).type] if nested else schema.names
-        needed = _needed(str(path), columns, present)
-        table = file.read(columns=[wrapper] if nested else needed)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable parquet file ({error}); remove it or fetch it again") from error
-    return _File(path, batches=table.to_batches(), wrapper=wrapper if nested else None)
-
-
-def _read_lines(path: Path, columns: Sequence[str], wrapper: str | None) -> _File:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}); remove it or fetch it again") from error
-    nested = False
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: no JSON ({error}); repair or remove the line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
-        if number == lines[0][0]:
-            nested = wrapper is not None and isinstance(row.get(wrapper), dict)
-        inner = row.get(wrapper) if nested and wrapper else row
-        if not isinstance(inner, dict):
-            raise DataError(f"{path}:{number}: {wrapper!r} is no object, as it is in the first line")
-        _needed(f"{path}:{number}", columns, inner)
-    return _File(path, lines=lines, wrapper=wrapper if nested else None)
-
-
-def _needed(where: str, columns: Sequence[str], present: Iterable[str]) -> list[str]:
-    """The first present alternative of every column."""
-    present = list(present)
-    found = []
-    for column in columns:
-        alternatives = column.split("|")
-        name = next((name for name in alternatives if name in present), None)
-        if name is None:
-            raise DataError(
-                f"{where} has no column {' or '.join(map(repr, alternatives))}; it has {', '.join(present)}"
-            )
-        found.append(name)
-    return found
-
-
 # --- which files ----------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +116,9 @@ def load_rows(source: Source, split: str, task_data: str | Path | None = None) -
     paths = find_local(source, split, Path(task_data)) if task_data is not None else fetch_rows(source, split)
     rows = Rows(paths, source.columns, source.wrapper)
     manifest = paths[0].parent / MANIFEST
-    if manifest.is_file():  # a fetched split: the rows have just been hashed, so compare in full
+    if (
+        paths[0].parent.name == split and manifest.is_file()
+    ):  # a fetched split: the rows have just been hashed, so compare in full
         for path, digest, entry in zip(paths, rows.sha256, _manifest(manifest), strict=True):
             if digest != entry["sha256"]:
                 raise DataError(f"{path} is damaged; delete {path.parent} to have it fetched again")
@@ -255,8 +135,8 @@ def find_local(source: Source, split: str, task_data: Path) -> list[Path]:
             return paths
     held = ", ".join(sorted(path.name for path in task_data.iterdir())[:12]) or "nothing"
     raise FileNotFoundError(
-        f"{task_data} (which holds {held}) has no {split} split of {source.repo} ({source.subset}). Put it there as {_layout(source, split)}"
-        ", or leave --task_data out to download it"
+        f"{task_data} (which holds {held}) has no {split} split of {source.repo} ({source.subset}). Put it there as "
+        f"{_layout(source, split)}, or leave --task_data out to download it"
     )
 
 

@@ -8,20 +8,27 @@ import re
 from pathlib import Path
 
 from tasks.common import Conversation
-from tasks.hub import HubTask, Row, Source
+from tasks.hub import HubTask, Source
+from tasks.rows import Row
 
 _FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
 
 class HumanEval(HubTask):
-    """164 problems, all in the split "test"."""
+    """164 problems, all in the split "test".
+
+    ``allow_unsafe_code`` lets ``evaluate`` run completions where the host cannot isolate them.
+    """
 
     name = "HumanEval"
     eval_type = "generative"
     splits = ("test",)
 
-    def __init__(self, split: str = "test", task_data: str | Path | None = None, **slicing):
+    def __init__(
+        self, split: str = "test", task_data: str | Path | None = None, allow_unsafe_code: bool = False, **slicing
+    ):
         self.check_split(split)
+        self.allow_unsafe_code = allow_unsafe_code
         columns = ("prompt", "canonical_solution", "entry_point", "test")
         source = Source("openai/openai_humaneval", "openai_humaneval", columns, ("humaneval", "openai_humaneval"))
         super().__init__(source, split, task_data, **slicing)
@@ -34,10 +41,13 @@ class HumanEval(HubTask):
         return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion's program passes the tests; it runs in the sandbox, for a few seconds at most."""
+        """Whether the completion's program passes the tests; it runs in the sandbox, for a few seconds at most.
+
+        Raises sandbox.SandboxUnavailable where code cannot be isolated and running it all the same was not allowed.
+        """
         from nanochat_jax.sandbox import execute_code
 
-        return execute_code(program(conversation, completion)).success
+        return execute_code(program(conversation, completion), allow_unsafe=self.allow_unsafe_code).success
 
 
 def program(conversation: Conversation, completion: str) -> str:

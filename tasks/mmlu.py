@@ -7,7 +7,8 @@ subject}, the answer being 0..3 or, in a local file, A..D.
 from pathlib import Path
 
 from tasks.common import Conversation, TaskError, evaluate_letter, mc_conversation
-from tasks.hub import HubTask, Row, Source
+from tasks.hub import HubTask, Source
+from tasks.rows import Row
 
 LETTERS = ("A", "B", "C", "D")
 AUXILIARY = "auxiliary_train"

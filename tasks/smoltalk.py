@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from tasks.common import Conversation, TaskError, check_alternation
-from tasks.hub import HubTask, Row, Source
+from tasks.hub import HubTask, Source
+from tasks.rows import Row
 
 
 class SmolTalk(HubTask):

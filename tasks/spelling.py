@@ -196,7 +196,7 @@ def spelled(word: str) -> str:
 
 
 def load_words(task_data: str | Path | None = None) -> list[str]:
-    """The words of ``task_data``'s words_alpha.txt, or (None) of the one in the base directory, fetched once; one a line.
+    """The words, one a line, of ``task_data``'s words_alpha.txt or (None) of the base directory's, fetched once.
 
     Lines that are not letters A to Z alone are left out and counted in a warning: a word with a quote in it would break
     the Python expression, and the calculator takes no other letters. Raises FileNotFoundError or FetchError saying how

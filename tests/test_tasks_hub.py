@@ -1,0 +1,378 @@
+"""Where rows come from: local folders in the documented layout, and the hub's parquet files over HTTP."""
+
+import gzip
+import http.server
+import json
+import os
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import tasks
+from nanochat_jax.data.fetch import FetchError, OfflineError
+from nanochat_jax.data.readers import DataError
+from tasks import hub, spelling
+from tasks.hub import Source, fetch_rows, find_local, load_rows, task_data_dir
+from tasks.rows import Rows
+
+GSM8K = Source("openai/gsm8k", "main", ("question", "answer"), ("gsm8k",))
+ROWS = [{"question": f"q{i}", "answer": f"a #### {i}"} for i in range(7)]
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "NANOCHAT_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+# --- local folders ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "gsm8k/train.jsonl",
+        "GSM8K/train.jsonl.gz",
+        "gsm8k/train.parquet",
+        "gsm8k/gsm8k_train.jsonl",
+        "gsm8k/main/train-00000-of-00001.parquet",
+        "gsm8k/train/anything.parquet",
+        "openai--gsm8k/main/train/00000.parquet",
+    ],
+)
+def test_places_of_a_local_file(tmp_path, place):
+    path = write(tmp_path / place, ROWS)
+    write(path.with_name("other.txt.jsonl"), ROWS) if "train/" not in place else None
+    assert find_local(GSM8K, "train", tmp_path) == [path]
+    rows = load_rows(GSM8K, "train", tmp_path)
+    assert len(rows) == 7 and [rows[i] for i in range(7)] == ROWS
+    with pytest.raises(FileNotFoundError, match="has no test split of openai/gsm8k .main..*gsm8k/test.jsonl"):
+        find_local(GSM8K, "test", tmp_path)
+
+
+def test_rows_of_several_files_follow_each_other(tmp_path):
+    for i, part in enumerate((ROWS[:3], ROWS[3:4], ROWS[4:])):
+        write(tmp_path / f"gsm8k/main/train-0000{i}-of-00003.parquet", part)
+    rows = load_rows(GSM8K, "train", tmp_path)
+    assert [rows[i] for i in range(7)] == ROWS and len(rows.sha256) == 3
+    assert rows.name_of(5).endswith("train-00002-of-00003.parquet: row 1")
+
+
+def test_a_split_is_never_mixed_up_with_another(tmp_path):
+    source = Source("cais/mmlu", "all", ("question",), ("mmlu",))
+    for name in ("auxiliary_train", "dev", "test", "validation"):
+        write(tmp_path / f"mmlu/all/{name}-00000-of-00001.parquet", [{"question": name}])
+    for name in ("auxiliary_train", "dev", "test", "validation"):
+        assert load_rows(source, name, tmp_path)[0] == {"question": name}
+    with pytest.raises(FileNotFoundError):
+        find_local(source, "train", tmp_path)
+    # ARC's subsets never stand in for each other.
+    write(tmp_path / "ai2_arc/ARC-Easy/test.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": "A"}])
+    write(tmp_path / "ai2_arc/test.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": "A"}])
+    assert len(tasks.load("ARC-Easy", "test", tmp_path)) == 1
+    with pytest.raises(FileNotFoundError, match="ARC-Challenge/test.jsonl"):
+        tasks.load("ARC-Challenge", "test", tmp_path)
+
+
+def test_missing_data_say_how_to_get_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--task_data=.*nowhere is no folder"):
+        tasks.load("GSM8K", "train", tmp_path / "nowhere")
+    for name in tasks.NAMES[:6]:
+        with pytest.raises(FileNotFoundError, match="holds nothing.*Put it there as .*/test.jsonl .*columns.*download"):
+            tasks.load(name, "test", tmp_path)
+
+
+def test_a_split_in_two_kinds_of_file(tmp_path):
+    write(tmp_path / "gsm8k/train.jsonl", ROWS)
+    write(tmp_path / "gsm8k/train.parquet", ROWS)
+    with pytest.raises(DataError, match="several kinds of file .train.jsonl, train.parquet.; keep one"):
+        load_rows(GSM8K, "train", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_missing_columns_are_named(tmp_path, suffix):
+    write(tmp_path / f"gsm8k/train{suffix}", [{"question": "q", "solution": "s"}])
+    with pytest.raises(DataError, match=f"train{suffix}(:1)? has no column 'answer'; it has question, solution"):
+        load_rows(GSM8K, "train", tmp_path)
+    write(tmp_path / f"ARC-Easy/train{suffix}", [{"question": "q", "choices": ["a"]}])
+    with pytest.raises(DataError, match="no column 'answerKey' or 'answer'; it has question, choices"):
+        tasks.load("ARC-Easy", "train", tmp_path)
+    write(tmp_path / f"mmlu/auxiliary_train{suffix}", [{"train": {"question": "q"}}])
+    with pytest.raises(DataError, match="no column 'choices'; it has question"):
+        tasks.load("MMLU", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("train.jsonl", b'{"question": "q", "answer": "a"}\n\n{"question": "q"\n', "train.jsonl:3: no JSON"),
+        ("train.jsonl", b"[1]\n", "train.jsonl:1: a JSON list, not an object"),
+        ("train.jsonl", b"\n", "has no rows"),
+        ("train.jsonl", b"", "has no rows"),
+        ("train.jsonl.gz", b"not gzip", "train.jsonl.gz cannot be read"),
+        ("train.jsonl.gz", gzip.compress(os.urandom(99))[:50], "train.jsonl.gz cannot be read"),
+        ("train.parquet", b"<html>", "train.parquet is no readable parquet file"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, reason):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        load_rows(GSM8K, "train", tmp_path)
+
+
+def test_nested_parquet_rows_and_only_the_columns_needed(tmp_path):
+    inner = [{"question": f"q{i}", "choices": list("abcd"), "answer": i % 4, "subject": ""} for i in range(5)]
+    write(tmp_path / "mmlu/auxiliary_train/train-00000-of-00001.parquet", [{"train": row} for row in inner])
+    task = tasks.load("MMLU", "train", tmp_path)
+    assert [task.rows[i] for i in range(5)] == inner  # pyright: ignore
+    path = write(tmp_path / "x.parquet", [{**row, "more": 1} for row in ROWS])
+    assert Rows([path], GSM8K.columns)[0] == ROWS[0]
+
+
+def test_fingerprints_follow_the_content(tmp_path):
+    path = write(tmp_path / "a/gsm8k/train.jsonl", ROWS)
+    first = tasks.load("GSM8K", "train", tmp_path / "a")
+    write(tmp_path / "b/openai--gsm8k/main/train.jsonl", ROWS)
+    assert tasks.load("GSM8K", "train", tmp_path / "b").fingerprint() == first.fingerprint()
+    assert tasks.load("GSM8K", "train", tmp_path / "b", stop=3).fingerprint() != first.fingerprint()
+    write(path.with_name("test.jsonl"), ROWS)
+    assert tasks.load("GSM8K", "test", tmp_path / "a").fingerprint() != first.fingerprint()
+    write(path, [*ROWS[:-1], {"question": "q6", "answer": "a #### 7"}])
+    assert tasks.load("GSM8K", "train", tmp_path / "a").fingerprint() != first.fingerprint()
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """A hub on this machine: answers by path, some of them cut short, and what was asked of it."""
+
+    def __init__(self):
+        self.answers: dict[str, bytes] = {}
+        self.cut_after: dict[str, int] = {}
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.asked.append((self.path, dict(self.headers)))
+                body = outer.answers.get(self.path)
+                if body is None:
+                    self.send_error(404)
+                    return
+                start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+                self.send_header("Content-Length", str(len(body) - start))
+                self.end_headers()
+                self.wfile.write(body[start : start + outer.cut_after.pop(self.path, len(body))])
+                self.close_connection = True
+
+            def log_message(self, format, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+
+    def publish(self, split, parts, tmp_path):
+        """Rows of GSM8K's main subset as so many files."""
+        paths = [f"/files/{split}/{i}.parquet" for i in range(len(parts))]
+        for path, rows in zip(paths, parts, strict=True):
+            self.answers[path] = write(tmp_path / "published.parquet", rows).read_bytes()
+        listing = json.dumps([self.url + path for path in paths]).encode()
+        self.answers[f"/api/datasets/openai/gsm8k/parquet/main/{split}"] = listing
+        return paths
+
+    def close(self):
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    yield server
+    server.close()
+
+
+def fetched(split="train"):
+    return task_data_dir() / "openai--gsm8k" / "main" / split
+
+
+def test_fetching_a_split(server, tmp_path, monkeypatch):
+    paths = server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
+    rows = load_rows(GSM8K, "train")
+    assert [rows[i] for i in range(7)] == ROWS
+    assert [path for path, _ in server.asked] == ["/api/datasets/openai/gsm8k/parquet/main/train", *paths]
+    manifest = json.loads((fetched() / "manifest.json").read_text())
+    assert [(entry["name"], entry["rows"]) for entry in manifest["files"]] == [
+        ("00000.parquet", 3),
+        ("00001.parquet", 4),
+    ]
+    assert [entry["sha256"] for entry in manifest["files"]] == rows.sha256
+    assert [entry["size"] for entry in manifest["files"]] == [len(server.answers[path]) for path in paths]
+    assert sorted(path.name for path in fetched().iterdir()) == [
+        ".lock",
+        "00000.parquet",
+        "00001.parquet",
+        "manifest.json",
+    ]
+    # From now on nothing is asked of the network, and a copy of the folder serves as --task_data.
+    server.asked.clear()
+    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
+    task = tasks.load("GSM8K", "train")
+    assert len(task) == 7 and not server.asked
+    assert tasks.load("GSM8K", "train", task_data_dir()).fingerprint() == task.fingerprint()
+
+
+def test_the_token_goes_to_the_endpoint_only(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    other = Hub()
+    try:
+        server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
+        other.answers["/elsewhere.parquet"] = server.answers["/files/train/1.parquet"]
+        listing = [server.url + "/files/train/0.parquet", other.url + "/elsewhere.parquet"]
+        server.answers["/api/datasets/openai/gsm8k/parquet/main/train"] = json.dumps(listing).encode()
+        assert len(load_rows(GSM8K, "train")) == 7
+        assert [headers.get("Authorization") for _, headers in server.asked] == ["Bearer secret"] * 2
+        assert [headers.get("Authorization") for _, headers in other.asked] == [None]
+    finally:
+        other.close()
+
+
+def test_an_interrupted_fetch_goes_on(server, tmp_path):
+    paths = server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
+    second = server.answers.pop(paths[1])
+    with pytest.raises(FetchError, match="train split of openai/gsm8k .main. cannot be fetched: .*404.*--task_data="):
+        fetch_rows(GSM8K, "train", wait=0)
+    assert not (fetched() / "manifest.json").exists()
+    with pytest.raises(DataError, match="is an unfinished download"):
+        load_rows(GSM8K, "train", task_data_dir())  # never a part of a split as if it were all of it
+    server.answers[paths[1]] = second
+    server.cut_after[paths[1]] = 500
+    server.asked.clear()
+    assert fetch_rows(GSM8K, "train", wait=0) == [fetched() / "00000.parquet", fetched() / "00001.parquet"]
+    assert [path for path, _ in server.asked][1:] == [paths[1]] * 2, "the first file was fetched again"
+    assert server.asked[-1][1]["Range"] == "bytes=500-"
+    assert (fetched() / "00001.parquet").read_bytes() == second
+
+
+@pytest.mark.parametrize(
+    "path, answer, reason",
+    [
+        ("/api/datasets/openai/gsm8k/parquet/main/train", b"[]", "no list of addresses"),
+        ("/api/datasets/openai/gsm8k/parquet/main/train", b'{"error": "gone"}', "no list of addresses: .*gone"),
+        ("/api/datasets/openai/gsm8k/parquet/main/train", b"<html>", "list of files is no JSON; check HF_ENDPOINT"),
+        (
+            "/files/train/0.parquet",
+            b"<html>please log in</html>",
+            "0.parquet sent is no parquet file .*check HF_ENDPOINT",
+        ),
+    ],
+)
+def test_answers_that_are_something_else(server, tmp_path, path, answer, reason):
+    server.publish("train", [ROWS], tmp_path)
+    good, server.answers[path] = server.answers[path], answer
+    with pytest.raises(FetchError, match=reason):
+        fetch_rows(GSM8K, "train", wait=0)
+    assert not (fetched() / "manifest.json").exists()
+    server.answers[path] = good
+    assert len(load_rows(GSM8K, "train")) == 7  # the bad answer is not kept
+
+
+def test_a_damaged_copy_is_noticed(server, tmp_path):
+    server.publish("train", [ROWS], tmp_path)
+    (path,) = fetch_rows(GSM8K, "train")
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(DataError, match=f"00000.parquet has {len(good) - 1} bytes where.*{len(good)}; delete .*train"):
+        load_rows(GSM8K, "train")
+    path.write_bytes(write(tmp_path / "x.parquet", ROWS).read_bytes()[:-9] + b"?" * 9)
+    with pytest.raises(DataError):
+        load_rows(GSM8K, "train")
+    position = good.index(b"q3")
+    path.write_bytes(good[:position] + b"Q" + good[position + 1 :])  # same size, still parquet
+    with pytest.raises(DataError, match="00000.parquet is damaged; delete .*train to have it fetched again"):
+        load_rows(GSM8K, "train")
+    path.unlink()
+    with pytest.raises(DataError, match="00000.parquet is gone; delete"):
+        load_rows(GSM8K, "train")
+    (fetched() / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="manifest.json is damaged"):
+        load_rows(GSM8K, "train")
+
+
+def test_several_processes_fetch_once(server, tmp_path):
+    server.publish("train", [ROWS], tmp_path)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(len(load_rows(GSM8K, "train")))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [7] * 4 and len(server.asked) == 2
+
+
+def test_offline_says_how_to_get_the_data(server, tmp_path, monkeypatch):
+    server.publish("train", [ROWS], tmp_path)
+    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
+    with pytest.raises(OfflineError, match="NANOCHAT_OFFLINE is set and the train split of openai/gsm8k.*--task_data"):
+        load_rows(GSM8K, "train")
+    assert not server.asked and not fetched().exists()
+
+
+def test_every_source_asks_for_the_right_address(server):
+    for name, split in zip(tasks.NAMES[:6], ("train", "test", "train", "train", "test", "test"), strict=True):
+        with pytest.raises(FetchError, match="404"):
+            tasks.load(name, split)
+    assert [path.removeprefix("/api/datasets/") for path, _ in server.asked] == [
+        "allenai/ai2_arc/parquet/ARC-Easy/train",
+        "allenai/ai2_arc/parquet/ARC-Challenge/test",
+        "cais/mmlu/parquet/all/auxiliary_train",
+        "openai/gsm8k/parquet/main/train",
+        "openai/openai_humaneval/parquet/openai_humaneval/test",
+        "HuggingFaceTB/smol-smoltalk/parquet/default/test",
+    ]
+
+
+def test_the_default_endpoint(monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT")
+    asked = []
+
+    def refuse(url, path, token=None, **_):
+        asked.append(url)
+        raise FetchError("no")
+
+    monkeypatch.setattr(hub, "fetch_file", refuse)
+    with pytest.raises(FetchError):
+        load_rows(GSM8K, "test")
+    assert asked == ["https://huggingface.co/api/datasets/openai/gsm8k/parquet/main/test"]
+
+
+def test_words_are_fetched_once(server, monkeypatch):
+    server.answers["/words_alpha.txt"] = b"cat\r\ndog\r\n"
+    monkeypatch.setattr(spelling, "WORDS_URL", server.url + "/words_alpha.txt")
+    for _ in range(2):
+        assert tasks.load("SpellingBee", "train", size=2).words == ["cat", "dog"]  # pyright: ignore
+    assert [path for path, _ in server.asked] == ["/words_alpha.txt"]
