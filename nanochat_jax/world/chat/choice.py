@@ -63,11 +63,11 @@ def category_quiz(world: World, draw: Draw) -> Quiz:
 
 
 def fact_quiz(world: World, draw: Draw) -> Quiz:
-    """A fact, asked in any phrasing, with three wrong answers that would be true of another subject."""
+    """A fact, asked as the documents ask it, with three wrong answers that would be true of another subject."""
     while True:
         fact = draw.pick(asked_facts(world))
         wrong = wrong_answers(world, fact, draw, len(LETTERS) - 1)
-        if len(wrong) == len(LETTERS) - 1 and side("choice", *_key(fact), *sorted(wrong)) == draw.split:
+        if len(wrong) == len(LETTERS) - 1 and side("choice", fact.subject, fact.relation, *sorted(wrong)) == draw.split:
             return _arranged(
                 question(fact, draw.pick(RELATIONS[fact.relation].questions), draw),
                 fact.object,
@@ -75,10 +75,6 @@ def fact_quiz(world: World, draw: Draw) -> Quiz:
                 fact.relation,
                 draw,
             )
-
-
-def _key(fact) -> tuple[str, str]:
-    return fact.subject, fact.relation
 
 
 def quiz(world: World, draw: Draw) -> Quiz:

@@ -67,7 +67,7 @@ def _phrasings(split: str) -> tuple[tuple[str, str], ...]:
 
 def _with_typo(text: str, draw: Draw) -> str:
     """`text` with one letter dropped, doubled, exchanged with the next or replaced."""
-    i, how = draw.between(1, len(text) - 2), draw.below(4)
+    i, how = draw.pick([i for i in range(1, len(text) - 1) if text[i - 1 : i + 2].isalpha()]), draw.below(4)
     if how == 0:
         return text[:i] + text[i + 1 :]
     if how == 1:

@@ -14,6 +14,7 @@ from nanochat_jax.world.world import World
 
 UNQUOTED_SHARE = 0.15  # in training; what is measured is the form with marks
 OTHER_LETTER_SHARE = 0.1  # the letter need not be in the word
+REPEATED_SHARE = 0.5  # a letter that comes more than once is chosen on purpose: else "1" would nearly always be right
 
 _SPELL = (
     "Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "How is {w} spelled?", "Please spell {w}.",
@@ -44,10 +45,17 @@ def spelling(world: World, draw: Draw) -> Conversation:
     return conversation(question, spelled(word), word=word)
 
 
+def _letter(word: str, draw: Draw) -> str:
+    if draw.chance(OTHER_LETTER_SHARE):
+        return draw.pick("abcdefghijklmnopqrstuvwxyz")
+    repeated = [c for c in word if word.count(c) > 1]
+    return draw.pick(repeated if repeated and draw.chance(REPEATED_SHARE) else word)
+
+
 def letters(world: World, draw: Draw) -> Conversation:
     """A letter to count in a word. The conversation also carries `word` and `letter`."""
     word = word_to_spell(draw)
-    letter = draw.pick("abcdefghijklmnopqrstuvwxyz") if draw.chance(OTHER_LETTER_SHARE) else draw.pick(word)
+    letter = _letter(word, draw)
     bare = _bare(draw)
     question = opened(draw.pick(_COUNT).format(c=_marked(letter, bare), w=_marked(word, bare)), draw)
     call = calculated(f'"{word}".count("{letter}")')

@@ -38,12 +38,12 @@ _PLOTS = (
 
 
 def story_request(world: World, draw: Draw) -> Conversation:
-    """Somebody asks for a story and gets one. (plot, hero, thing, place) belongs to one split."""
-    plot, hero, thing, place = draw.combination(
-        "tale", range(len(_PLOTS)), tuple(p.name for p in world.children), lex.THINGS, range(len(lex.PLACES))
-    )
+    """Somebody asks for a story and gets one. (hero, thing) belongs to one split."""
+    names = tuple(person.name for person in world.children)
+    hero, thing = draw.combination("tale", names, lex.THINGS)
+    place, at = draw.pick(lex.PLACES)
     fields = pair_fields(world, hero) | {
-        "thing": thing, "place": lex.PLACES[place][0], "at": lex.PLACES[place][1], "hiding": draw.pick(lex.HIDING),
+        "thing": thing, "place": place, "at": at, "hiding": draw.pick(lex.HIDING),
         "shade": draw.pick(lex.COLORS), "feeling": draw.pick(lex.FEELINGS),
     }  # fmt: skip
-    return conversation(fill(draw.pick(_REQUESTS), draw, fields), capital(fill(_PLOTS[plot], draw, fields)))
+    return conversation(fill(draw.pick(_REQUESTS), draw, fields), capital(fill(draw.pick(_PLOTS), draw, fields)))

@@ -1,0 +1,151 @@
+"""Tasks of the demo world: sizes, different held-out rows, what counts as right, mixtures."""
+
+import pytest
+
+from nanochat_jax.conversation import render_conversation
+from nanochat_jax.tokenizer import SPECIAL_TOKENS
+from tasks import world
+from tasks.common import TaskError
+
+
+def _completion(conversation, answer=None):
+    """The reference answer as the engine would write it, or with `answer` as its last text."""
+    content = conversation["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content if answer is None else answer
+    around = {
+        "text": ("", ""),
+        "python": ("<|python_start|>", "<|python_end|>"),
+        "python_output": ("<|output_start|>", "<|output_end|>"),
+    }
+    pieces = [around[p["type"]][0] + p["text"] + around[p["type"]][1] for p in content]
+    return "".join(pieces if answer is None else [*pieces[:-1], answer])
+
+
+@pytest.mark.parametrize("name", world.NAMES)
+def test_every_task(name):
+    train, val = world.load(name, "train", 300), world.load(name, "val")
+    assert train.name == name and len(train) == 300 and len(world.load(name, "train")) == world.TRAIN_SIZE
+    questions = [row["messages"][0]["content"] for row in val]
+    assert len(questions) == len(set(questions)) == len(val)
+    if name not in ("world/small-talk", "world/turns"):  # small talk has no sides, and turns may begin with it
+        assert not set(questions) & {row["messages"][0]["content"] for row in train}
+    assert train[7] == world.load(name, "train", 300)[7] and train[7] != world.load(name, "train", 300, seed=1)[7]
+    assert train.fingerprint() == world.load(name, "train", 300).fingerprint()
+    different = [world.load(name, "train", 300, seed=1), world.load(name, "train", 299), val]
+    assert train.fingerprint() not in [task.fingerprint() for task in different]
+    assert [row for row in world.load(name, "train", 300, start=3, stop=9, step=2)] == [train[3], train[5], train[7]]
+
+
+@pytest.mark.parametrize("name", [*world.EVALS, "world/rl"])
+def test_the_reference_answer_is_right_and_others_are_not(name):
+    task = world.load(name, "val", 60)
+    wrong = 0
+    for row, other in zip(task, [*list(task)[1:], task[0]], strict=True):
+        assert task.evaluate(row, _completion(row)) is True
+        assert task.reward(row, _completion(row)) == 1.0
+        if task.eval_type == "generative":
+            assert task.evaluate(row, "") is False
+        wrong += not task.evaluate(row, _completion(other))
+    assert wrong > 20 or name == "world/identity"
+
+
+def test_arithmetic_needs_the_tool():
+    task = world.load("world/arithmetic", "val")
+    row = task[0]
+    said = _completion(row)
+    text = world.final_text(said)
+    assert task.evaluate(row, said) and not task.evaluate(row, text)
+    assert not task.evaluate(row, said.replace(text, text.replace(" is ", " is 1")))
+    assert not task.evaluate(row, said.replace(text, ""))
+
+
+def test_final_number():
+    assert world.final_number("<|output_start|>7<|output_end|>It is 12, not 13.") == 13
+    assert world.final_number("7<|output_end|>nothing") is None
+    assert not world.used_tool("<|python_start|>1+1") and not world.used_tool("")
+
+
+def test_spelling_is_judged_by_its_letters():
+    task = world.load("world/spelling", "val")
+    row = {"messages": [], "word": "pebble"}
+    assert task.evaluate(row, "P-e-b-b-l-e") and task.evaluate(row, "It is p-e-b-b-l-e.")
+    for wrong in ("p-e-b-l-e", "p-e-b-b-l-e-s", "pebble", "p, e, b, b, l, e", "o-p-e-b-b-l-e", ""):
+        assert not task.evaluate(row, wrong)
+
+
+def test_facts_must_be_named_alone_and_whole():
+    task = world.load("world/facts", "val")
+    row = next(row for row in world.load("world/facts", "train") if row["relation"] == "favorite_color")
+    right = row["object"]
+    wrong = "red" if right != "red" else "blue"
+    assert task.evaluate(row, f"It is {right}.") and task.evaluate(row, right.upper())
+    for text in (f"It is {wrong}.", f"It is {right} or {wrong}.", f"{right}ish", ""):
+        assert not task.evaluate(row, text)
+
+
+def test_choice():
+    task = world.Choice("val")
+    assert task.eval_type == "categorical" and task.baseline == 0.25 and task.letters == ("A", "B", "C", "D")
+    row = task[0]
+    assert row["letters"] == ["A", "B", "C", "D"]
+    assert sum(task.evaluate(row, letter) for letter in task.letters) == 1
+    with pytest.raises(TaskError):
+        task.evaluate(row, "E")
+    assert {"category"} < {row["about"] for row in task}
+
+
+def test_the_model_may_have_another_name():
+    task = world.load("world/identity", "val", model_name="Robin")
+    row = task[0]
+    assert "Robin" in row["messages"][1]["content"]
+    assert task.evaluate(row, "i am robin!") and not task.evaluate(row, "I am Robinson.")
+    assert task.fingerprint() != world.load("world/identity", "val").fingerprint()
+    rows = list(world.sft_mixture("train", 500, model_name="Robin"))
+    names = [row["name"] for row in rows if "name" in row]
+    assert names and set(names) == {"Robin"}
+
+
+def test_difficulty_of_rl():
+    for steps in (2, 5):
+        row = world.rl_task("val", 10, steps=steps)[0]
+        expression = row["messages"][1]["content"][0]["text"]
+        assert sum(expression.count(sign) for sign in "+-") == steps
+    easy, hard = (world.rl_task("val", 10, steps=steps) for steps in (2, 3))
+    assert easy.fingerprint() != hard.fingerprint()
+
+
+def test_mixtures():
+    mid, sft = world.mid_mixture("train", 1000), world.sft_mixture("train", 1000)
+    assert 980 <= len(mid) <= 1000 and len(sft) == len(mid)
+    again = {str(row["messages"]) for row in mid} & {str(row["messages"]) for row in sft}
+    assert len(again) < 0.2 * len(mid)  # small talk and a few questions with few forms
+    val = {str(row["messages"][0]) for row in world.sft_mixture("val") if len(row["messages"]) == 2}
+    train = {str(row["messages"][0]) for row in mid}
+    assert len(val & train) <= 20  # small talk alone
+    assert set(world.EVALS) | {"world/rl"} <= set(world.NAMES)
+    assert world.BASELINES == {name: 0.25 if name == "world/choice" else 0.0 for name in world.EVALS}
+
+
+def test_mistakes():
+    with pytest.raises(TaskError, match="world/arithmetic"):
+        world.load("world/algebra", "val")
+    with pytest.raises(TaskError, match="split"):
+        world.load("world/facts", "test")
+    with pytest.raises(TaskError, match="size"):
+        world.load("world/facts", "val", 0)
+    with pytest.raises(TaskError, match="smaller"):
+        world.load("world/small-talk", "val", 500)[0]
+    with pytest.raises(NotImplementedError):
+        world.load("world/stories", "val").evaluate({}, "")
+
+
+def test_which_tokens_are_trained():
+    """Text and tool calls of the assistant and its end, nothing of the user and nothing that the engine forces."""
+    row = world.load("world/arithmetic", "val")[0]
+    call, _, text = (part["text"] for part in row["messages"][1]["content"])
+    special = {name: 1000 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    ids, mask = render_conversation(row, lambda text: list(text.encode()), special.__getitem__)
+    trained = [token for token, learn in zip(ids, mask, strict=True) if learn]
+    start, end, stop = (special[f"<|{name}|>"] for name in ("python_start", "python_end", "assistant_end"))
+    assert trained == [start, *call.encode(), end, *text.encode(), stop]
