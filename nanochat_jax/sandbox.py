@@ -7,15 +7,15 @@ Where Linux offers namespaces the program has its own process space, an empty ne
 system's and Python's libraries (read-only) and an empty 64 MiB /tmp, the only place it can write; no capabilities; a
 user id of its own if we are root; limits on memory, CPU time, processes, open files and file sizes. When it ends, or at
 the timeout, the kernel kills everything it started. Where there are no namespaces execution is off
-(`SandboxUnavailable`), unless `allow_unsafe=True` (flag `--allow_unsafe_code`) accepts the limits, the process group and
-a temporary directory alone: then the program has the network and can read and write what this user can. The kernel's own
-attack surface is not reduced (no seccomp).
+(`SandboxUnavailable`), unless `allow_unsafe=True` (flag `--allow_unsafe_code`) accepts the limits (except that on
+processes), killing the process group and its orphans, and a temporary directory alone: then the program has the network
+and can read and write what this user can. The kernel's own attack surface is never reduced (no seccomp).
 
 **Success** means that control reached the end of the code and the process then ended with status 0. The end is attested
 by a random token (sandbox_child.py) that the program cannot guess and that no frame, object or descriptor shows: a
-program which leaves early with `sys.exit(0)` or `os._exit(0)`, before its checks, has not passed. It is no proof against
-code written to cheat: the program shares its interpreter with its own checks, and may as well return an object that
-equals everything.
+program which leaves early with `sys.exit(0)` or `os._exit(0)`, before its checks, has not passed. It is no proof
+against code written to cheat: the program shares its interpreter with its own checks, and may as well return an object
+that equals everything, or read its own memory.
 
 Flags and stdout agree with the reference (tests/golden/exec_v1.json). On purpose, following its later version:
 
@@ -30,10 +30,10 @@ and site-packages are not on the path.
 
 import functools
 import os
+import py_compile
 import selectors
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -51,7 +51,7 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 # -P -s -S: nothing but the standard library; -B: no bytecode files.
 _PYTHON_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")
 # One malloc arena: each thread's own would reserve 64 MiB of the memory limit.
-_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
 _GRACE_SECONDS = 30.0  # beyond the timeout, for starting up on a busy machine
 
 
@@ -166,6 +166,15 @@ def _probe(mechanism: str) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=1)
+def _child_script() -> str:
+    """The child's bytecode, since Python keeps none for a script and compiling it takes 4 ms; else its source."""
+    try:
+        return py_compile.compile(str(_CHILD), doraise=True) or str(_CHILD)
+    except OSError:  # an installation that this user cannot write to
+        return str(_CHILD)
+
+
 def _choose(isolation: str, allow_unsafe: bool) -> str:
     if isolation not in ("auto", ROOT, USER, NONE):
         raise ValueError(f"isolation must be auto, {ROOT}, {USER} or {NONE}, got {isolation!r}")
@@ -188,7 +197,7 @@ def _run_child(code: str, timeout: float, memory: int, mechanism: str) -> tuple[
         command = [
             sys.executable,
             *_PYTHON_FLAGS,
-            str(_CHILD),
+            _child_script(),
             mechanism,
             str(timeout),
             str(memory),
@@ -297,10 +306,10 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 def _remove_tree(directory: str) -> None:
     """Remove a directory whatever permissions the program gave to those in it."""
+    os.chmod(directory, 0o700)
     for parent, names, _ in os.walk(directory):  # top down: each is opened before it is entered
-        for name in [".", *names]:
-            path = os.path.join(parent, name)
-            if not stat.S_ISLNK(os.lstat(path).st_mode):
+        for path in (os.path.join(parent, name) for name in names):
+            if not os.path.islink(path):
                 os.chmod(path, 0o700)
     shutil.rmtree(directory, ignore_errors=True)
 
