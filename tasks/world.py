@@ -267,8 +267,8 @@ BASELINES = {name: _TASKS[name].baseline for name in EVALS}  # pyright: ignore[r
 
 # Parts in a thousand of the conversations, not of the tokens.
 MIX: dict[str, int] = {
-    "world/arithmetic": 130, "world/practice-problems": 190, "world/spelling": 170, "world/letters": 110,
-    "world/choice": 130, "world/facts": 140, "world/identity": 40, "world/stories": 30, "world/small-talk": 20,
+    "world/arithmetic": 110, "world/practice-problems": 160, "world/spelling": 190, "world/letters": 90,
+    "world/choice": 140, "world/facts": 200, "world/identity": 30, "world/stories": 25, "world/small-talk": 15,
     "world/turns": 40,
 }  # fmt: skip
 

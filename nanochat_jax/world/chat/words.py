@@ -16,6 +16,7 @@ from nanochat_jax.world.prose import python_prose
 from nanochat_jax.world.spelling import spelling_words
 
 MADE_UP_SHARE = 0.5
+SYLLABLES_SHARE = 0.2  # of the made-up words; the others, crossed from two real ones, have more of the usual pieces
 _PLAIN = re.compile(r"(?<![\w'-])[a-z]{3,12}(?![\w'-])")
 _VOWEL = re.compile(r"[aeiouy]")
 _STARTS = (
@@ -57,15 +58,15 @@ def _syllables(draw: Draw) -> str:
 
 
 def _crossed(draw: Draw) -> str:
-    """The beginning of one practice word and the end of another."""
+    """The beginning of one practice word and the end of another, each at least two letters long."""
     first, second = draw.pick(words_of(TRAIN)), draw.pick(words_of(TRAIN))
-    return first[: draw.between(2, max(2, len(first) - 1))] + second[-draw.between(2, max(2, len(second) - 1)) :]
+    return first[: draw.between(2, len(first))] + second[draw.between(0, len(second) - 2) :]
 
 
 def made_up_word(draw: Draw) -> str:
     """A word that does not exist and may be practiced: 3 to 12 letters, on the training side."""
     while True:
-        word = _syllables(draw) if draw.chance(0.5) else _crossed(draw)
+        word = _syllables(draw) if draw.chance(SYLLABLES_SHARE) else _crossed(draw)
         if 3 <= len(word) <= 12 and word_side(word) == TRAIN and _countable(word):
             return word
 
