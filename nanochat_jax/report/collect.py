@@ -6,6 +6,7 @@ Everything here also works on a run that is still going, was stopped half way, o
 import datetime
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,6 @@ class Run:
                     merged[task] = {"step": step, **result}
         return merged
 
-    def last(self, key: str) -> tuple[int, Any] | None:
-        """(step, value) of the newest evaluation during training that has this number."""
-        found = [(r["step"], r[key]) for r in self.evals if key in r]
-        return found[-1] if found else None
-
     def eval_keys(self) -> list[str]:
         """Names of the numbers that evaluations during training gave, in order of appearance."""
         skip = {"kind", "step", "seconds"}
@@ -91,7 +87,7 @@ class Run:
 
 
 def curve(records: list[dict], key: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of a number in records that have it."""
+    """(steps, values) of a number in records that have it; infinities and NaN cannot be drawn and are left out."""
     pairs = [(r["step"], float(r[key])) for r in records if _is_number(r.get(key))]
     return [float(s) for s, _ in pairs], [v for _, v in pairs]
 
@@ -101,7 +97,7 @@ def _numbers(records: list[dict], key: str) -> list[float]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def load_run(name: str) -> Run:

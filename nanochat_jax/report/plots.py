@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -44,26 +45,22 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """The moving average that training shows: `weight` on the past, corrected for its start at zero."""
-    total, out = 0.0, []
-    for i, value in enumerate(values, 1):
-        total = weight * total + (1 - weight) * value
-        out.append(total / (1 - weight**i))
-    return out
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """A centred moving average over about a twentieth of the curve, (n,) as given; it does not lag behind."""
+    half = len(values) // 40 + 1
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
 
 
-def thinned(x: Sequence[float], y: Sequence[float], points: int = MAX_POINTS) -> tuple[list[float], list[float]]:
+def thinned(x: Sequence[float], y: Sequence[float] | np.ndarray, points: int = MAX_POINTS) -> tuple[Any, Any]:
     """At most `points` of a long curve: the means of equal stretches."""
     if len(x) <= points:
-        return list(x), list(y)
+        return x, y
     edges = [round(i * len(x) / points) for i in range(points + 1)]
     stretches = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-    return [_mean(x[s]) for s in stretches], [_mean(y[s]) for s in stretches]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return [float(np.mean(x[s])) for s in stretches], [float(np.mean(y[s])) for s in stretches]
 
 
 def plot_svg(plot: Plot) -> str:
@@ -141,11 +138,10 @@ def _svg(figure: Figure, title: str) -> str:
 
 def sparkline(series: Series, width: int = 32) -> str:
     """A curve in one line of text: eight heights, then its first and last value."""
-    x, y = thinned(series.x, series.y, width)
-    finite = [v for v in y if v == v and abs(v) != float("inf")]
-    if not x or not finite:
+    if not series.x:
         return ""
-    low, high = min(finite), max(finite)
-    scale = 7 / (high - low) if high > low else 0.0
-    bars = "".join("▁▂▃▄▅▆▇█"[round((v - low) * scale)] if v in finite else " " for v in y)
+    y = np.asarray(thinned(series.x, series.y, width)[1], np.float64)
+    span = y.max() - y.min()
+    heights = np.rint(7 * (y - y.min()) / span).astype(int) if span > 0 else np.zeros(len(y), int)
+    bars = "".join("▁▂▃▄▅▆▇█"[h] for h in heights)
     return f"{bars} {number(float(series.y[0]))} → {number(float(series.y[-1]))}"

@@ -1,7 +1,6 @@
 """One stage on the card: plan, pace, curves, evaluations, and what the model wrote before and after."""
 
 import os
-import re
 import statistics
 
 from nanochat_jax.report.blocks import (
@@ -22,13 +21,12 @@ from nanochat_jax.report.blocks import (
     number,
 )
 from nanochat_jax.report.collect import Run, curve
-from nanochat_jax.report.summary import bpb_label, figure, interval_in, is_limit
+from nanochat_jax.report.summary import PASS_AT, bpb_label, figure, interval_in, main_keys
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
 # Numbers of a training step that are shown as a fact or have a plot of their own; any other one is plotted by its name.
 _PACE = {"seconds", "tok_per_sec", "mfu", "data_wait"}
 _FIRST = {"loss": "loss", "lr_multiplier": "learning rate (share of its peak)", "grad_norm": "gradient norm"}
-_PASS = re.compile(r"pass(@|_at_)\d+")
 MAX_QUOTES = 4
 
 
@@ -104,7 +102,7 @@ def _plots(run: Run) -> list[Plot]:
     )
     plots = [Plot("loss", [Series("loss", *curve(run.train, "loss"), kind="noisy")])]
     plots += _eval_plots(run)
-    if passes := [k for k in extra if _PASS.fullmatch(k)]:
+    if passes := [k for k in extra if PASS_AT.fullmatch(k)]:
         series = [Series(k, *curve(run.train, k), kind="noisy") for k in passes]
         plots.append(Plot("pass@k of the rollouts", series))
     plots += [
@@ -117,18 +115,18 @@ def _plots(run: Run) -> list[Plot]:
 
 
 def _eval_plots(run: Run) -> list[Plot]:
-    keys = [k for k in run.eval_keys() if not is_limit(k, run.eval_keys())]
+    keys = main_keys(run)
     groups: dict[str, list[str]] = {}
     for k in keys:
-        groups.setdefault("pass@k, held out" if _PASS.fullmatch(k) else _eval_label(k), []).append(k)
+        groups.setdefault("pass@k, held out" if PASS_AT.fullmatch(k) else _eval_label(k), []).append(k)
     plots = []
     for title, members in groups.items():
         series = []
         for k in members:
-            limits = [interval_in(r, k) for r in run.evals if k in r]
-            whole = all(low is not None for low, _ in limits)
-            low, high = ([x for x in side if x is not None] if whole else [] for side in zip(*limits, strict=True))
-            series.append(Series(k, *curve(run.evals, k), kind="points", low=low, high=high))
+            x, y = curve(run.evals, k)
+            limits = [(low, high) for low, high in (interval_in(r, k) for r in run.evals if k in r) if low is not None]
+            low, high = zip(*limits, strict=True) if limits and len(limits) == len(x) else ((), ())
+            series.append(Series(k, x, y, kind="points", low=low, high=high))
         if max(len(s.x) for s in series) > 1:
             plots.append(Plot(title, series))
     return plots
@@ -139,7 +137,7 @@ def _eval_label(key: str) -> str:
 
 
 def _during_training(run: Run) -> Table | None:
-    keys = [k for k in run.eval_keys() if not is_limit(k, run.eval_keys())]
+    keys = main_keys(run)
     if not keys:
         return None
     rows = []
@@ -169,6 +167,8 @@ def _evaluations(run: Run) -> Table | None:
             continue
         value = figure(result)
         shown = ABSENT if value is None else f"{number(value.value)} {interval(value.low, value.high)}".strip()
+        if more := _more(result):
+            shown += f"\n{more}"
         seconds = result.get("seconds")
         rows.append(
             [
@@ -182,6 +182,18 @@ def _evaluations(run: Run) -> Table | None:
             ]
         )
     return Table(["Task", "result", "items", "chance", "centered", "step", "time"], rows) if rows else None
+
+
+def _more(result: dict) -> str:
+    """What a result says beside its figure: pass@k of several answers, answers that were cut off."""
+    more, passes = [], result.get("pass_at_k") or {}
+    if len(passes) > 1:
+        k = max(passes, key=int)
+        limits = (result.get("pass_at_k_interval") or {}).get(k) or (None, None)
+        more.append(f"pass@{k} {number(passes[k])} {interval(*limits)}".strip())
+    if result.get("unfinished"):
+        more.append(f"{number(100 * float(result['unfinished']))} % of answers cut off")
+    return ", ".join(more)
 
 
 def _samples(run: Run, parent: Run | None) -> Samples | None:

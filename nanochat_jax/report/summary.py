@@ -1,11 +1,14 @@
 """The summary table: every metric that exists, by stage, with its 95 % interval."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from nanochat_jax.evals import results
 from nanochat_jax.report.collect import Run
+
+PASS_AT = re.compile(r"pass@\d+")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def summary(runs: list[Run]) -> list[Row]:
     chat = [t for t in results.CHAT_BASELINES if t in kinds]
     rest = sorted(t for t in kinds if t not in chat)
     bpb = list(dict.fromkeys(k for run in runs for k in run.eval_keys() if "bpb" in k))
-    rewards = list(dict.fromkeys(k for run in runs for k in run.eval_keys() if k.startswith("pass@")))
+    passes = sorted({k for run in runs for k in run.eval_keys() if PASS_AT.fullmatch(k)}, key=lambda k: int(k[5:]))
     rows = [
         *(_task(t, runs) for t in rest if kinds[t] == "core"),
         *(_row(bpb_label(k), runs, lambda run, k=k: in_training(run, k)) for k in bpb),
@@ -42,7 +45,7 @@ def summary(runs: list[Run]) -> list[Row]:
         *(_task(t, runs) for t in chat),
         _row("ChatCORE", runs, _chatcore),
         *(_task(t, runs) for t in rest if kinds[t] not in ("core", "bpb", "samples")),
-        *(_row(f"{k} in training", runs, lambda run, k=k: in_training(run, k), accuracy=True) for k in rewards),
+        *(_pass_at(k, runs) for k in dict.fromkeys(passes[:1] + passes[-1:])),
     ]
     return [row for row in rows if any(row.values)]
 
@@ -66,6 +69,15 @@ def interval_in(record: dict, key: str) -> tuple[float | None, float | None]:
     return _pair(record.get(f"{key}_interval", (record.get(f"{key}_low"), record.get(f"{key}_high"))))
 
 
+def main_keys(run: Run) -> list[str]:
+    """The numbers of a run's evaluations during training, without the limits of intervals; of pass@k the k that are
+    powers of two, and the largest."""
+    keys = run.eval_keys()
+    ks = [int(k[5:]) for k in keys if PASS_AT.fullmatch(k)]
+    left_out = {f"pass@{k}" for k in ks if k & (k - 1) and k != max(ks)}
+    return [k for k in keys if not is_limit(k, keys) and k not in left_out]
+
+
 def is_limit(key: str, keys: list[str]) -> bool:
     """Whether a number is only a limit of another one's interval."""
     return any(key in (f"{k}_low", f"{k}_high") for k in keys)
@@ -84,6 +96,18 @@ def bpb_label(key: str) -> str:
 
 def _row(metric: str, runs: list[Run], value: Callable[[Run], Value | None], accuracy: bool = False) -> Row:
     return Row(metric, tuple(value(run) for run in runs), accuracy=accuracy)
+
+
+def _pass_at(key: str, runs: list[Run]) -> Row:
+    """pass@k of the questions of reinforcement learning. Its first evaluation, before any update, is of the parent."""
+    values = [in_training(run, key) for run in runs]
+    for run in runs:
+        parent = run.meta.get("parent") or {}
+        before = next((r for r in run.evals if r["step"] == 0 and key in r), None)
+        for i, other in enumerate(runs):
+            if before and values[i] is None and (other.name, other.step) == (parent.get("run"), parent.get("step")):
+                values[i] = Value(float(before[key]), *interval_in(before, key), other.step)
+    return Row(f"{key} (RL, held out)", tuple(values), accuracy=True)
 
 
 def _task(task: str, runs: list[Run]) -> Row:
