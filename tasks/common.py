@@ -12,7 +12,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, SupportsIndex
 
 import numpy as np
 
@@ -74,18 +74,18 @@ class Task:
     def __len__(self) -> int:
         return len(self._positions())
 
-    def _position(self, index: int) -> int:
+    def _position(self, index: SupportsIndex) -> int:
         """Position in the whole data set of example ``index`` of the slice."""
         try:
-            index = operator.index(index)
+            number = operator.index(index)
         except TypeError as error:
             raise TaskError(f"{self.name}: an index is a whole number, not {type(index).__name__}") from error
         positions = self._positions()
-        if not 0 <= index < len(positions):
-            raise TaskIndexError(f"{self.name}: there is no example {index}; it has {len(positions)}")
-        return positions[index]
+        if not 0 <= number < len(positions):
+            raise TaskIndexError(f"{self.name}: there is no example {number}; it has {len(positions)}")
+        return positions[number]
 
-    def __getitem__(self, index: int) -> Conversation:
+    def __getitem__(self, index: SupportsIndex) -> Conversation:
         return self.get_example(self._position(index))
 
     def __iter__(self) -> Iterator[Conversation]:
