@@ -180,7 +180,9 @@ def summary_rows(page):
     """The summary table of a page: metric -> cells."""
     start = next(i for i, row in enumerate(page.rows) if row[:2] == ["Metric", "BASE"])
     assert page.rows[start] == ["Metric", "BASE", "MID", "SFT", "RL"]
-    table = itertools.takewhile(lambda row: row[0] not in ("Task", "Text", "Number", "What"), page.rows[start + 1 :])
+    table = itertools.takewhile(
+        lambda row: row[0] not in ("Task", "Encoding", "Number", "What"), page.rows[start + 1 :]
+    )
     return {row[0]: row[1:] for row in table}
 
 
@@ -307,8 +309,13 @@ def test_evaluations_of_an_older_step_are_shown_and_named(base, capsys):
     results.save(folder, 5, {"task": "CORE", "centered": 0.9, **result})
     results.save(folder, 20, {"task": "CORE", "skipped": "no bundle", **result})
     assert main([]) == 0
-    assert "demo has evaluations of step 10, but its newest checkpoint is step 20" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "demo has evaluations of step 10, but its newest checkpoint is step 20" in printed
+    assert "not the whole bundle" not in printed
     assert summary_rows(Page((base / "report" / "report.html").read_text()))["CORE"][0].startswith("0.2219")
+    results.save(folder, 20, {"task": "CORE", "centered": 0.9, "complete": False, **result})
+    assert main([]) == 0
+    assert "demo: CORE covers only 0 tasks, not the whole bundle" in capsys.readouterr().out
 
 
 def test_the_newest_run_of_the_last_stage_decides_and_newer_others_are_named(base, capsys):
@@ -431,3 +438,14 @@ def test_the_source_hash_follows_the_source(tmp_path, monkeypatch):
     assert provenance.source() == first
     (package / "__init__.py").write_text("a = 2\n")
     assert provenance.source().sha256 != first.sha256
+
+
+def test_compression_is_shown_only_for_the_same_tokenizer(base):
+    make_run("demo", "base", 2, evaluations=False)
+    measures = {"ours": {"news": {"bytes": 400, "tokens": 160}}, "gpt2": {"news": {"bytes": 400, "tokens": 100}}}
+    path = base / "tokenizer" / "evaluation.json"
+    path.parent.mkdir()
+    for its_hash, shown in ((HASH, True), ("00" * 32, False)):
+        path.write_text(json.dumps({"tokenizer_hash": its_hash, "measures": measures}))
+        text = markdown.render(card.build(collect.load(["demo"])))
+        assert bool(re.search(r"\| ours +\| 2\.500 \|\n\| gpt2 +\| 4\.000 \|", text)) == shown

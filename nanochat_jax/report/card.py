@@ -86,6 +86,11 @@ def remarks(runs: list[Run], left_out: list[str]) -> list[str]:
         if stale:
             steps = ", ".join(f"{s:,}" for s in stale)
             found.append(f"{run.name} has evaluations of step {steps}, but its newest checkpoint is step {run.step:,}.")
+        for task, result in run.newest_results.items():
+            if result["kind"] == "core" and not result.get("complete", True):
+                found.append(
+                    f"{run.name}: {task} covers only {len(result.get('tasks', ()))} tasks, not the whole bundle."
+                )
         tokenizer = run.tokenizer.get("hash")
         if tokenizer and tokenizer != run.meta.get("tokenizer_hash"):
             found.append(f"{run.name}: tokenizer.json in its folder is not the one it was trained with.")
@@ -128,7 +133,9 @@ def _summary_blocks(runs: list[Run], rows: list[Row]) -> list[Block]:
         values = [[(v := row.values[i]) and (v.value, v.low, v.high) for i in lanes] for row in shown]
         chance = [row.chance for row in shown]
         blocks.append(Dots("Accuracy by stage", [row.metric for row in shown], labels, values, chance))
-    note = "In brackets: 95 % intervals (bootstrap over items)."
+    note = ""
+    if any(v and v.low is not None for row in rows for v in row.values):
+        note = "In brackets: 95 % intervals (bootstrap over items)."
     if any(row.metric.startswith("bits per byte") for row in rows):
         note += (
             " Bits per byte are on each stage's own held-out text (documents for BASE, conversations later), so they "
@@ -136,7 +143,7 @@ def _summary_blocks(runs: list[Run], rows: list[Row]) -> list[Block]:
         )
     if any(row.metric == "ChatCORE" for row in rows):
         note += " ChatCORE is the mean of the six chat tasks' accuracies, each rescaled so that guessing is 0."
-    return [*blocks, Text(note, note=True)]
+    return [*blocks, Text(note.strip(), note=True)] if note else blocks
 
 
 def _cell(value: Value | None) -> str:
@@ -185,11 +192,11 @@ def _tokenizer(run: Run) -> list[Block]:
     if measures := t.get("compression", {}).get("measures"):
         texts = list(dict.fromkeys(text for by_text in measures.values() for text in by_text))
         rows = []
-        for text in texts:
-            found = [by_text.get(text) for by_text in measures.values()]
-            rows.append([text, *(number(m["bytes"] / m["tokens"]) if m and m["tokens"] else ABSENT for m in found)])
+        for encoding, by_text in measures.items():
+            found = [by_text.get(text) for text in texts]
+            rows.append([encoding, *(number(m["bytes"] / m["tokens"]) if m and m["tokens"] else ABSENT for m in found)])
         blocks += [
-            Table(["Text", *measures], rows),
+            Table(["Encoding", *texts], rows),
             Text("Bytes per token, more is better (scripts.tok_eval).", note=True),
         ]
     return blocks

@@ -22,7 +22,7 @@ from nanochat_jax.report.plots import sparkline
 
 def render(card: Card) -> str:
     """The whole card as Markdown."""
-    parts = [f"# {escape(card.title)}", escape(card.subtitle), *(_block(b) for b in card.blocks)]
+    parts = [f"# {plain(card.title)}", plain(card.subtitle), *(_block(b) for b in card.blocks)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 

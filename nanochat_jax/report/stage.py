@@ -60,7 +60,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     facts = [("run", run.name)]
     if parent:
         facts.append(("began from", f"{parent.get('run')}, step {number(parent.get('step'))}"))
-    shape = [f"{config[k]:,} {name}" for k, name in (("n_layer", "layers"), ("n_head", "heads")) if k in config]
+    shape = [count_of(config[k], name) for k, name in (("n_layer", "layer"), ("n_head", "head")) if k in config]
     shape += [f"width {config['n_embd']:,}"] if "n_embd" in config else []
     shape += [f"context {config['sequence_len']:,}"] if "sequence_len" in config else []
     if shape:
