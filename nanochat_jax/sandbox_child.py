@@ -187,6 +187,7 @@ def _enter_namespaces(mechanism: str) -> None:
     except OSError:
         pass
     uid, gid = posix.geteuid(), posix.getegid()
+    posix.umask(0o022)  # the program must be able to enter the directories that we make
     flags = 0
     for name, flag in _CLONE.items():
         flags |= flag if name != "NEWUSER" or mechanism == USER else 0
@@ -199,12 +200,14 @@ def _enter_namespaces(mechanism: str) -> None:
 
 def _enter_private_root() -> None:
     """A root of its own: Python's and the system's libraries and four devices, read-only, and an empty /tmp."""
-    assert ctypes is not None and _libc is not None
-    private_recursive, bind_recursive, nosuid_nodev = 0x40000 | 0x4000, 0x1000 | 0x4000, 2 | 4
+    assert _libc is not None
+    private_recursive, bind_recursive, nosuid_nodev, read_only = 0x40000 | 0x4000, 0x1000 | 0x4000, 2 | 4, 1
     _mount("none", "/", "", private_recursive)
     # Any existing directory will do to build it in, as long as nothing that is bound below lies in it.
     _mount("tmpfs", "/proc", "tmpfs", nosuid_nodev, "size=1m,mode=755")
     posix.chdir("/proc")
+    posix.mkdir("tmp")  # first, in case Python lives in /tmp
+    _mount("tmpfs", "tmp", "tmpfs", nosuid_nodev, f"size={DISK_BYTES},nr_inodes={FILES},mode=1777")
     standard_library = os.path.dirname(os.__file__)
     paths = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", os.path.dirname(standard_library), *sys.path]
     files = ["/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
@@ -219,12 +222,8 @@ def _enter_private_root() -> None:
             posix.close(posix.open(target, posix.O_CREAT | posix.O_WRONLY))
         _mount(os.path.realpath(path), target, "", bind_recursive)
         bound.append(path)
-    os.makedirs("tmp", exist_ok=True)
-    # mount_setattr(".", recursive, read-only and nosuid); unlike a remount it reaches what is mounted further down.
-    attributes = (ctypes.c_uint64 * 4)(1 | 2, 0, 0, 0)
-    arguments = [ctypes.c_long(442), ctypes.c_long(-100), b".", ctypes.c_long(0x8000), attributes, ctypes.c_long(32)]
-    _call("mount_setattr (Linux 5.12 or newer)", _libc.syscall(*arguments))
-    _mount("tmpfs", "tmp", "tmpfs", nosuid_nodev, f"size={DISK_BYTES},nr_inodes={FILES},mode=1777")
+    _mount_attributes(".", 0x8000, read_only | 2, 0)  # recursive; 2: nosuid
+    _mount_attributes("tmp", 0, 0, read_only)
     _call("pivot_root", _libc.pivot_root(b".", b"."))
     _call("umount2", _libc.umount2(b".", 2))  # MNT_DETACH: the old root is gone
     posix.chdir("/tmp")
@@ -324,6 +323,14 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     assert ctypes is not None and _libc is not None
     result = _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode())
     _call(f"mount {source} on {target}", result)
+
+
+def _mount_attributes(target: str, flags: int, add: int, remove: int) -> None:
+    """mount_setattr; unlike a remount it reaches, if flags say recursive, what is mounted further down."""
+    assert ctypes is not None and _libc is not None
+    attributes, at_fdcwd, number = (ctypes.c_uint64 * 4)(add, remove, 0, 0), -100, 442  # the same on every architecture
+    arguments = [*map(ctypes.c_long, (number, at_fdcwd)), target.encode(), ctypes.c_long(flags), attributes]
+    _call("mount_setattr (Linux 5.12 or newer)", _libc.syscall(*arguments, ctypes.c_long(32)))
 
 
 def _prctl(option: int, value: int) -> int:

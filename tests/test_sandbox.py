@@ -94,7 +94,7 @@ NOT_THE_END = {
     "fake write": "import os, posix\nposix.write = os.write = lambda fd, data: len(data)\nassert False",
     "failure at exit": "import atexit, os\natexit.register(os._exit, 1)",
     "deep recursion": "import sys\nsys.setrecursionlimit(10**8)\ndef f(): return f()\nf()",
-    "deep recursion in C": "import sys\nsys.setrecursionlimit(10**8)\nx = []\nfor _ in range(10**5): x = [x]\nrepr(x)",
+    "deep recursion in C": "import sys\nsys.setrecursionlimit(10**8)\nx = ()\nfor _ in range(10**6): x = (x,)\nhash(x)",
     "segmentation fault": "import ctypes\nctypes.string_at(0)",
     "forked, both come to the end": "import posix\nposix.fork()",
     "no Python": "\0",
@@ -103,7 +103,7 @@ NOT_THE_END = {
 
 @pytest.mark.parametrize("name", NOT_THE_END)
 def test_only_reaching_the_end_is_success(run, name):
-    result = run(NOT_THE_END[name], 5.0, 64 << 20)
+    result = run(NOT_THE_END[name], 5.0, 96 << 20 if "in C" in name else 48 << 20)
     assert not result.success and not result.timeout and result.error
 
 
@@ -218,11 +218,9 @@ def test_closing_or_overwriting_every_descriptor(run, action):
 
 def test_output_is_bounded_and_never_blocks():
     started = time.monotonic()
-    code = (
-        "import sys\nfor _ in range(1024): sys.stdout.write('x' * 2**20)\nsys.stderr.write('y' * 2**21)\nprint('end')"
-    )
-    result = run(code, 20.0)
-    assert result.success and time.monotonic() - started < 10
+    code = "import sys\nfor _ in range(1024): sys.stdout.write('x' * 2**20)\nsys.stderr.write('y' * 2**21)\n"
+    result = execute_code(code + "print('end')", 20.0, allow_unsafe=True)
+    assert result.success and time.monotonic() - started < 15
     assert result.stdout == "x" * 2**20 + f"\n[cut: {2**30 + 4:,} bytes written]\n"
     assert result.stderr == "y" * 2**20 + f"\n[cut: {2**21:,} bytes written]\n"
 

@@ -89,10 +89,11 @@ def test_only_the_working_directory_is_writable(run):
     library = os.path.dirname(os.__file__)
     code = (
         "import os\nfor top, _, _ in os.walk('/'):\n    try:\n        open(top + '/x', 'w').close()\n"
-        "        print(top, end=' ')\n    except OSError: pass\n    if top.count('/') > 2: _.clear()"
+        "        print(top, end=' ')\n    except OSError: pass\n    if top.count('/') > 1: _.clear()"
     )
     result = run(code, 20.0)
-    assert result.success and result.stdout == "/tmp "
+    writable = result.stdout.split()
+    assert result.success and writable[0] == "/tmp" and all(path.startswith("/tmp/") for path in writable[1:])
     result = run(attempts(*[f"open({path!r}, 'a')" for path in (os.__file__, f"{library}/x.py", "/etc/ld.so.cache")]))
     assert result.stdout == "tried"
     assert run("open('/dev/null', 'w').write('x')\nprint(len(open('/dev/urandom', 'rb').read(8)))").stdout == "8\n"
@@ -209,4 +210,4 @@ for name in "CPU FSIZE CORE NPROC NOFILE AS".split():
 
 def test_programs_do_not_meet(run):
     assert run("open('left', 'w').write('x')").success
-    assert run("import os\nprint(os.listdir('/tmp'))").stdout == "[]\n"
+    assert run("import os\nprint(os.path.exists('/tmp/left'))").stdout == "False\n"
