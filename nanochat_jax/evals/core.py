@@ -1,0 +1,234 @@
+"""CORE: the mean centred accuracy over the bundle's tasks, scored in full batches.
+
+Centred accuracy is (accuracy - baseline) / (1 - baseline): 0 is guessing, 1 is perfect. Prompts, shots, spans and
+decisions are the reference's, item by item (`core_prompts`).
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from nanochat_jax.evals import stats
+from nanochat_jax.evals.core_bundle import Bundle, CoreTask
+from nanochat_jax.evals.core_prompts import (
+    LANGUAGE_MODELING,
+    Item,
+    NotAPrefixError,
+    Spans,
+    build_prompts,
+    fewshot_indices,
+    find_spans,
+    item_order,
+)
+from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.progress import LINE_EVERY_S, duration
+from nanochat_jax.tokenizer import Tokenizer
+
+BLOCK = 1000  # items tokenized and scored at a time: bounds memory (ten shots before eleven options: 22 M tokens)
+
+
+class CoreProgress:
+    """Shows how far an evaluation is and how long it still takes; a context manager."""
+
+    def __init__(self):
+        self._live, self._began, self._last_line = sys.stdout.isatty(), time.monotonic(), time.monotonic()
+        columns = (
+            TextColumn("CORE"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}%"),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Bar(*columns, console=Console())
+        self._task = self._bar.add_task("", total=1.0)
+
+    def __enter__(self) -> "CoreProgress":
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays: one for every finished task."""
+        if self._live:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def __call__(self, label: str, fraction: float) -> None:
+        """`fraction` of all the work is done, and `label` is being worked on."""
+        now = time.monotonic()
+        left = duration((now - self._began) * (1 - fraction) / fraction) if fraction > 0 else "?"
+        if self._live:
+            self._bar.update(self._task, completed=fraction, description=f"{label}, left {left}")
+        elif now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            print(f"CORE: {100 * fraction:.0f}% | {label}, left {left}", flush=True)
+
+
+def centered(accuracy, baseline):
+    """0 where accuracy is the baseline, 1 where it is 1; numbers or arrays of one shape."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
+def evaluate_core(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    bundle: Bundle,
+    *,
+    max_per_task: int = -1,
+    tasks: Sequence[str] | None = None,
+    progress: CoreProgress | None = None,
+) -> dict[str, Any]:
+    """The CORE metric and every task's result, with bootstrap intervals over items (95 %, stratified by task).
+
+    max_per_task crops every task to so many items, which also changes their shots (as in the reference); tasks names
+    the tasks to run (default: all of the bundle; "complete" says whether it was all). Returns {"core_metric",
+    "interval", "complete", "tasks": {label: as `evaluate_task`}, "seconds"}. Raises ValueError for unknown tasks and
+    for a max_per_task that leaves too few items to show, before anything is run.
+    """
+    chosen = [task for task in bundle.tasks if tasks is None or task.label in tasks]
+    known = [task.label for task in bundle.tasks]
+    if unknown := sorted(set(tasks or ()) - set(known)):
+        raise ValueError(f"no CORE task is called {', '.join(unknown)}; there are {', '.join(known)}")
+    if not chosen:
+        raise ValueError(f"no CORE task to run; there are {', '.join(known)}")
+    shots = max(task.num_fewshot for task in chosen)
+    if 0 < max_per_task <= shots:
+        raise ValueError(f"max_per_task={max_per_task} leaves no {shots} shots beside an item; use {shots + 1} or more")
+    began, done, results = time.monotonic(), 0.0, {}
+    work = [_work(task, bundle.items(task), max_per_task) for task in chosen]
+    for task, own in zip(chosen, work, strict=True):
+
+        def shown(fraction: float, task=task, own=own, done=done) -> None:
+            if progress is not None:
+                progress(task.label, (done + own * fraction) / sum(work))
+
+        items = bundle.items(task)
+        result = evaluate_task(scorer, tokenizer, task, items, item_order(len(items), max_per_task), progress=shown)
+        results[task.label], done = result, done + own
+        if progress is not None:
+            progress.say(_line(task.label, result))
+
+    baselines = np.array([task.baseline for task in chosen])
+
+    def metric(accuracies: np.ndarray) -> np.ndarray:
+        return centered(accuracies, baselines).mean(-1)
+
+    correct = [[item["correct"] for item in result["items"]] for result in results.values()]
+    return {
+        "core_metric": float(metric(np.array([result["accuracy"] for result in results.values()]))),
+        "interval": list(stats.stratified_interval(correct, metric)),
+        "complete": len(chosen) == len(known),
+        "tasks": results,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+def evaluate_task(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    task: CoreTask,
+    items: Sequence[Item],
+    order: Sequence[int],
+    *,
+    strict: bool = False,
+    progress=None,
+) -> dict[str, Any]:
+    """Evaluates `items[i] for i in order`; shots come from among them (`fewshot_indices`).
+
+    Returns {"type", "num_fewshot", "accuracy", "centered", "interval" (of the accuracy), "baseline", "n",
+    "unscored", "seconds", "items": [{"id": i, "correct": 0 or 1}, ...] in order}. An item whose span cannot be told
+    apart in tokens counts as wrong and in "unscored", or raises NotAPrefixError if strict; the reference stops there.
+    `progress(fraction)` is called as it goes.
+    """
+    began, shown = time.monotonic(), [items[i] for i in order]
+    correct: list[bool] = []
+    unscored = 0
+    for at in range(0, len(shown), BLOCK):
+        spans = _spans(tokenizer, task, shown, range(at, min(at + BLOCK, len(shown))), strict)
+        # An item whose options are all alike has its span begin at 0, where nothing comes before.
+        rows = [(t, max(1, a), b) for s in spans if s for t, a, b in zip(s.tokens, s.starts, s.ends, strict=True)]
+
+        def scored(done: int, total: int, at=at, spans=spans) -> None:
+            if progress is not None:
+                progress((at + len(spans) * done / total) / len(shown))
+
+        found = iter(scorer.spans(rows, scored))
+        for item, span in zip(shown[at:], spans, strict=False):
+            unscored += span is None
+            if span is None:
+                correct.append(False)
+            elif task.kind == LANGUAGE_MODELING:
+                correct.append(next(found)[1])
+            else:
+                correct.append(_lowest([next(found)[0] for _ in span.tokens]) == item["gold"])
+    accuracy = float(np.mean(correct))
+    return {
+        "type": task.kind,
+        "num_fewshot": task.num_fewshot,
+        "accuracy": accuracy,
+        "centered": centered(accuracy, task.baseline),
+        "interval": list(stats.bootstrap_interval(np.array(correct, np.float64))),
+        "baseline": task.baseline,
+        "n": len(correct),
+        "unscored": unscored,
+        "seconds": round(time.monotonic() - began, 3),
+        "items": [{"id": int(i), "correct": int(right)} for i, right in zip(order, correct, strict=True)],
+    }
+
+
+def _spans(
+    tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: range, strict: bool
+) -> list[Spans | None]:
+    """Tokens and spans of some of the items; None where they cannot be told apart."""
+    prompts, sizes = [], []
+    for index in indices:
+        shots = [items[j] for j in fewshot_indices(len(items), index, task.num_fewshot)]
+        own = build_prompts(task.kind, items[index], shots, task.delimiter)
+        prompts += own
+        sizes.append(len(own))
+    flat, offsets = tokenizer.encode_to_numpy(prompts)
+    rows = (flat[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+    out: list[Spans | None] = []
+    for index, size in zip(indices, sizes, strict=True):
+        try:
+            out.append(find_spans(task.kind, [next(rows) for _ in range(size)]))
+        except NotAPrefixError as error:
+            if strict:
+                raise NotAPrefixError(f"{task.label}, item {index}: {error}") from None
+            out.append(None)
+    return out
+
+
+def _lowest(losses: list[float]) -> int:
+    """Index of the first lowest loss; NaN (an empty span) wins in first place only, as in the reference."""
+    return min(range(len(losses)), key=losses.__getitem__)
+
+
+def _work(task: CoreTask, items: Sequence[Item], max_items: int) -> float:
+    """Roughly how much text a task makes the model read, for the time that is left: characters."""
+    order = item_order(len(items), max_items)
+    shown = [items[i] for i in order]
+    sample = range(0, len(shown), max(1, len(shown) // 16))
+    shots = [[shown[j] for j in fewshot_indices(len(shown), i, task.num_fewshot)] for i in sample]
+    lengths = [max(map(len, build_prompts(task.kind, shown[i], s))) for i, s in zip(sample, shots, strict=True)]
+    return float(np.mean(lengths) * len(shown))
+
+
+def _line(label: str, result: dict[str, Any]) -> str:
+    low, high = result["interval"]
+    text = (
+        f"{label} | accuracy {result['accuracy']:.4f} [{low:.4f}, {high:.4f}] | centered {result['centered']:.4f} | "
+        f"{result['n']} items, {result['num_fewshot']}-shot {result['type'].replace('_', ' ')} | "
+        f"{duration(result['seconds'])}"
+    )
+    return text + (f" | {result['unscored']} could not be scored, counted as wrong" if result["unscored"] else "")
