@@ -104,7 +104,7 @@ def make_run(name, stage, steps, planned=None, parent=None, evaluations=True, te
             }
         )
     if stage == "rl":
-        sample = {"question": "What is 2 + 3?", "completion": texts[0], "reward": 1.0}
+        sample = {"question": 7, "prompt": "What is 2 + 3?", "answer": texts[-1], "reward": 1.0}
         log.write({"kind": "transcripts", "step": steps, "samples": [sample]})
     log.close()
     if evaluations:
@@ -340,6 +340,7 @@ def test_text_by_a_model_stays_text(chain):
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert '<script>alert("x")</script>' in "".join(page.text)
     assert not any(c in raw for c in "\x1b\u202e\ud800")
+    assert "question 7, reward 1.000" in "".join(page.text)
     assert "more characters)" in raw and "x" * 2000 not in raw
     text = (base / "report" / "report.md").read_text()
     outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)  # without code blocks

@@ -243,7 +243,7 @@ def _quote(sample: object) -> tuple[str, str]:
         return "", clean(sample)
     short, texts = [], []
     for key, value in sample.items():
-        if isinstance(value, str) and (len(value) > 40 or key in ("text", "prompt", "completion", "question")):
+        if isinstance(value, str) and key not in ("id", "task"):
             texts.append(clean(value))
         else:
             short.append(f"{key} {number(value) if isinstance(value, int | float) else clean(value)}")
