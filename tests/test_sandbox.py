@@ -303,7 +303,7 @@ def test_daemons_die_with_the_program(run, end):
     name = f"dmn{os.getpid()}x{len(end)}"
     code = NAME % name + DAEMON + "time.sleep(0.4)\n" + end
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(run, code, 1.0)
+        future = pool.submit(run, code, 1.0 if "sleep" in end else 10.0)
         most = 0
         while not future.done():
             most = max(most, named(name))
