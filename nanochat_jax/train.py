@@ -67,6 +67,7 @@ class Job:
     evaluations: tuple[Evaluation, ...] = ()
     sample: Callable[[Any], list[str]] | None = None
     sample_every: int = 0  # 0 or negative: only at the end
+    sample_at_start: bool = False  # also before the first update: there is a model already
     save_every: int = 0
     keep: int = 2
     sinks: dict[str, metrics.Sink] = field(default_factory=dict)
@@ -105,7 +106,8 @@ def fit(job: Job, state: TrainState, evaluated: bool = False) -> Outcome:
             for step in range(start, n + 1):
                 last, resumed = step == n, step == start and evaluated
                 evals_now = [] if resumed else [e for e in job.evaluations if last or _eval_due(step, e)]
-                sample_now = not resumed and (last or (step > 0 and _due(step, job.sample_every)))
+                before = step == 0 and job.sample_at_start
+                sample_now = not resumed and (last or before or (step > 0 and _due(step, job.sample_every)))
                 save_now = last or (step > start and _due(step, job.save_every))
                 # all of them, and a rollout, need the numbers of the step before
                 if stop or evals_now or sample_now or save_now or job.rollout is not None:

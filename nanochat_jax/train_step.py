@@ -53,7 +53,8 @@ def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh:
 
 def state_of(config: GPTConfig, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A training state at step 0 with given parameters (of an earlier stage) and a fresh optimizer."""
-    return _make_state(lambda params: params, config, optimizer, mesh)(params)
+    placed = jax.device_put(params, sharding.named(mesh, sharding.replicated_spec()))
+    return _make_state(lambda params: params, config, optimizer, mesh)(placed)
 
 
 def _make_state(params_from, config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh):

@@ -146,8 +146,9 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
     settings, config = recipe.settings, recipe.config
     given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(OptimHyper) if hasattr(settings, f.name)}
     optimizer = make_optimizer(OptimHyper(**{**given, **recipe.hyper}), recipe.schedule, config.n_embd)
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
     identity = {
-        **{k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE},
+        **{k: v for k, v in flags.items() if k not in FREE},
         "num_iterations": recipe.num_iterations,
         **recipe.identity,
     }
@@ -167,7 +168,7 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
             "config": checkpoint.config_to_dict(config),
             "tokenizer_hash": recipe.tokenizer.hash,
             "identity": identity,
-            "settings": dataclasses.asdict(settings),
+            "settings": flags,
             **({"parent": recipe.parent.meta} if recipe.parent else {}),
         },
         tokens_per_step=recipe.tokens_per_step,
@@ -176,9 +177,10 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
         evaluations=recipe.evaluations,
         sample=recipe.sample,
         sample_every=settings.sample_every,
+        sample_at_start=recipe.parent is not None,
         save_every=settings.save_every,
         keep=settings.keep,
-        sinks=metrics.open_sinks(settings.sinks, folder.name, folder, dataclasses.asdict(settings)),
+        sinks=metrics.open_sinks(settings.sinks, folder.name, folder, flags),
         schedule=lambda step: {"lr_multiplier": recipe.schedule(step)},
         to_saved=lambda s: strip_padding(s, unpadded),
     )

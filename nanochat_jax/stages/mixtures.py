@@ -26,7 +26,8 @@ IDENTITY_CONVERSATIONS = 1000
 def mid(settings: "MidSettings") -> tuple[Conversations, Conversations]:
     """(training, held-out) conversations of midtraining."""
     if settings.demo:
-        return world.mid_mixture("train"), world.mid_mixture("val")
+        name = settings.model_name
+        return world.mid_mixture("train", model_name=name), world.mid_mixture("val", model_name=name)
     data = settings.task_data
     identity = identity_task(settings.model_name)
     train = [
@@ -51,7 +52,8 @@ def sft(settings: "SftSettings", tokenizer) -> tuple[Conversations, Conversation
     if settings.data is not None:
         return own(settings.data, tokenizer)
     if settings.demo:
-        return world.sft_mixture("train"), world.sft_mixture("val")
+        name = settings.model_name
+        return world.sft_mixture("train", model_name=name), world.sft_mixture("val", model_name=name)
     data = settings.task_data
     train = [
         tasks.load("ARC-Easy", "train", data),
@@ -77,8 +79,8 @@ def own(path: Path, tokenizer) -> tuple[Conversations, Conversations]:
     file = load_chat_file(path)
     for line, reason in file.problems[:10]:
         print(f"{path}, line {line}: left out: {reason}")
-    if len(file.problems) > 10:
-        print(f"{path}: {len(file.problems) - 10} more lines left out")
+    if file.bad_lines > 10:
+        print(f"{path}: {file.bad_lines - 10} more lines left out")
     print(f"{path}: {len(file):,} conversations; the first ones, with what is learnt marked:")
     print(describe_samples(file, tokenizer))
     return file.held_out()

@@ -143,7 +143,7 @@ def _rows(lesson: Lesson, split: str, tokenizer, T: int, max_rows: int | None) -
         rows = build_conversation_rows(
             conversations, tokenizer, T, packing=lesson.packing, split=split, max_rows=max_rows, progress=progress
         )
-    facts = rows.manifest["facts"]
+    facts = rows.manifest
     kinds = {"skipped": "left out", "truncated": "cut to a row"}
     problems = [f"{facts[k]:,} {what}" for k, what in kinds.items() if facts.get(k)]
     print(

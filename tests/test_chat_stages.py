@@ -1,0 +1,139 @@
+"""Midtraining, finetuning and reinforcement learning as a user starts them, one after the other, on the demo world."""
+
+import json
+
+import pytest
+
+from nanochat_jax import checkpoint, metrics
+from nanochat_jax.stages.launch import main
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.world import demo_documents
+
+COMMON = dict(device="cpu", device_batch_size=1, eval_tokens=2048)
+STAGES = {
+    "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, num_iterations=3),
+    "mid": dict(total_batch_size=1536, num_iterations=4, save_every=2),
+    "sft": dict(total_batch_size=1536, num_iterations=4, save_every=2, metrics_max_problems=16),
+    "rl": dict(num_iterations=3, examples_per_step=2, num_samples=4, max_new_tokens=16, slots=8, eval_examples=4)
+    | dict(eval_samples=2, save_every=1, device_batch_size=1),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A base directory with a tokenizer and a base run, on which the later stages build."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
+        Tokenizer.train(demo_documents("train", 200_000), 500).save(folder / "tokenizer")
+        assert stage("base", run_name="toy-base") == 0
+        yield folder
+
+
+def stage(name, **changes) -> int:
+    flags = {**COMMON, **STAGES[name], **changes}
+    return main([f"--stage={name}", "--demo", *(f"--{k}={v}" for k, v in flags.items())])
+
+
+def records(run, kind):
+    return [r for r in metrics.read(checkpoint.run_dir(run) / "metrics.jsonl") if r["kind"] == kind]
+
+
+def test_the_chain_and_its_rules(home, capsys):
+    assert stage("sft", run_name="early") == 0, "without a midtrained model finetuning starts from the base"
+    assert "from toy-base" in capsys.readouterr().out
+
+    assert stage("mid") == 0
+    out = capsys.readouterr().out
+    assert "mid starts from toy-base, step 3" in out
+    meta = checkpoint.load_meta(checkpoint.run_dir("toy-mid"))
+    assert meta["stage"] == "mid" and meta["parent"] == {"run": "toy-base", "step": 3, "stage": "base"}
+    base_tokenizer = (checkpoint.run_dir("toy-base") / "tokenizer.json").read_bytes()
+    assert (checkpoint.run_dir("toy-mid") / "tokenizer.json").read_bytes() == base_tokenizer
+    assert {"val_bpb", "val_loss"} <= set(records("toy-mid", "eval")[-1])
+    assert any("Who are you?" in text for text in records("toy-mid", "sample")[-1]["texts"])
+
+    assert stage("sft") == 0
+    assert checkpoint.load_meta(checkpoint.run_dir("toy-sft"))["parent"]["run"] == "toy-mid"
+    last = records("toy-sft", "eval")[-1]
+    assert 0 <= last["choice_acc"] <= 1 and last["val_loss"] > 0
+    lr = [r["lr_multiplier"] for r in records("toy-sft", "train")]
+    assert lr == pytest.approx([1, 0.75, 0.5, 0.25])
+
+    assert stage("rl") == 0
+    train = records("toy-rl", "train")
+    assert {"reward", "completion_length", "entropy", "logprob_difference", "unfinished"} <= set(train[0])
+    # sampler and trainer are one model: in fp32 their log-probabilities differ by rounding only
+    assert all(r["logprob_difference"] < 1e-3 for r in train)
+    assert {"pass@1", "pass@2", "pass@1_low", "pass@1_high"} <= set(records("toy-rl", "eval")[-1])
+    transcripts = records("toy-rl", "transcripts")
+    assert [t["step"] for t in transcripts] == [0, 1, 2]
+    assert {"prompt", "answer", "reward"} <= set(transcripts[0]["samples"][0])
+
+    capsys.readouterr()
+    assert stage("rl") == 0, "a finished run has nothing to do"
+    assert "from step 3" in capsys.readouterr().out
+
+
+def numbers(run):
+    timing = ("seconds", "tok_per_sec", "data_wait", "mfu")
+    kept = [r for r in metrics.read(checkpoint.run_dir(run) / "metrics.jsonl") if r["kind"] != "session"]
+    return [{k: v for k, v in r.items() if k not in timing} for r in kept]
+
+
+def cut_off_after_first_save(name, **changes):
+    """Starts a stage and ends it, without any clean-up, when its first checkpoint is there."""
+    save = checkpoint.save
+
+    def then_power_cut(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", then_power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            stage(name, **changes)
+
+
+@pytest.mark.parametrize("name, source", [("mid", "toy-base"), ("sft", "toy-mid"), ("rl", "toy-sft")])
+def test_resumed_stages_go_on_with_the_same_numbers(home, name, source):
+    cut_off_after_first_save(name, source=source, run_name=f"cut-{name}")
+    assert stage(name, source=source, run_name=f"cut-{name}") == 0
+    assert numbers(f"cut-{name}") == numbers(f"toy-{name}")
+
+
+def test_mistakes_name_the_flag_and_the_remedy(home, capsys):
+    assert stage("mid", source="nowhere") == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert stage("rl", source="toy-base") == 1
+    assert "--source=toy-base is a base run; this stage starts from one of: sft, mid" in capsys.readouterr().err
+    assert stage("rl", source="toy-sft", device_batch_size=3, run_name="odd") == 1
+    assert "--device_batch_size" in capsys.readouterr().err
+    assert stage("rl", source="toy-sft", num_samples=1, run_name="odd") == 1
+    assert "--num_samples=1" in capsys.readouterr().err
+    assert stage("sft", source="toy-mid", run_name="toy-mid") == 1
+    assert "holds a mid run" in capsys.readouterr().err
+    assert stage("mid", run_name="toy-mid", source="toy-base", matrix_lr=0.5) == 1
+    assert "matrix_lr: 0.02 -> 0.5" in capsys.readouterr().err
+
+
+def test_an_unfinished_parent_is_refused_unless_asked_for(home, capsys):
+    cut_off_after_first_save("mid", source="toy-base", run_name="half")
+    assert checkpoint.steps(checkpoint.run_dir("half")) == [2]
+    assert stage("sft", source="half", run_name="of-half") == 1
+    assert "stopped at step 2 of 4" in capsys.readouterr().err
+    assert stage("sft", source="half", source_step=2, run_name="of-half") == 0
+    assert checkpoint.load_meta(checkpoint.run_dir("of-half"))["parent"]["step"] == 2
+
+
+def test_own_conversations_are_learnt(home, tmp_path, capsys):
+    lines = [{"prompt": f"What is the code of number {i}?", "completion": f"It is {i * 7}."} for i in range(60)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([*map(json.dumps, lines), "{broken", json.dumps({"messages": [{"role": "owl"}]})]) + "\n")
+    assert stage("sft", source="toy-base", run_name="own", data=path, num_iterations=2) == 0
+    out = capsys.readouterr().out
+    assert "line 61" in out and "line 62" in out, "bad lines are reported by number"
+    assert "It is" in out, "the first samples are shown"
+    assert stage("sft", source="toy-base", run_name="own2", data=tmp_path / "none.jsonl") == 1
+    assert "none.jsonl" in capsys.readouterr().err
