@@ -1,0 +1,344 @@
+"""A model under evaluation: runs any one evaluation by its name."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+import tasks
+from nanochat_jax import sharding
+from nanochat_jax.data.conversations import build_conversation_rows
+from nanochat_jax.data.loader import val_batches
+from nanochat_jax.data.rows import RowSet, build_rows
+from nanochat_jax.data.sources import text_source
+from nanochat_jax.engine import Engine
+from nanochat_jax.evals import core, stats
+from nanochat_jax.evals.bpb import held_out_loss
+from nanochat_jax.evals.chat import (
+    categorical_settings,
+    eval_engine,
+    evaluate_categorical,
+    evaluate_generative,
+    generative_settings,
+    longest_prompt,
+    problem_count,
+)
+from nanochat_jax.evals.core_bundle import Bundle, open_bundle
+from nanochat_jax.evals.core_prompts import item_order
+from nanochat_jax.evals.results import Result
+from nanochat_jax.evals.run import BUILT_IN, EvalSettings
+from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.gpt import GPTConfig, Params
+from nanochat_jax.progress import LINE_EVERY_S, RowsProgress, duration
+from nanochat_jax.tokenizer import Tokenizer
+from tasks import world
+
+LONGEST_ANSWER, LONGEST_ANSWER_DEMO = 512, 128
+SAMPLE_TOKENS = {"base": 24}  # other stages: 64
+
+
+class Evaluator:
+    """A model under evaluation and what its evaluations share: data, a scorer, an engine, their compiled programs.
+
+    trained_with: the settings the run was trained with (the demo's flag, the model's name, the text). Assign `params`
+    to evaluate other parameters of the same configuration; nothing is compiled again.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        stage: str,
+        settings: EvalSettings,
+        trained_with: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.tokenizer, self.stage, self.settings = config, tokenizer, stage, settings
+        self.trained_with = trained_with or {}
+        self.demo = bool(self.trained_with.get("demo"))
+        self.params = params
+        self._mesh = sharding.make_mesh() if len(jax.devices()) > 1 else None
+        self._loaded: dict[str, Any] = {}
+        self._rows: dict[str, RowSet] = {}
+        self._engine: Engine | None = None
+        self._made_scorer: Scorer | None = None
+
+    # --- what is evaluated ------------------------------------------------------------------------------------------
+
+    def task(self, name: str) -> Any:
+        """The held-out task of this name."""
+        if name not in self._loaded:
+            s = self.settings
+            if name.startswith("world/"):
+                options: dict[str, Any] = {"model_name": self._model_name} if name == "world/identity" else {}
+                self._loaded[name] = world.load(name, "val", **options)
+            else:
+                options = {"allow_unsafe_code": s.allow_unsafe_code} if name == "HumanEval" else {}
+                self._loaded[name] = tasks.load(name, "test", s.task_data, **options)
+        return self._loaded[name]
+
+    @property
+    def _model_name(self) -> str:
+        return self.trained_with.get("model_name") or world.NAME
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        return open_bundle(self.settings.eval_bundle)
+
+    def rows(self, name: str) -> RowSet:
+        """Held-out token rows for bits per byte: of text ("bpb") or of the assistant's part of conversations."""
+        if name not in self._rows:
+            s, T = self.settings, self.config.sequence_len
+            with RowsProgress(f"{name}: held-out rows", -(-s.eval_tokens // T)) as progress:
+                if name == "bpb":
+                    data = s.data or ("" if self.demo else self.trained_with.get("data") or "")
+                    source = text_source(data, self.demo and not data, s.text_column)
+                    self._rows[name] = build_rows(
+                        source.val, self.tokenizer, T, split="val", max_tokens=s.eval_tokens, progress=progress
+                    )
+                else:
+                    chats = (
+                        world.sft_mixture("val", model_name=self._model_name) if self.demo else self.task("SmolTalk")
+                    )
+                    self._rows[name] = build_conversation_rows(
+                        chats, self.tokenizer, T, packing="best_fit", split="val",
+                        max_rows=-(-s.eval_tokens // T), progress=progress,
+                    )  # fmt: skip
+        return self._rows[name]
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """What decides a result besides the model; opens the data, so that what is missing is said early."""
+        s = self.settings
+        if name == "CORE":
+            return {"max_per_task": s.max_per_task, "bundle": self.bundle.sha256}
+        if name in ("bpb", "chat-bpb"):
+            return {"rows": self.rows(name).key}
+        if name == "samples":
+            return {"max_new_tokens": SAMPLE_TOKENS.get(self.stage, 64)}
+        task = self.task(name)
+        if task.eval_type == "categorical":
+            return categorical_settings(task, s.max_problems)
+        return generative_settings(task, max_problems=s.max_problems, **self._sampling)
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        s = self.settings
+        longest = s.max_new_tokens or (LONGEST_ANSWER_DEMO if self.demo else LONGEST_ANSWER)
+        return {
+            "num_samples": s.num_samples, "max_new_tokens": longest, "temperature": s.temperature, "top_k": s.top_k,
+            "seed": s.seed,
+        }  # fmt: skip
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Sizes one engine for all open tasks among the names. Without it each new longest prompt makes another."""
+        open_tasks = [self.task(n) for n in names if n not in BUILT_IN and self.task(n).eval_type == "generative"]
+        if open_tasks:
+            self._engine_for(open_tasks)
+
+    # --- evaluating -------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, name: str, *, partial: Result | None = None, save: Callable[[Result], Any] = lambda result: None
+    ) -> Result:
+        """The result of one name. CORE goes on from a `partial` result and hands `save` one after each of its tasks."""
+        if name == "CORE":
+            return self._core(partial, save)
+        if name in ("bpb", "chat-bpb"):
+            return self._bits(name)
+        if name == "samples":
+            return self._samples()
+        task, s = self.task(name), self.settings
+        with _TaskProgress(name) as progress:
+            if task.eval_type == "categorical":
+                return evaluate_categorical(
+                    self._scorer, self.tokenizer, task, max_problems=s.max_problems, progress=progress
+                )
+            engine = self._engine_for([task])
+            engine.params = self.params
+            return evaluate_generative(
+                engine, self.tokenizer, task, max_problems=s.max_problems, progress=progress, **self._sampling
+            )
+
+    @property
+    def _scorer(self) -> Scorer:
+        if self._made_scorer is None:
+            self._made_scorer = Scorer(self.config, self._spread, mesh=self._mesh)
+        self._made_scorer.params = self._spread
+        return self._made_scorer
+
+    @property
+    def _spread(self) -> Params:
+        """The parameters on all devices."""
+        if self._mesh is None:
+            return self.params
+        return jax.device_put(self.params, sharding.named(self._mesh, sharding.replicated_spec()))
+
+    def _engine_for(self, open_tasks: Sequence[Any]) -> Engine:
+        s = self.settings
+        longest = max(longest_prompt(self.tokenizer, task, s.max_problems) for task in open_tasks)
+        new, rotary = self._sampling["max_new_tokens"], 10 * self.config.sequence_len
+        if self._engine is None or self._engine.capacity < min(longest + new, rotary):
+            rows = max(problem_count(task, s.max_problems) for task in open_tasks) * s.num_samples
+            self._engine = eval_engine(
+                self.config, self.params, self.tokenizer, longest, new, rows=rows, slots=s.batch_size or None
+            )
+        return self._engine
+
+    def _bits(self, name: str) -> Result:
+        began, rows = time.monotonic(), self.rows(name)
+        per_device = max(1, 4096 // rows.T) if jax.default_backend() == "cpu" else 32
+        batch = per_device * (self._mesh.size if self._mesh else 1)
+        loss = held_out_loss(
+            self.config, self._spread, val_batches(rows, batch), self.tokenizer.token_bytes(), self._mesh
+        )
+        return {
+            "task": name,
+            "kind": "bpb",
+            "bpb": loss["val_bpb"],
+            "loss": loss["val_loss"],
+            "interval": None,
+            "n": len(rows),
+            "tokens": len(rows) * rows.T,
+            "settings": self.settings_of(name),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+
+    def _samples(self) -> Result:
+        # Here, not above: a stage may call this module while it trains.
+        from nanochat_jax.stages import base, supervised
+
+        began, settings = time.monotonic(), self.settings_of("samples")
+        if self.stage == "base":
+            texts = base.PROMPTS
+            prompts = [self.tokenizer.encode(text, prepend=self.tokenizer.bos_id) for text in texts]
+        else:
+            texts, prompts = supervised.PROMPTS, supervised.chat_prompts(self.tokenizer)
+        longest, new = max(map(len, prompts)), settings["max_new_tokens"]
+        engine = eval_engine(self.config, self.params, self.tokenizer, longest, new, rows=len(prompts))
+        requests = [engine.submit(prompt, new, temperature=0.0) for prompt in prompts]
+        while engine.live:
+            engine.step()
+        answers = [self.tokenizer.decode(r.tokens[:-1] if r.finished == "end" else r.tokens) for r in requests]
+        return {
+            "task": "samples",
+            "kind": "samples",
+            "settings": settings,
+            "n": len(prompts),
+            "seconds": round(time.monotonic() - began, 3),
+            "items": [
+                {"id": str(i), "prompt": p, "completion": a}
+                for i, (p, a) in enumerate(zip(texts, answers, strict=True))
+            ],
+        }
+
+    def _core(self, partial: Result | None, save: Callable[[Result], Any]) -> Result:
+        """CORE, one task after the other, so that an interruption costs one of them."""
+        bundle, settings, most = self.bundle, self.settings_of("CORE"), self.settings.max_per_task
+        if 0 < most <= (shots := max(task.num_fewshot for task in bundle.tasks)):
+            raise ValueError(f"--max_per_task={most} leaves no {shots} shots beside an item; use {shots + 1} or more")
+        done = dict(partial["tasks"]) if partial and partial["settings"] == settings else {}
+        before = partial["seconds"] if done and partial else 0.0
+        began = time.monotonic()
+        work = {t.label: (t.num_fewshot + 1) * len(item_order(len(bundle.items(t)), most)) for t in bundle.tasks}
+        result: Result = {}
+        with core.CoreProgress() as progress:
+            for task in bundle.tasks:
+                if task.label not in done:
+                    part: Any = _Part(
+                        progress, sum(work[label] for label in done), work[task.label], sum(work.values())
+                    )
+                    found = core.evaluate_core(
+                        self._scorer, self.tokenizer, bundle, max_per_task=most, tasks=[task.label], progress=part
+                    )
+                    done.update(found["tasks"])
+                result = _core_result(bundle, done, settings, before + time.monotonic() - began)
+                if "skipped" in result:
+                    save(result)
+        return result
+
+
+def _core_result(bundle: Bundle, done: dict[str, dict], settings: dict, seconds: float) -> Result:
+    """The CORE metric of the tasks that are done; while some are not, a result that counts as skipped."""
+    parts = {task.label: done[task.label] for task in bundle.tasks if task.label in done}
+    baselines = np.array([part["baseline"] for part in parts.values()])
+    accuracies = np.array([part["accuracy"] for part in parts.values()])
+
+    def metric(means: np.ndarray) -> np.ndarray:
+        return core.centered(means, baselines).mean(-1)
+
+    result: Result = {
+        "task": "CORE",
+        "kind": "core",
+        "settings": settings,
+        "n": sum(part["n"] for part in parts.values()),
+        "seconds": round(seconds, 3),
+        "tasks": parts,
+    }
+    if len(parts) < len(bundle.tasks):
+        return {**result, "skipped": f"{len(parts)} of {len(bundle.tasks)} tasks are done; run it again to go on"}
+    correct = [[item["correct"] for item in part["items"]] for part in parts.values()]
+    return {
+        **result,
+        "accuracy": float(accuracies.mean()),
+        "baseline": float(baselines.mean()),
+        "centered": float(metric(accuracies)),
+        "interval": list(stats.stratified_interval(correct, metric)),
+        "items": [
+            {"id": f"{label}/{item['id']}", "correct": item["correct"]}
+            for label, part in parts.items()
+            for item in part["items"]
+        ],
+    }
+
+
+class _Part:
+    """The progress of one CORE task as a part of all of them."""
+
+    def __init__(self, whole: core.CoreProgress, before: int, own: int, total: int):
+        self._whole, self._before, self._own, self._total = whole, before, own, total
+
+    def say(self, text: str) -> None:
+        self._whole.say(text)
+
+    def __call__(self, label: str, fraction: float) -> None:
+        self._whole(label, (self._before + self._own * fraction) / self._total)
+
+
+class _TaskProgress:
+    """Problems done, accuracy so far and time left; a context manager to be called with (done, total, accuracy)."""
+
+    def __init__(self, name: str):
+        self._name, self._live = name, sys.stdout.isatty()
+        self._began = self._last_line = time.monotonic()
+        columns = (
+            TextColumn(name),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Bar(*columns, transient=True)
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> "_TaskProgress":
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, accuracy: float) -> None:
+        now = time.monotonic()
+        text = f"accuracy {accuracy:.4f}, left {duration((total - done) * (now - self._began) / max(done, 1))}"
+        if self._live:
+            self._bar.update(self._task, completed=done, total=total, description=text)
+        elif now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            print(f"{self._name}: {done:,}/{total:,} | {text}", flush=True)

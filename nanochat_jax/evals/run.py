@@ -1,0 +1,162 @@
+"""Evaluates a trained model and keeps every result with its run: CORE, bits per byte, chat tasks, samples.
+
+python -m scripts.eval --source=sft                           every chat evaluation of the newest sft run
+python -m scripts.eval --source=base --tasks="CORE|bpb"       some of them
+"""
+
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tasks
+from nanochat_jax import cli, devices
+from nanochat_jax.cli import flag
+from nanochat_jax.evals import results
+from nanochat_jax.evals.results import Result
+from nanochat_jax.progress import duration
+from tasks import world
+
+if TYPE_CHECKING:
+    from nanochat_jax.evals.evaluator import Evaluator
+
+BUILT_IN = ("CORE", "bpb", "chat-bpb", "samples")  # every other name is a task's
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Flags of scripts.eval; names and defaults are the reference's where it has them."""
+
+    source: str | None = flag(None, "evaluate the newest run of this stage", short="i", choices=results.STAGES)
+    run_name: str = flag("", "the run to evaluate; default: the newest one (of --source)", short="g")
+    step: int | None = flag(None, "a checkpoint's step; default: the run's newest", short="s")
+    tasks: str = flag(
+        "", "names separated by |; default: what fits the run's stage (CORE|bpb|samples for base)", short="a"
+    )
+    max_problems: int | None = flag(None, "only the first problems of every chat task", short="x")
+    max_per_task: int = flag(-1, "only so many items of every CORE task; -1: all")
+    num_samples: int = flag(1, "answers to each open question; with several pass@k is reported", short="n")
+    temperature: float = flag(0.0, "0 = always the likeliest token", short="t")
+    top_k: int = flag(50, "choose among the k likeliest tokens, 0 = all", short="k")
+    max_new_tokens: int | None = flag(None, "the longest answer; default 512, in the demo 128", short="m")
+    seed: int = flag(42, "the same seed gives the same answers")
+    eval_tokens: int = flag(20 * 524288, "tokens of held-out text for bits per byte, at most")
+    data: str = flag("", "text for bits per byte; default: the downloaded shards, or the demo's text")
+    text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
+    task_data: Path | None = flag(None, "folder with the data sets, instead of downloading them (see tasks/hub.py)")
+    eval_bundle: Path | None = flag(None, "the CORE bundle, a zip file or folder, instead of downloading it")
+    batch_size: int = flag(0, "answers decoded side by side; 0: what memory and speed suggest", short="b")
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
+    allow_unsafe_code: bool = flag(False, "run generated programs even where this host cannot isolate them")
+    again: bool = flag(False, "evaluate again what has been evaluated with the same settings")
+
+
+def default_tasks(stage: str, demo: bool) -> tuple[str, ...]:
+    """What a run of a stage is evaluated on if nothing else is said."""
+    if stage == "base":
+        return ("bpb", "samples") if demo else ("CORE", "bpb", "samples")
+    return world.EVALS if demo else tasks.CHAT_EVALS
+
+
+def task_names(text: str) -> list[str]:
+    """The names in a --tasks value, separated by | or commas, however they are written. Raises ValueError."""
+    known = {name.lower(): name for name in (*BUILT_IN, *tasks.CHAT_EVALS, *world.EVALS, "world/rl")}
+    found = []
+    for name in filter(None, (part.strip() for part in text.replace(",", "|").split("|"))):
+        if name.lower() not in known:
+            nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"--tasks: {name!r} cannot be evaluated; did you mean {known[nearest[0]]}? (there are "
+                f"{', '.join(known.values())})"
+            )
+        found.append(known[name.lower()])
+    return list(dict.fromkeys(found))
+
+
+def evaluate_tasks(
+    names: Sequence[str], evaluator: "Evaluator", folder: Path, step: int, *, again: bool = False
+) -> dict[str, Result]:
+    """Evaluates the names one after the other and saves each result in the run's folder as soon as there is one.
+
+    A kept result of the same step and settings is not made again (unless `again`). All data are opened before
+    anything is computed. Returns name -> result.
+    """
+    settings = {name: evaluator.settings_of(name) for name in names}
+    kept = {} if again else {n: r for n in names if (r := results.find(folder, step, n, settings[n]))}
+    evaluator.prepare([name for name in names if name not in kept])
+    found = {}
+    for name in names:
+        if name in kept:
+            print(f"{name}: {results.shown(kept[name])} (kept from {kept[name]['time']})", flush=True)
+            found[name] = kept[name]
+            continue
+
+        def save(result: Result) -> None:
+            results.save(folder, step, {"stage": evaluator.stage, **result})
+
+        partial = None if again or name != "CORE" else results.load(folder, step).get("CORE")
+        found[name] = evaluator.evaluate(name, partial=partial if partial and "tasks" in partial else None, save=save)
+        save(found[name])
+        print(_line(found[name]), flush=True)
+    return found
+
+
+def _line(result: Result) -> str:
+    if "skipped" in result:
+        return f"{result['task']}: skipped: {result['skipped']}"
+    parts = [f"{result['task']}: {results.shown(result)}", f"{result['n']:,} items, {duration(result['seconds'])}"]
+    if passes := result.get("pass_at_k"):
+        parts += [f"pass@{k} {value:.4f}" for k, value in passes.items() if len(passes) > 1]
+    if result.get("unfinished"):
+        parts.append(f"{100 * result['unfinished']:.1f}% of answers cut off")
+    if result.get("cut_prompts"):
+        parts.append(f"{result['cut_prompts']} prompts lost their beginning")
+    return " | ".join(parts)
+
+
+def run(settings: EvalSettings) -> dict[str, Result]:
+    """Loads the model that the flags name, evaluates it, prints its table of results and returns what was asked for."""
+    names = task_names(settings.tasks)
+    # JAX takes a second to import: flags are judged before
+    from nanochat_jax import checkpoint
+    from nanochat_jax.evals.evaluator import Evaluator
+
+    devices.prepare(settings.device)
+    print(f"device: {devices.check(settings.device)}")
+    config, params, tokenizer, meta = checkpoint.load_model(settings.run_name or None, settings.source, settings.step)
+    stage, step, folder = meta["stage"], meta["step"], checkpoint.run_dir(meta["run"])
+    if settings.source not in (None, stage):
+        raise ValueError(f"--run_name={meta['run']} is a {stage} run, not --source={settings.source}: drop one of them")
+    trained_with = meta.get("settings") or {}
+    names = names or list(default_tasks(stage, bool(trained_with.get("demo"))))
+    print(f"evaluating {meta['run']}, stage {stage}, step {step}: {', '.join(names)}")
+    evaluator = Evaluator(config, params, tokenizer, stage, settings, trained_with)
+    found = evaluate_tasks(names, evaluator, folder, step, again=settings.again)
+    print(f"\n{results.table({stage: results.load(folder, step)})}\n\nkept in {results.folder_of(folder, step)}")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line. Exit status: 0 done, 1 error, 2 bad flags, 3 no GPU, 130 stopped by Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("absl", "jax", "orbax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    settings = cli.parse(EvalSettings, argv, __doc__ or "")
+    try:
+        run(settings)
+    except devices.DeviceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return devices.NO_USABLE_GPU
+    except (ValueError, RuntimeError, OSError) as error:
+        ours = type(error).__module__.startswith(("nanochat_jax", "tasks"))
+        if not (ours or isinstance(error, ValueError | FileNotFoundError | ConnectionError)):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    return 0
