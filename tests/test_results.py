@@ -1,11 +1,12 @@
 """Kept results: written whole, found again, and the figures made of several."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from nanochat_jax.evals import results
+from nanochat_jax.evals import compare, results
 from tests.tokenizer_fixtures import golden
 
 
@@ -118,3 +119,75 @@ def test_table():
     assert by_name["HumanEval"][1] == "skipped" and by_name["GSM8K"][2].startswith("0.3000 [")
     assert by_name["ChatCORE"][:2] == ["-", "-"] and by_name["ChatCORE"][2].startswith("0.")
     assert len({len(line) for line in text.splitlines()}) == 1
+
+
+# --- comparing two runs ---------------------------------------------------------------------------------------------
+
+
+def graded(right, n=100, task="GSM8K", first=0, **settings):
+    """A result whose problems `right` (numbers) are correct."""
+    items = [{"id": f"{i}", "correct": int(i in right)} for i in range(first, n)]
+    return results.scored(task, "generative", items, 0.0, settings, 1.0)
+
+
+def test_compare_verdicts():
+    weak, strong = graded(range(40)), graded(range(60))
+    found = compare.compare(weak, strong)
+    assert (found.verdict, found.n, found.notes) == ("better", 100, ())
+    assert found.difference == pytest.approx(0.2) and 0 < found.low < 0.2 < found.high < 0.3 and found.p < 1e-5
+    back = compare.compare(strong, weak)
+    assert back.verdict == "worse" and (back.difference, back.p) == (-found.difference, found.p)
+    assert compare.compare(weak, graded(range(1, 42))).verdict == "cannot tell"
+    same = compare.compare(weak, weak)
+    assert same.verdict == "cannot tell" and same.p == 1 and same.low < 0 < same.high
+    # the same accuracies, but other problems: nothing to tell
+    assert compare.compare(graded(range(50)), graded(range(50, 100))).verdict == "cannot tell"
+
+
+def test_compare_pairs_by_id():
+    found = compare.compare(graded(range(80), temperature=0.0), graded(range(50, 200), 120, first=50, temperature=1.0))
+    assert found.n == 50 and found.difference == pytest.approx(0.4)
+    assert "only the 50 problems that both have (of 100 and 70)" in found.notes[0]
+    assert "temperature 0.0 and 1.0" in found.notes[1]
+    with pytest.raises(compare.CompareError, match="different problems"):
+        compare.compare(graded([], 50), graded([], 100, first=50))
+    with pytest.raises(compare.CompareError, match="1 samples.*8"):
+        compare.compare(graded([]), graded([], num_samples=8))
+
+
+def test_compare_shares_of_several_samples():
+    def sampled(counts):
+        items = [{"id": f"{i}", "correct": int(c > 0), "n_correct": c} for i, c in enumerate(counts)]
+        return results.scored("GSM8K", "generative", items, 0.0, {"num_samples": 4}, 1.0)
+
+    found = compare.compare(sampled([1, 2] * 30), sampled([2, 3] * 30))
+    assert found.difference == pytest.approx(0.25) and found.verdict == "better"
+
+
+def test_compare_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    a, b = (tmp_path / "runs" / name for name in ("d4-mid", "d4-sft"))
+    for task in ("GSM8K", "world/sums"):
+        results.save(a, 100, graded(range(40), task=task))
+    results.save(b, 7, graded(range(20)))
+    results.save(b, 30, graded(range(60)))
+    results.save(b, 30, {"task": "samples", "kind": "samples", "settings": {}, "items": [{"id": "0", "prompt": "x"}]})
+    results.save(b, 30, {"task": "HumanEval", "kind": "generative", "settings": {}, "skipped": "no namespaces"})
+    assert compare.main(["d4-mid", "d4-sft"]) == 0
+    out = capsys.readouterr().out
+    assert "d4-sft (step 30) against d4-mid (step 100)" in out and "d4-sft is" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("| GSM8K")]
+    assert "better" in line and "+0.2000" in line and "100" in line
+    assert "only one of the two has: world/sums" in out
+    assert compare.main(["d4-mid", "d4-sft@7", "--tasks=GSM8K"]) == 0
+    assert "worse" in capsys.readouterr().out
+    for arguments, status, message in [
+        (["d4-mid"], 2, "two runs are needed, got 1"),
+        (["d4-mid", "d4-sft@8"], 1, "step 8 of d4-sft has no results.*7, 30"),
+        (["d4-mid", "d5"], 1, "no run 'd5'.*d4-mid, d4-sft"),
+        (["d4-mid", "../d5"], 1, "not a run"),
+        (["d4-mid", "d4-sft@x"], 1, "not a run"),
+        (["d4-mid", "d4-sft", "--tasks=MMLU"], 1, "not evaluated for both.*MMLU"),
+    ]:
+        assert compare.main(arguments) == status
+        assert re.search(message, capsys.readouterr().err)

@@ -182,7 +182,12 @@ def table(results_by_stage: Mapping[str, Mapping[str, Result]]) -> str:
     cores = [chatcore(results_by_stage[s]) for s in stages]
     if any(cores):
         rows.append(["ChatCORE", *(_shown(*core) if core else "-" for core in cores)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(stages) + 1)]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first being the head, as a Markdown table whose columns line up."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
