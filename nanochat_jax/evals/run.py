@@ -105,6 +105,8 @@ def evaluate_tasks(
 
 
 def _line(result: Result) -> str:
+    if result["kind"] == "samples":
+        return "\n".join(f"  {item['prompt']} -> {item['completion']!r}" for item in result["items"])
     if "skipped" in result:
         return f"{result['task']}: skipped: {result['skipped']}"
     parts = [f"{result['task']}: {results.shown(result)}", f"{result['n']:,} items, {duration(result['seconds'])}"]
