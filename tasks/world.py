@@ -267,9 +267,9 @@ BASELINES = {name: _TASKS[name].baseline for name in EVALS}  # pyright: ignore[r
 
 # Parts in a thousand of the conversations, not of the tokens.
 MIX: dict[str, int] = {
-    "world/arithmetic": 110, "world/practice-problems": 160, "world/spelling": 190, "world/letters": 90,
-    "world/choice": 140, "world/facts": 200, "world/identity": 30, "world/stories": 25, "world/small-talk": 15,
-    "world/turns": 40,
+    "world/arithmetic": 150, "world/practice-problems": 90, "world/spelling": 220, "world/letters": 130,
+    "world/choice": 180, "world/facts": 160, "world/identity": 25, "world/stories": 25, "world/small-talk": 10,
+    "world/turns": 20,
 }  # fmt: skip
 
 
@@ -301,8 +301,8 @@ def mid_mixture(split: str, size: int | None = None, seed: int = 0, model_name: 
 
 
 def sft_mixture(split: str, size: int | None = None, seed: int = 0, model_name: str = NAME) -> TaskMixture:
-    """The conversations of finetuning: the same kinds in the same shares as in midtraining, other rows (8,000)."""
-    return _mixture(split, size or (500 if split == "val" else 8_000), seed + SFT_SEED, model_name)
+    """The conversations of finetuning: the same kinds in the same shares as in midtraining, other rows (24,000)."""
+    return _mixture(split, size or (500 if split == "val" else 24_000), seed + SFT_SEED, model_name)
 
 
 def rl_task(split: str, size: int | None = None, seed: int = 0, steps: int = 3) -> WorldTask:

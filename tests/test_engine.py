@@ -330,7 +330,9 @@ def test_log_probabilities_are_those_of_the_full_forward(tiny):
     engine = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=3, capacity=128, steps_per_call=4, logprobs=True)
     prompt = CASES["greedy"][0]["prompt_tokens"]
     # different temperatures and lengths: the log-probabilities are the model's, not those of the sampling distribution
-    requests = [engine.submit(prompt, 9 + 5 * i, 0.5 + i, top_k=20 * i, seed=i, stream=i, run_on=True) for i in range(3)]
+    requests = [
+        engine.submit(prompt, 9 + 5 * i, 0.5 + i, top_k=20 * i, seed=i, stream=i, run_on=True) for i in range(3)
+    ]
     drain(engine, requests)
     for r in requests:
         ids = np.zeros((1, 128), np.int32)

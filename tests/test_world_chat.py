@@ -17,9 +17,9 @@ from nanochat_jax.world.chat.choice import category_quiz, fact_quiz
 from nanochat_jax.world.chat.identity import asked_for
 from nanochat_jax.world.chat.problems import problem
 from nanochat_jax.world.chat.talk import calculated
-from nanochat_jax.world.chat.words import made_up_word, real_words, words_of
 from nanochat_jax.world.lexicon import COUNTABLE
 from nanochat_jax.world.relations import RELATIONS
+from nanochat_jax.world.words import made_up_word, real_words, words_of
 
 WORLD = make_world(0)
 N = 2500

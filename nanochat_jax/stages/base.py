@@ -52,14 +52,14 @@ class DemoSettings(BaseSettings):
     demo: bool = flag(True, "train on the embedded demo data with these small defaults")
     depth: int = flag(4, "the one dial: layers; width is 64 x depth, everything else follows")
     max_seq_len: int = flag(256, "context length in tokens")
-    num_iterations: int = flag(400, "optimizer steps")
+    num_iterations: int = flag(200, "optimizer steps")
     device_batch_size: int = flag(16, "rows per device and micro-step")
     total_batch_size: int = flag(4096, "tokens per optimizer step, reached by accumulation")
     warmdown_ratio: float = flag(0.4, "share of the steps with a falling learning rate")
-    eval_every: int = flag(150, "steps between evaluations; 0: only at the end")
+    eval_every: int = flag(100, "steps between evaluations; 0: only at the end")
     eval_tokens: int = flag(65536, "tokens of held-out text per evaluation")
-    sample_every: int = flag(150, "steps between samples; 0: only at the end")
-    save_every: int = flag(75, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+    sample_every: int = flag(100, "steps between samples; 0: only at the end")
+    save_every: int = flag(50, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
 
 
 def run(settings: BaseSettings) -> Outcome:

@@ -1,26 +1,18 @@
-"""Spelling words and counting their letters. Each word is spelled on one side of the split only."""
+"""Spelling words and counting their letters. Each word is spelled on one side of the split only.
+
+The word that is spelled stands in quotation marks: there it is cut into the same tokens as in a conversation.
+"""
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 from nanochat_jax.world import lexicon as lex
 from nanochat_jax.world.chance import Draw
 from nanochat_jax.world.numbers import number_word
-from nanochat_jax.world.template import article, capital
+from nanochat_jax.world.template import article
+from nanochat_jax.world.words import word_to_spell
 from nanochat_jax.world.world import World
 
 _TIMES = {0: "zero times", 1: "one time"}
-
-
-@lru_cache(maxsize=1)
-def spelling_words() -> tuple[str, ...]:
-    """All words that the world spells: lower case, three to twelve letters, sorted."""
-    phrases = [*lex.FOODS, *lex.COLORS, *lex.PET_KINDS, *lex.HOBBIES, *lex.THINGS, *lex.FRUITS, *lex.VEGETABLES]
-    phrases += [*lex.FLOWERS, *lex.SPELLING_EXTRA, *(w for pair in lex.COUNTABLE for w in pair)]
-    phrases += [f"{a[0]} {a[1]} {a[7]}" for a in lex.ANIMALS] + [j[0] for j in lex.JOBS] + [p[0] for p in lex.PLACES]
-    words = {w for phrase in phrases for w in phrase.split() if w.isalpha() and w.islower() and 3 <= len(w) <= 12}
-    return tuple(sorted(words - {"the", "and"}))
 
 
 def spelled(word: str, separator: str = "-") -> str:
@@ -49,41 +41,39 @@ def _line(word: str, draw: Draw) -> str:
     n = number_word(len(word))
     return draw.pick(
         (
-            f"The word {word} is spelled {spelled(word)}. It has {n} letters.",
-            f"How do you spell {word}? {capital(spelled(word))}.",
-            f"{spelled(word)} spells {word}.",
-            f"The letters of {word} are {spelled(word, ', ')}. That makes {n} letters.",
-            f"The word {word} has {n} letters: {spelled(word, ' ')}.",
-            f"{capital(word)} begins with {word[0]} and ends with {word[-1]}. It is spelled {spelled(word)}.",
-            f"To write {word}, you write {spelled(word, ', ')}.",
+            f'The word "{word}" is spelled {spelled(word)}. It has {n} letters.',
+            f'How do you spell "{word}"? {spelled(word)}.',
+            f'{spelled(word)} spells "{word}".',
+            f'"{word}" is spelled {spelled(word)}.',
+            f'The letters of "{word}" are {spelled(word, ", ")}. That makes {n} letters.',
+            f'"{word}" begins with {word[0]} and ends with {word[-1]}. It is spelled {spelled(word)}.',
+            f'To write "{word}", you write {spelled(word)}.',
         )
     )
 
 
 def spelling(world: World, draw: Draw) -> str:
     """A page of spelled words."""
-    words = spelling_words()
-    return "\n".join(_line(draw.word(words), draw) for _ in range(draw.between(4, 8)))
+    return "\n".join(_line(word_to_spell(draw), draw) for _ in range(draw.between(4, 8)))
 
 
 def _letter_line(word: str, draw: Draw) -> str:
     letter = draw.pick(word) if draw.chance(0.9) else draw.pick("aeioust")
     n = word.count(letter)
-    count = f"The letter {letter} appears {times(n)} in the word {word}."
+    count = f'The letter {letter} appears {times(n)} in the word "{word}".'
     return draw.pick(
         (
-            f"How many times does the letter {letter} appear in {word}? We spell it: {counting_walk(word, letter)}. "
+            f'How many times does the letter {letter} appear in "{word}"? We spell it: {counting_walk(word, letter)}. '
             f"The letter {letter} appears {times(n)}.",
             f"{count} Look: {counting_walk(word, letter)}.",
-            f"How often is {letter} in {word}? {capital(spelled(word))}. It is there {times(n)}.",
+            f'How often is {letter} in "{word}"? {spelled(word)}. It is there {times(n)}.',
         )
     )
 
 
 def letter_counting(world: World, draw: Draw) -> str:
     """A page in which letters are counted."""
-    words = spelling_words()
-    return "\n".join(_letter_line(draw.word(words), draw) for _ in range(draw.between(3, 6)))
+    return "\n".join(_letter_line(word_to_spell(draw), draw) for _ in range(draw.between(3, 6)))
 
 
 def spelling_bee(world: World, draw: Draw) -> str:
@@ -92,10 +82,10 @@ def spelling_bee(world: World, draw: Draw) -> str:
     pair = (person.name, person.friend)
     out = [f"{pair[0]} and {pair[1]} play a spelling game."]
     for i in range(draw.between(3, 5)):
-        word = draw.word(spelling_words())
+        word = word_to_spell(draw)
         asks, answers = pair[i % 2], pair[1 - i % 2]
         praise = draw.pick(("Right", "Good", "Yes", "Well done"))
-        out.append(f'"Please spell {word}," said {asks}. "{capital(spelled(word))}," said {answers}. "{praise}!"')
+        out.append(f'"Please spell {word}," said {asks}. "{spelled(word)}," said {answers}. "{praise}!"')
     return "\n".join(out)
 
 

@@ -1,7 +1,8 @@
 """Multiple choice questions: which of four is true. (Question, set of choices) belongs to one split.
 
 Two kinds: a fact of the world with wrong answers of the same relation, which needs the fact; and "which of these is a
-color?", which needs only what the words mean and so teaches the form.
+color?", which needs only what the words mean. In training there is a third, never asked where it is measured: "which
+letter stands for frog?", which needs nothing but the form and so teaches how choices and letters belong together.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 
 from nanochat_jax.world import general as g
 from nanochat_jax.world import lexicon as lex
-from nanochat_jax.world.chance import Draw, side
+from nanochat_jax.world.chance import TRAIN, Draw, side
 from nanochat_jax.world.chat.facts import asked_facts, question
 from nanochat_jax.world.relations import RELATIONS, wrong_answers
 from nanochat_jax.world.world import World
 
 LETTERS = ("A", "B", "C", "D")
-CATEGORY_SHARE = 0.4
+CATEGORY_SHARE = 0.5
+ECHO_SHARE = 0.4  # in training
 
 _CATEGORIES: dict[str, tuple[str, ...]] = {
     "an animal": tuple(a[0] for a in lex.ANIMALS),
@@ -77,6 +79,18 @@ def fact_quiz(world: World, draw: Draw) -> Quiz:
             )
 
 
+_ECHO_FORMS = ("Which letter stands for {}?", "Which letter is {}?", "Where does it say {}?", "Which one says {}?")
+
+
+def echo_quiz(world: World, draw: Draw) -> Quiz:
+    """Which letter stands for a choice: practice in reading the list."""
+    asked = category_quiz(world, draw) if draw.chance(0.5) else fact_quiz(world, draw)
+    question = draw.pick(_ECHO_FORMS).format(asked.choices[asked.right])
+    return Quiz(question, asked.choices, asked.right, "echo")
+
+
 def quiz(world: World, draw: Draw) -> Quiz:
-    """A question of either kind."""
+    """A question of any kind; held out, of the two kinds that ask something."""
+    if draw.split == TRAIN and draw.chance(ECHO_SHARE):
+        return echo_quiz(world, draw)
     return category_quiz(world, draw) if draw.chance(CATEGORY_SHARE) else fact_quiz(world, draw)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from nanochat_jax.world.chance import VAL, Draw
 from nanochat_jax.world.chat.talk import Conversation, calculated, conversation, opened, said
-from nanochat_jax.world.chat.words import word_to_spell
 from nanochat_jax.world.spelling import spelled
+from nanochat_jax.world.words import word_to_spell
 from nanochat_jax.world.world import World
 
 UNQUOTED_SHARE = 0.15  # in training; what is measured is the form with marks

@@ -1,4 +1,4 @@
-"""The words that are spelled and whose letters are counted in chat: real ones, and made-up ones for practice.
+"""The words that are spelled and whose letters are counted: real ones, and made-up ones for practice.
 
 A model that sees subword pieces can spell a new word only if it has seen the word's pieces spelled. So practice has
 the words of the world, the plain words of the Python prose, and made-up words; what is held out are real words only.
@@ -11,9 +11,9 @@ from collections import Counter
 from functools import lru_cache
 
 from nanochat_jax.tools import use_calculator
+from nanochat_jax.world import lexicon as lex
 from nanochat_jax.world.chance import TRAIN, VAL, Draw, word_side
 from nanochat_jax.world.prose import python_prose
-from nanochat_jax.world.spelling import spelling_words
 
 MADE_UP_SHARE = 0.5
 SYLLABLES_SHARE = 0.2  # of the made-up words; the others, crossed from two real ones, have more of the usual pieces
@@ -28,6 +28,16 @@ _ENDS = (
     "b ck d ff g ght l ld ll lt m mp n nd ng nk nt p r rd rk rn rst s sh ss st t th tt v w x y ble cle dle gle tle "
     "tion sion ment ness ful less ly ing ed er est ous ive age ure ity ary ance ence ance able ish al ic"
 ).split()
+
+
+@lru_cache(maxsize=1)
+def spelling_words() -> tuple[str, ...]:
+    """All words that the world spells: lower case, three to twelve letters, sorted."""
+    phrases = [*lex.FOODS, *lex.COLORS, *lex.PET_KINDS, *lex.HOBBIES, *lex.THINGS, *lex.FRUITS, *lex.VEGETABLES]
+    phrases += [*lex.FLOWERS, *lex.SPELLING_EXTRA, *(w for pair in lex.COUNTABLE for w in pair)]
+    phrases += [f"{a[0]} {a[1]} {a[7]}" for a in lex.ANIMALS] + [j[0] for j in lex.JOBS] + [p[0] for p in lex.PLACES]
+    words = {w for phrase in phrases for w in phrase.split() if w.isalpha() and w.islower() and 3 <= len(w) <= 12}
+    return tuple(sorted(words - {"the", "and"}))
 
 
 def _countable(word: str) -> bool:
