@@ -47,8 +47,9 @@ class Engine:
         logprobs: bool = False,
         model: ModuleType | Any = gpt,
     ):
-        """logprobs: also give each request the log-probabilities of its tokens. capacity: positions per slot, default sequence_len, at most the rotary range 10 * sequence_len.
+        """capacity: positions per slot, default sequence_len, at most the rotary range 10 * sequence_len.
         steps_per_call: tokens per compiled call (default: fewer the larger the model, so that streaming stays smooth).
+        logprobs: also give each request the log-probabilities of its tokens.
         """
         limit = 10 * config.sequence_len
         self.capacity = config.sequence_len if capacity is None else capacity

@@ -1,4 +1,4 @@
-"""What a person sees of a long run: a live bar on a terminal, plain lines elsewhere."""
+"""What a person sees of long work: a live bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -10,21 +10,20 @@ from rich.progress import Progress as Bar
 LINE_EVERY_S = 10.0  # without a terminal: often enough to see life, rare enough to keep a log readable
 
 
-class Progress:
-    """Shows training steps `start` .. `total`; a context manager."""
+class Live:
+    """A bar with `what` before it, `count` and a text behind; a context manager.
 
-    def __init__(self, total: int, start: int = 0):
-        self._total, self._live = total, sys.stdout.isatty()
-        self._last_line = 0.0
-        self._bar = Bar(
-            TextColumn("{task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            console=Console(),
-        )
-        self._task = self._bar.add_task("", total=total, completed=start)
+    count: how far it is, as rich's columns write it ("{task.completed}/{task.total}").
+    """
 
-    def __enter__(self) -> "Progress":
+    def __init__(self, what: str, count: str, total: float | None = None, done: float = 0, transient: bool = False):
+        self._live, self._began = sys.stdout.isatty(), time.monotonic()
+        self._last_line = self._began
+        columns = (TextColumn(what), BarColumn(), TextColumn(count), TextColumn("{task.description}"))
+        self._bar = Bar(*columns, console=Console(), transient=transient)
+        self._task = self._bar.add_task("", total=total, completed=done)  # pyright: ignore[reportArgumentType]
+
+    def __enter__(self):
         if self._live:
             self._bar.start()
         return self
@@ -40,19 +39,77 @@ class Progress:
         else:
             print(text, flush=True)
 
+    def left(self, share_done: float) -> str:
+        """How long the rest takes if it goes on as until now; "?" at the beginning."""
+        if not share_done > 0:
+            return "?"
+        return duration((time.monotonic() - self._began) * (1 - share_done) / share_done)
+
+    def show(self, done: float, text: str, line: str, total: float | None = None, now: bool = False) -> None:
+        """`done` and `text` on the bar; without a terminal `line` and `text`, every ten seconds at most unless `now`."""
+        if self._live:
+            self._bar.update(self._task, total=total, completed=done, description=text)  # total None: as it was
+        elif now or time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            print(f"{line} | {text}", flush=True)
+
+
+class Progress(Live):
+    """Training steps `start` .. `total`."""
+
+    def __init__(self, total: int, start: int = 0):
+        super().__init__("step", "{task.completed}/{task.total}", total, start)
+        self._total = total
+
     def step(self, record: dict, smooth_loss: float, seconds_left: float) -> None:
+        """Shows the record of a finished step."""
         done = record["step"] + 1
         parts = [f"loss {smooth_loss:.4f}"]
+        parts += [f"reward {record['reward']:.3f}"] if "reward" in record else []
         parts += [f"lr x{record['lr_multiplier']:.3f}"] if "lr_multiplier" in record else []
         parts += [f"{record['tok_per_sec']:,.0f} tok/s"]
         parts += [f"mfu {100 * record['mfu']:.1f}%"] if "mfu" in record else []
         parts += [f"data wait {100 * record['data_wait']:.1f}%", f"left {duration(seconds_left)}"]
-        text = " | ".join(parts)
-        if self._live:
-            self._bar.update(self._task, completed=done, description=text)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S or done == self._total:
-            self._last_line = time.monotonic()
-            print(f"step {done}/{self._total} ({100 * done / self._total:.1f}%) | {text}", flush=True)
+        line = f"step {done}/{self._total} ({100 * done / self._total:.1f}%)"
+        self.show(done, " | ".join(parts), line, now=done == self._total)
+
+
+class RowsProgress(Live):
+    """Building rows, `total` of them where that is known: call it with (rows, tokens, documents)."""
+
+    def __init__(self, what: str, total: int | None):
+        super().__init__(what, "{task.completed:,}" + ("/{task.total:,}" if total else ""), total)
+        self._what, self._total = what, total
+
+    def __call__(self, rows: int, tokens: int, documents: int) -> None:
+        rate = tokens / max(time.monotonic() - self._began, 1e-9)
+        text = f"{documents:,} documents, {rate:,.0f} tok/s"
+        if not self._total:
+            return self.show(rows, text, f"{self._what}: {rows:,}")
+        self.show(rows, f"{text}, left {self.left(rows / self._total)}", f"{self._what}: {rows:,}/{self._total:,}")
+
+
+class ShareProgress(Live):
+    """Work of which a share is done: call it with (what is being worked on, share from 0 to 1)."""
+
+    def __init__(self, what: str):
+        super().__init__(what, "{task.percentage:.0f}%", 1.0)
+        self._what = what
+
+    def __call__(self, label: str, share: float) -> None:
+        self.show(share, f"{label}, left {self.left(share)}", f"{self._what}: {100 * share:.0f}%")
+
+
+class ProblemsProgress(Live):
+    """Problems of an evaluation: call it with (done, total, accuracy so far)."""
+
+    def __init__(self, name: str):
+        super().__init__(name, "{task.completed}/{task.total}", transient=True)
+        self._name = name
+
+    def __call__(self, done: int, total: int, accuracy: float) -> None:
+        text = f"accuracy {accuracy:.4f}, left {self.left(done / max(total, 1))}"
+        self.show(done, text, f"{self._name}: {done:,}/{total:,}", total)
 
 
 def duration(seconds: float) -> str:
@@ -61,38 +118,3 @@ def duration(seconds: float) -> str:
     if s >= 3600:
         return f"{s // 3600}h{s % 3600 // 60:02d}m"
     return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
-
-
-class RowsProgress:
-    """A bar for building `total` rows: call it with (rows, tokens, documents); a context manager."""
-
-    def __init__(self, what: str, total: int):
-        self._what, self._total, self._live = what, total, sys.stdout.isatty()
-        self._began = self._last_line = time.monotonic()
-        self._bar = Bar(
-            TextColumn(what),
-            BarColumn(),
-            TextColumn("{task.completed:,}/{task.total:,}"),
-            TextColumn("{task.description}"),
-        )
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> "RowsProgress":
-        if self._live:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if self._live:
-            self._bar.stop()
-
-    def __call__(self, rows: int, tokens: int, documents: int) -> None:
-        now = time.monotonic()
-        rate = tokens / max(now - self._began, 1e-9)
-        left = duration((self._total - rows) * (now - self._began) / max(rows, 1))
-        text = f"{documents:,} documents, {rate:,.0f} tok/s, left {left}"
-        if self._live:
-            self._bar.update(self._task, completed=rows, description=text)
-        elif now - self._last_line >= LINE_EVERY_S:
-            self._last_line = now
-            print(f"{self._what}: {rows:,}/{self._total:,} | {text}", flush=True)

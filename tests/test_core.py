@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import gpt
-from nanochat_jax.evals.core import CoreProgress, centered, evaluate_core, evaluate_task
+from nanochat_jax.evals.core import centered, evaluate_core, evaluate_task
 from nanochat_jax.evals.core_bundle import CoreTask, open_bundle
 from nanochat_jax.evals.core_prompts import (
     NotAPrefixError,
@@ -19,6 +19,7 @@ from nanochat_jax.evals.core_prompts import (
     item_order,
 )
 from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.progress import ShareProgress
 from nanochat_jax.reference import params_from_reference
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
@@ -208,7 +209,7 @@ def bundle(tmp_path):
 
 def test_the_metric_is_the_references(bundle, scorer, capsys):
     case = CORE["evaluate_model_max4"]
-    with CoreProgress() as progress:
+    with ShareProgress("CORE") as progress:
         result = evaluate_core(scorer, golden_tokenizer(), bundle, max_per_task=case["max_per_task"], progress=progress)
     assert result["core_metric"] == pytest.approx(case["core_metric"], abs=1e-6)
     assert {k: r["accuracy"] for k, r in result["tasks"].items()} == pytest.approx(case["results"], abs=1e-6)

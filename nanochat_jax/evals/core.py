@@ -4,15 +4,11 @@ Centred accuracy is (accuracy - baseline) / (1 - baseline): 0 is guessing, 1 is 
 decisions are the reference's, item by item (`core_prompts`).
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
 from nanochat_jax.evals import stats
 from nanochat_jax.evals.core_bundle import Bundle, CoreTask
@@ -27,51 +23,10 @@ from nanochat_jax.evals.core_prompts import (
     item_order,
 )
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.progress import LINE_EVERY_S, duration
+from nanochat_jax.progress import ShareProgress, duration
 from nanochat_jax.tokenizer import Tokenizer
 
 BLOCK = 1000  # items tokenized and scored at a time: bounds memory (ten shots before eleven options: 22 M tokens)
-
-
-class CoreProgress:
-    """Shows how far an evaluation is and how long it still takes; a context manager."""
-
-    def __init__(self):
-        self._live, self._began, self._last_line = sys.stdout.isatty(), time.monotonic(), time.monotonic()
-        columns = (
-            TextColumn("CORE"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f}%"),
-            TextColumn("{task.description}"),
-        )
-        self._bar = Bar(*columns, console=Console())
-        self._task = self._bar.add_task("", total=1.0)
-
-    def __enter__(self) -> "CoreProgress":
-        if self._live:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if self._live:
-            self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """A line that stays: one for every finished task."""
-        if self._live:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, flush=True)
-
-    def __call__(self, label: str, fraction: float) -> None:
-        """`fraction` of all the work is done, and `label` is being worked on."""
-        now = time.monotonic()
-        left = duration((now - self._began) * (1 - fraction) / fraction) if fraction > 0 else "?"
-        if self._live:
-            self._bar.update(self._task, completed=fraction, description=f"{label}, left {left}")
-        elif now - self._last_line >= LINE_EVERY_S:
-            self._last_line = now
-            print(f"CORE: {100 * fraction:.0f}% | {label}, left {left}", flush=True)
 
 
 def centered(accuracy, baseline):
@@ -86,7 +41,7 @@ def evaluate_core(
     *,
     max_per_task: int = -1,
     tasks: Sequence[str] | None = None,
-    progress: CoreProgress | None = None,
+    progress: ShareProgress | None = None,
 ) -> dict[str, Any]:
     """The CORE metric and every task's result, with bootstrap intervals over items (95 %, stratified by task).
 

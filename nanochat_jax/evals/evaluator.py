@@ -1,6 +1,5 @@
 """A model under evaluation: runs any one evaluation by its name."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -8,8 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
 import tasks
 from nanochat_jax import sharding
@@ -35,7 +32,7 @@ from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.run import BUILT_IN, EvalSettings
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.gpt import GPTConfig, Params
-from nanochat_jax.progress import LINE_EVERY_S, RowsProgress, duration
+from nanochat_jax.progress import ProblemsProgress, RowsProgress, ShareProgress
 from nanochat_jax.tokenizer import Tokenizer
 from tasks import world
 
@@ -154,7 +151,7 @@ class Evaluator:
         if name == "samples":
             return self._samples()
         task, s = self.task(name), self.settings
-        with _TaskProgress(name) as progress:
+        with ProblemsProgress(name) as progress:
             if task.eval_type == "categorical":
                 return evaluate_categorical(
                     self._scorer, self.tokenizer, task, max_problems=s.max_problems, progress=progress
@@ -247,7 +244,7 @@ class Evaluator:
         began = time.monotonic()
         work = {t.label: (t.num_fewshot + 1) * len(item_order(len(bundle.items(t)), most)) for t in bundle.tasks}
         result: Result = {}
-        with core.CoreProgress() as progress:
+        with ShareProgress("CORE") as progress:
             for task in bundle.tasks:
                 if task.label not in done:
                     part: Any = _Part(
@@ -300,7 +297,7 @@ def _core_result(bundle: Bundle, done: dict[str, dict], settings: dict, seconds:
 class _Part:
     """The progress of one CORE task as a part of all of them."""
 
-    def __init__(self, whole: core.CoreProgress, before: int, own: int, total: int):
+    def __init__(self, whole: ShareProgress, before: int, own: int, total: int):
         self._whole, self._before, self._own, self._total = whole, before, own, total
 
     def say(self, text: str) -> None:
@@ -308,37 +305,3 @@ class _Part:
 
     def __call__(self, label: str, fraction: float) -> None:
         self._whole(label, (self._before + self._own * fraction) / self._total)
-
-
-class _TaskProgress:
-    """Problems done, accuracy so far and time left; a context manager to be called with (done, total, accuracy)."""
-
-    def __init__(self, name: str):
-        self._name, self._live = name, sys.stdout.isatty()
-        self._began = self._last_line = time.monotonic()
-        columns = (
-            TextColumn(name),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.description}"),
-        )
-        self._bar = Bar(*columns, transient=True)
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> "_TaskProgress":
-        if self._live:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if self._live:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int, accuracy: float) -> None:
-        now = time.monotonic()
-        text = f"accuracy {accuracy:.4f}, left {duration((total - done) * (now - self._began) / max(done, 1))}"
-        if self._live:
-            self._bar.update(self._task, completed=done, total=total, description=text)
-        elif now - self._last_line >= LINE_EVERY_S:
-            self._last_line = now
-            print(f"{self._name}: {done:,}/{total:,} | {text}", flush=True)

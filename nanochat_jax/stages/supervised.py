@@ -139,7 +139,7 @@ _DECIDED = ("num_epochs", "task_data", "data", "metrics_every", "metrics_max_pro
 def _rows(lesson: Lesson, split: str, tokenizer, T: int, max_rows: int | None) -> RowSet:
     conversations = lesson.train if split == "train" else lesson.val
     name = {"train": "training rows", "val": "held-out rows"}[split]
-    with RowsProgress(name, max_rows or 0) as progress:
+    with RowsProgress(name, max_rows) as progress:
         rows = build_conversation_rows(
             conversations, tokenizer, T, packing=lesson.packing, split=split, max_rows=max_rows, progress=progress
         )
