@@ -104,6 +104,7 @@ def slow_bits(tiny, stage, name, eval_tokens):
     return nats / n_bytes / np.log(2)
 
 
+@pytest.mark.slow
 def test_base_model_bits_and_samples(tiny, make_run, capsys):
     folder = make_run("d2-base", "base")
     assert run.main(["--source=base", "--eval_tokens=4096", "--device=cpu"]) == 0
