@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from nanochat_jax.world import Draw, make_world
 from nanochat_jax.world.chance import stable_hash
-from nanochat_jax.world.chat import KINDS, LETTERS, NAME, draw_for, quiz
+from nanochat_jax.world.chat import KINDS, LETTERS, NAME, draw_for, practice, quiz
 from nanochat_jax.world.chat.facts import names_only
 from nanochat_jax.world.chat.identity import identity
 from nanochat_jax.world.chat.problems import problem
@@ -200,6 +200,19 @@ class Choice(WorldTask):
         return evaluate_letter(conversation, completion)
 
 
+class ChoicePractice(WorldTask):
+    """Multiple choice with more questions about the same list; training only."""
+
+    kind = "choice-practice"
+
+    def make(self, draw: Draw) -> Conversation:
+        asked, follow_ups = practice(make_world(0), draw)
+        row = mc_conversation(asked.question, LETTERS, asked.choices, LETTERS[asked.right])
+        for question, letter in follow_ups:
+            row["messages"] += [{"role": "user", "content": question}, {"role": "assistant", "content": letter}]
+        return row
+
+
 class Facts(WorldTask):
     """Questions about the world. Right: the fact's object is in the answer, and no other object of the relation is."""
 
@@ -254,8 +267,8 @@ class Turns(WorldTask):
 _TASKS: dict[str, Callable[..., WorldTask]] = {
     f"world/{task.kind}": task
     for task in (
-        Arithmetic, WordProblems, PracticeProblems, Spelling, Letters, Choice, Facts, Identity, LongProblems, Stories,
-        SmallTalk, Turns,
+        Arithmetic, WordProblems, PracticeProblems, Spelling, Letters, Choice, ChoicePractice, Facts, Identity,
+        LongProblems, Stories, SmallTalk, Turns,
     )
 }  # fmt: skip
 NAMES = tuple(_TASKS)
@@ -268,8 +281,8 @@ BASELINES = {name: _TASKS[name].baseline for name in EVALS}  # pyright: ignore[r
 # Parts in a thousand of the conversations, not of the tokens.
 MIX: dict[str, int] = {
     "world/arithmetic": 150, "world/practice-problems": 90, "world/spelling": 220, "world/letters": 130,
-    "world/choice": 180, "world/facts": 160, "world/identity": 25, "world/stories": 25, "world/small-talk": 10,
-    "world/turns": 20,
+    "world/choice": 110, "world/choice-practice": 90, "world/facts": 160, "world/identity": 25, "world/stories": 25,
+    "world/small-talk": 10, "world/turns": 20,
 }  # fmt: skip
 
 
@@ -287,6 +300,8 @@ def load(name: str, split: str, size: int | None = None, seed: int = 0, **option
 def _mixture(split: str, size: int, seed: int, model_name: str) -> TaskMixture:
     tasks = []
     for name, share in MIX.items():
+        if split == "val" and name == "world/choice-practice":
+            continue
         rows = max(1, size * share // sum(MIX.values()))
         if split == "val":
             rows = min(rows, _TASKS[name].val_size)  # pyright: ignore[reportFunctionMemberAccess]

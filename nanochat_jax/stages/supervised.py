@@ -28,7 +28,7 @@ from nanochat_jax.stages.common import (
 )
 from nanochat_jax.train import Evaluation, Outcome
 
-PROMPTS = ("Hello!", "Who are you?", "What is 34 + 27?", "Spell the word: garden", "What is the capital of France?")
+PROMPTS = ("Hello!", "Who are you?", "What is 34 + 27?", 'Spell the word "garden".', "What is the capital of France?")
 
 
 @dataclass(frozen=True)

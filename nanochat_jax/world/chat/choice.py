@@ -1,8 +1,9 @@
 """Multiple choice questions: which of four is true. (Question, set of choices) belongs to one split.
 
 Two kinds: a fact of the world with wrong answers of the same relation, which needs the fact; and "which of these is a
-color?", which needs only what the words mean. In training there is a third, never asked where it is measured: "which
-letter stands for frog?", which needs nothing but the form and so teaches how choices and letters belong together.
+color?", which needs only what the words mean. Training has practice besides, never asked where it is measured: which
+letter stands for "frog", and more questions about the same list. One letter in eighty tokens teaches too little of how
+choices and letters belong together: without practice a model of depth 4 stays at chance (0.25) for a million tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from nanochat_jax.world.world import World
 
 LETTERS = ("A", "B", "C", "D")
 CATEGORY_SHARE = 0.5
-ECHO_SHARE = 0.4  # in training
+ECHO_SHARE = 0.5  # of practice
+FOLLOW_UPS = (4, 8)  # more questions about the list of a practice conversation
 
 _CATEGORIES: dict[str, tuple[str, ...]] = {
     "an animal": tuple(a[0] for a in lex.ANIMALS),
@@ -90,7 +92,20 @@ def echo_quiz(world: World, draw: Draw) -> Quiz:
 
 
 def quiz(world: World, draw: Draw) -> Quiz:
-    """A question of any kind; held out, of the two kinds that ask something."""
-    if draw.split == TRAIN and draw.chance(ECHO_SHARE):
-        return echo_quiz(world, draw)
+    """A question of one of the two kinds that ask something."""
     return category_quiz(world, draw) if draw.chance(CATEGORY_SHARE) else fact_quiz(world, draw)
+
+
+_FOLLOW_UP_FORMS = ("And {}?", "{}?", "Which letter stands for {}?", "Where is {}?", "And which is {}?")
+
+
+def practice(world: World, draw: Draw) -> tuple[Quiz, list[tuple[str, str]]]:
+    """A question, often which letter stands for a choice, and follow-up questions with their letters, in any order."""
+    if draw.split != TRAIN:
+        raise ValueError("practice is for training")
+    asked = echo_quiz(world, draw) if draw.chance(ECHO_SHARE) else quiz(world, draw)
+    follow_ups = []
+    for _ in range(draw.between(*FOLLOW_UPS)):
+        place = draw.below(len(LETTERS))
+        follow_ups.append((draw.pick(_FOLLOW_UP_FORMS).format(asked.choices[place]), LETTERS[place]))
+    return asked, follow_ups

@@ -12,7 +12,7 @@ from nanochat_jax.world.spelling import spelled
 from nanochat_jax.world.words import word_to_spell
 from nanochat_jax.world.world import World
 
-UNQUOTED_SHARE = 0.15  # in training; what is measured is the form with marks
+UNQUOTED_SHARE = 0.25  # in training; what is measured is the form with marks
 OTHER_LETTER_SHARE = 0.1  # the letter need not be in the word
 REPEATED_SHARE = 0.5  # a letter that comes more than once is chosen on purpose: else "1" would nearly always be right
 
