@@ -46,7 +46,7 @@ class Live:
         return duration((time.monotonic() - self._began) * (1 - share_done) / share_done)
 
     def show(self, done: float, text: str, line: str, total: float | None = None, now: bool = False) -> None:
-        """`done` and `text` on the bar; without a terminal `line` and `text`, every ten seconds at most unless `now`."""
+        """`done` and `text` on the bar; without a terminal `line` and `text`, every ten seconds unless `now`."""
         if self._live:
             self._bar.update(self._task, total=total, completed=done, description=text)  # total None: as it was
         elif now or time.monotonic() - self._last_line >= LINE_EVERY_S:

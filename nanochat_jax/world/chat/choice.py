@@ -1,7 +1,7 @@
 """Multiple choice questions: which of four is true. (Question, set of choices) belongs to one split.
 
 Two kinds: a fact of the world with wrong answers of the same relation, which needs the fact; and "which of these is a
-color?", which needs only what the words mean. Training has practice besides, never asked where it is measured: which
+color?", which needs only what the words mean. Practice, whose answers are not measured, has more: which
 letter stands for "frog", and more questions about the same list. One letter in eighty tokens teaches too little of how
 choices and letters belong together: without practice a model of depth 4 stays at chance (0.25) for a million tokens.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nanochat_jax.world import general as g
 from nanochat_jax.world import lexicon as lex
-from nanochat_jax.world.chance import TRAIN, Draw, side
+from nanochat_jax.world.chance import Draw, side
 from nanochat_jax.world.chat.facts import asked_facts, question
 from nanochat_jax.world.relations import RELATIONS, wrong_answers
 from nanochat_jax.world.world import World
@@ -101,8 +101,6 @@ _FOLLOW_UP_FORMS = ("And {}?", "{}?", "Which letter stands for {}?", "Where is {
 
 def practice(world: World, draw: Draw) -> tuple[Quiz, list[tuple[str, str]]]:
     """A question, often which letter stands for a choice, and follow-up questions with their letters, in any order."""
-    if draw.split != TRAIN:
-        raise ValueError("practice is for training")
     asked = echo_quiz(world, draw) if draw.chance(ECHO_SHARE) else quiz(world, draw)
     follow_ups = []
     for _ in range(draw.between(*FOLLOW_UPS)):
