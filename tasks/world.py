@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from nanochat_jax.world import Draw, make_world
 from nanochat_jax.world.chance import stable_hash
-from nanochat_jax.world.chat import KINDS, LETTERS, NAME, draw_for, practice, quiz
+from nanochat_jax.world.chat import KINDS, LETTERS, NAME, draw_for, quiz
 from nanochat_jax.world.chat.facts import names_only
 from nanochat_jax.world.chat.identity import identity
 from nanochat_jax.world.chat.problems import problem
@@ -205,19 +205,6 @@ class Choice(WorldTask):
         return evaluate_letter(conversation, completion)
 
 
-class ChoicePractice(WorldTask):
-    """Multiple choice with more questions about the same list; training only."""
-
-    kind = "choice-practice"
-
-    def make(self, draw: Draw) -> Conversation:
-        asked, follow_ups = practice(make_world(0), draw)
-        row = mc_conversation(asked.question, LETTERS, asked.choices, LETTERS[asked.right])
-        for question, letter in follow_ups:
-            row["messages"] += [{"role": "user", "content": question}, {"role": "assistant", "content": letter}]
-        return row
-
-
 class Facts(WorldTask):
     """Questions about the world. Right: the fact's object is in the answer, and no other object of the relation is."""
 
@@ -272,7 +259,7 @@ class Turns(WorldTask):
 _TASKS: dict[str, Callable[..., WorldTask]] = {
     f"world/{task.kind}": task
     for task in (
-        Arithmetic, WordProblems, PracticeProblems, Spelling, Letters, Choice, ChoicePractice, Facts, Identity,
+        Arithmetic, WordProblems, PracticeProblems, Spelling, Letters, Choice, Facts, Identity,
         LongProblems, Stories, SmallTalk, Turns,
     )
 }  # fmt: skip
@@ -285,9 +272,9 @@ BASELINES = {name: _TASKS[name].baseline for name in EVALS}  # pyright: ignore[r
 
 # Parts in a thousand of the conversations, not of the tokens.
 MIX: dict[str, int] = {
-    "world/arithmetic": 150, "world/practice-problems": 90, "world/spelling": 220, "world/letters": 130,
-    "world/choice": 110, "world/choice-practice": 90, "world/facts": 160, "world/identity": 25, "world/stories": 25,
-    "world/small-talk": 10, "world/turns": 20,
+    "world/arithmetic": 140, "world/practice-problems": 80, "world/spelling": 210, "world/letters": 120,
+    "world/choice": 300, "world/facts": 150, "world/identity": 25, "world/stories": 25, "world/small-talk": 10,
+    "world/turns": 20,
 }  # fmt: skip
 
 
