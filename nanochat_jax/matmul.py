@@ -1,8 +1,8 @@
 """Products with a weight matrix, quick also for the few rows of a decoding step.
 
 XLA on CPU reads the weights only half as fast for 2 to 16 rows as memory delivers them. There a kernel of our own
-takes over (`rustbpe/src/skinny.rs`), for float32. Everywhere else this is `jnp.matmul`. (Sharded arrays would be gathered
-for it: right, but slow. So few rows are sharded nowhere but in tests.)
+takes over (`rustbpe/src/skinny.rs`), for float32. Everywhere else this is `jnp.matmul`. Sharded arrays would be
+gathered for the kernel (right, but slow); so few rows are sharded nowhere but in tests.
 """
 
 import functools
@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+
 import rustbpe
 
 FEW_ROWS = range(2, 17)  # one row is a product with a vector, which XLA does at full speed

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rustbpe
 
+import rustbpe
 from nanochat_jax import matmul
 
 needs_kernel = pytest.mark.skipif(rustbpe.skinny_matmul() is None, reason="this processor has no AVX2")
