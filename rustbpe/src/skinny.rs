@@ -209,6 +209,7 @@ mod x86 {
                         5 => panel::<V, 5>(p, x, w, sums, width, depth),
                         6 => panel::<V, 6>(p, x, w, sums, width, depth),
                         7 => panel::<V, 7>(p, x, w, sums, width, depth),
+                        8 if depth == DEPTH => panel::<V, 8>(p, x, w, sums, width, DEPTH), // a loop of known length
                         _ => panel::<V, 8>(p, x, w, sums, width, depth),
                     }
                 }
