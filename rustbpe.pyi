@@ -15,7 +15,7 @@ DEFAULT_PATTERN: str
 def skinny_matmul() -> object | None:
     """The custom call `skinny_matmul` as a capsule for `jax.ffi.register_ffi_target(..., platform="cpu")`.
 
-    It multiplies float32 x (m, k) with w (k, n) for m up to 16. None where the processor has no AVX2.
+    It multiplies float32 x (m, k) with w (k, n) for m up to 32. None where the processor has no AVX2.
     """
 
 class Tokenizer:

@@ -1,11 +1,12 @@
 """Products with a weight matrix, quick also for the few rows of a decoding step.
 
-XLA on CPU reads the weights only half as fast for 2 to 16 rows as memory delivers them. There a kernel of our own
-takes over (`rustbpe/src/skinny.rs`), for float32. Everywhere else this is `jnp.matmul`. Sharded arrays would be
-gathered for the kernel (right, but slow); so few rows are sharded nowhere but in tests.
+XLA on CPU reads the weights only half as fast for a few rows as memory delivers them. There a kernel of our own takes
+over (`rustbpe/src/skinny.rs`), for float32. Everywhere else this is `jnp.matmul`, also where the kernel cannot run.
+Sharded arrays would be gathered for the kernel (right, but slow); so few rows are sharded nowhere but in tests.
 """
 
 import functools
+import logging
 import math
 
 import jax
@@ -13,7 +14,10 @@ import jax.numpy as jnp
 
 import rustbpe
 
-FEW_ROWS = range(2, 17)  # one row is a product with a vector, which XLA does at full speed
+logger = logging.getLogger(__name__)
+
+FEW_ROWS = range(2, 33)  # one row is a product with a vector, which XLA does at full speed
+LARGE = 1 << 18  # entries of a matrix from which on the kernel is faster; smaller ones stay in the cache
 
 
 @jax.custom_vjp
@@ -28,7 +32,8 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _product(x, kernel):
     rows = math.prod(x.shape[:-1])
-    if rows in FEW_ROWS and x.dtype == kernel.dtype == jnp.float32 and skinny_available():
+    worthwhile = rows in FEW_ROWS and kernel.size >= LARGE and x.dtype == kernel.dtype == jnp.float32
+    if worthwhile and skinny_available():
         flat = x.reshape(rows, x.shape[-1])
         y = jax.lax.platform_dependent(flat, kernel, cpu=_skinny, default=jnp.matmul)
         return y.reshape(*x.shape[:-1], kernel.shape[1])
@@ -55,8 +60,23 @@ project.defvjp(_project_fwd, _project_bwd)
 
 @functools.cache
 def skinny_available() -> bool:
-    """Whether the kernel can run on this processor. Registers it."""
+    """Whether the kernel can run here. Registers it with XLA, or tells the log why it is not used."""
+    why_not = _register()
+    if why_not:
+        logger.info("Products of a few rows use jnp.matmul instead of rustbpe's kernel: %s", why_not)
+    return not why_not
+
+
+def _register() -> str | None:
+    """Registers the kernel. Returns the reason if that is not possible."""
+    if not hasattr(rustbpe, "skinny_matmul"):
+        return "rustbpe was built from older sources; build it again with `pip install .`."
     handler = rustbpe.skinny_matmul()
-    if handler is not None:
+    if handler is None:
+        return "this processor has neither AVX2 nor AVX-512."
+    try:
+        jax.local_devices(backend="cpu")  # before the backend starts, XLA only takes note, and objects when it does
         jax.ffi.register_ffi_target("skinny_matmul", handler, platform="cpu")
-    return handler is not None
+    except Exception as error:  # whatever XLA objects to, such as our version of its interface
+        return f"XLA does not take it: {error}"
+    return None

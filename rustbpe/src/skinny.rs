@@ -1,21 +1,25 @@
 //! The product of a few rows with a large matrix, as fast as memory delivers the matrix.
 //!
-//! A general matrix product first copies the matrix into panels, which pays when many rows use them. For up to sixteen
-//! rows the matrix is best read once and where it lies: a block of columns at a time, a few of its rows together, the
-//! next ones on their way from memory, the block's sums in the first-level cache. Blocks are what threads share.
+//! A general matrix product first copies the matrix into panels, which pays when many rows use them. For up to
+//! thirty-two rows the matrix is best read once and where it lies: a block of columns at a time, a few of its rows
+//! together, the next ones on their way from memory, the block's sums in the first-level cache. Blocks are what threads
+//! share.
 //!
 //! Every sum runs over k in order, whatever the number of rows and threads, so the result for a row depends neither on
 //! its company nor on the machine's load.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-pub const MAX_ROWS: usize = 16;
+pub const MAX_ROWS: usize = 32;
 
 /// Rows of the matrix that are read together, one stream of memory each.
 const DEPTH: usize = 32;
 /// Bounds of a block's width: enough for a stream, small enough for the sums to stay in the cache.
 const MIN_COLUMNS: usize = 128;
 const MAX_COLUMNS: usize = 512;
+const MAX_SUMS: usize = 8192;
+/// Widths are multiples of this (but for the last block's): pairs of vectors, whole lines of the cache.
+const STEP: usize = 32;
 /// From this width on, a matrix's rows are so far apart that they compete for the same few places in the cache: then
 /// memory is asked for `AHEAD` columns in advance, else for the block's next `DEPTH` rows.
 const WIDE: usize = 8192;
@@ -45,6 +49,9 @@ impl Isa {
         false
     }
 }
+
+// However many rows: there is a width.
+const _: () = assert!(MIN_COLUMNS.is_multiple_of(STEP) && MIN_COLUMNS * MAX_ROWS <= MAX_SUMS);
 
 /// One product y (m, n) = x (m, k) w (k, n), all row-major, that any number of threads may `work` on.
 pub struct Product {
@@ -79,7 +86,8 @@ impl Product {
         threads: usize,
     ) -> Product {
         assert!(m <= MAX_ROWS, "at most {MAX_ROWS} rows, got {m}");
-        let columns = n.div_ceil(4 * threads).next_multiple_of(32).clamp(MIN_COLUMNS, MAX_COLUMNS);
+        let most = (MAX_SUMS / m.max(1) / STEP * STEP).min(MAX_COLUMNS);
+        let columns = n.div_ceil(4 * threads).next_multiple_of(STEP).clamp(MIN_COLUMNS, most);
         let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let blocks = n.div_ceil(columns);
         Product { isa, x, w, y, m, k, n, columns, blocks, threads: threads.min(blocks), next, done }
@@ -186,7 +194,7 @@ mod x86 {
 
     /// The sums of a block, row by row, aligned for the cache.
     #[repr(align(64))]
-    struct Sums(MaybeUninit<[f32; MAX_ROWS * MAX_COLUMNS]>);
+    struct Sums(MaybeUninit<[f32; MAX_SUMS]>);
 
     #[inline(always)]
     unsafe fn block<V: Vector>(p: &Product, start: usize, width: usize) {
@@ -194,13 +202,13 @@ mod x86 {
         let sums = sums.0.as_mut_ptr().cast::<f32>();
         unsafe {
             for row in 0..p.m {
-                sums.add(row * MAX_COLUMNS).write_bytes(0, width);
+                sums.add(row * p.columns).write_bytes(0, width);
             }
             for k in (0..p.k).step_by(DEPTH) {
                 let depth = DEPTH.min(p.k - k);
                 for row in (0..p.m).step_by(V::ROWS) {
                     let (x, w) = (p.x.add(row * p.k + k), p.w.add(k * p.n + start));
-                    let sums = sums.add(row * MAX_COLUMNS);
+                    let sums = sums.add(row * p.columns);
                     match (p.m - row).min(V::ROWS) {
                         1 => panel::<V, 1>(p, x, w, sums, width, depth),
                         2 => panel::<V, 2>(p, x, w, sums, width, depth),
@@ -215,7 +223,7 @@ mod x86 {
                 }
             }
             for row in 0..p.m {
-                p.y.add(row * p.n + start).copy_from_nonoverlapping(sums.add(row * MAX_COLUMNS), width);
+                p.y.add(row * p.n + start).copy_from_nonoverlapping(sums.add(row * p.columns), width);
             }
         }
     }
@@ -244,7 +252,7 @@ mod x86 {
                 let coming = if coming < width { coming } else { DEPTH * p.n + coming - width };
                 let mut acc = [[V::splat(0.0); 2]; M];
                 for (m, [a, b]) in acc.iter_mut().enumerate() {
-                    let at = sums.add(m * MAX_COLUMNS + column);
+                    let at = sums.add(m * p.columns + column);
                     (*a, *b) = (V::load(at), V::load(at.add(V::LANES)));
                 }
                 for (k, xs) in xs[..depth].iter().enumerate() {
@@ -260,7 +268,7 @@ mod x86 {
                     }
                 }
                 for (m, [a, b]) in acc.iter().enumerate() {
-                    let at = sums.add(m * MAX_COLUMNS + column);
+                    let at = sums.add(m * p.columns + column);
                     a.store(at);
                     b.store(at.add(V::LANES));
                 }
@@ -268,7 +276,7 @@ mod x86 {
             }
             for column in column..width {
                 for m in 0..M {
-                    let sum = sums.add(m * MAX_COLUMNS + column);
+                    let sum = sums.add(m * p.columns + column);
                     for (k, xs) in xs[..depth].iter().enumerate() {
                         *sum = xs[m].mul_add(*w.add(k * p.n + column), *sum);
                     }
