@@ -16,7 +16,6 @@ import rustbpe
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = range(2, 33)  # one row is a product with a vector, which XLA does at full speed
 LARGE = 1 << 18  # entries of a matrix from which on the kernel is faster; smaller ones stay in the cache
 
 
@@ -32,8 +31,9 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _product(x, kernel):
     rows = math.prod(x.shape[:-1])
-    worthwhile = rows in FEW_ROWS and kernel.size >= LARGE and x.dtype == kernel.dtype == jnp.float32
-    if worthwhile and skinny_available():
+    # one row is a product with a vector, which XLA does at full speed
+    eligible = rows > 1 and kernel.size >= LARGE and x.dtype == kernel.dtype == jnp.float32
+    if eligible and skinny_available() and rows <= rustbpe.skinny_rows():
         flat = x.reshape(rows, x.shape[-1])
         y = jax.lax.platform_dependent(flat, kernel, cpu=_skinny, default=jnp.matmul)
         return y.reshape(*x.shape[:-1], kernel.shape[1])
@@ -69,7 +69,7 @@ def skinny_available() -> bool:
 
 def _register() -> str | None:
     """Registers the kernel. Returns the reason if that is not possible."""
-    if not hasattr(rustbpe, "skinny_matmul"):
+    if not hasattr(rustbpe, "skinny_rows"):
         return "rustbpe was built from older sources; build it again with `pip install .`."
     handler = rustbpe.skinny_matmul()
     if handler is None:

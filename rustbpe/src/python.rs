@@ -386,12 +386,20 @@ fn skinny_matmul(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
     Ok(Some(unsafe { PyCapsule::new_with_pointer(py, handler, c"xla._CUSTOM_CALL_TARGET") }?))
 }
 
+/// Up to how many rows `skinny_matmul` is worthwhile on this processor.
+#[pyfunction]
+fn skinny_rows() -> usize {
+    Isa::detect().map_or(0, Isa::rows)
+}
+
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
     use super::Tokenizer;
     #[pymodule_export]
     use super::skinny_matmul;
+    #[pymodule_export]
+    use super::skinny_rows;
 
     /// The split pattern used when none is given.
     #[pymodule_export]

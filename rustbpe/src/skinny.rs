@@ -38,6 +38,14 @@ impl Isa {
         [Isa::Avx512, Isa::Avx2].into_iter().find(|isa| isa.available())
     }
 
+    /// Up to how many rows the product is faster with it than a general one (measured against XLA's).
+    pub fn rows(self) -> usize {
+        match self {
+            Isa::Avx512 => MAX_ROWS,
+            Isa::Avx2 => 8,
+        }
+    }
+
     /// Whether this processor has it.
     pub fn available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
