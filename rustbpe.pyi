@@ -19,7 +19,7 @@ def skinny_matmul() -> object | None:
     """
 
 def skinny_rows() -> int:
-    """Up to how many rows `skinny_matmul` is faster than XLA on this processor: 32 with AVX-512, 8 with AVX2, else 0."""
+    """Up to how many rows `skinny_matmul` is faster than XLA here: 32 with AVX-512, 8 with AVX2, else 0."""
 
 class Tokenizer:
     """A byte-level BPE vocabulary with its split pattern. A new one has the 256 single bytes and `DEFAULT_PATTERN`.
