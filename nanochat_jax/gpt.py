@@ -20,6 +20,7 @@ from flax import nnx
 
 from nanochat_jax.attention import attention
 from nanochat_jax.kv_cache import KVCache, cached_attention
+from nanochat_jax.matmul import project
 
 Params = dict[str, Any]
 
@@ -128,29 +129,6 @@ def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
-
-
-@jax.custom_vjp
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x (..., in) @ kernel (in, out), with its gradient written out over one flat axis of tokens.
-
-    Same arithmetic as what `jax.grad` derives, but as two plain matrix products: left to itself XLA on CPU forms the
-    kernel's gradient transposed and copies the activations for it (a block of depth 4 took 15% longer).
-    """
-    return jnp.matmul(x, kernel)
-
-
-def _project_fwd(x, kernel):
-    return jnp.matmul(x, kernel), (x, kernel)
-
-
-def _project_bwd(residuals, d_out):
-    x, kernel = residuals
-    flat_x, flat_d = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
-    return jnp.matmul(flat_d, kernel.T).reshape(x.shape), jnp.matmul(flat_x.T, flat_d)
-
-
-project.defvjp(_project_fwd, _project_bwd)
 
 
 def _project_for_flax(x, kernel, dimension_numbers, precision=None, out_sharding=None):
@@ -299,7 +277,10 @@ def hidden_states(config: GPTConfig, params: Params, ids: jax.Array) -> jax.Arra
 def unembed(config: GPTConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Softcapped float32 logits (..., V) of hidden states (..., C)."""
     kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
-    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    if kernel.dtype == jnp.float32:
+        logits = project(hidden, kernel)
+    else:
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
     return config.softcap * jnp.tanh(logits / config.softcap)
 
 

@@ -1,11 +1,13 @@
-//! Byte-pair encoding for nanochat_jax: a trainer and an encoder, as a Python extension module.
+//! What nanochat_jax has in Rust, as a Python extension module: byte-pair encoding, a trainer and an encoder, and a matrix
+//! product for the decoder on CPU.
 //!
 //! - `unicode`, `fast_split`, `split`: cutting text into pieces
 //! - `key`, `count`, `corpus`: counting the pieces of a stream of documents
 //! - `words`, `train`: the merge loop
 //! - `vocab`, `cache`, `encode`: text to tokens
 //! - `huge`, `prefetch`: kindness to the memory system
-//! - `python`: the Python class; nothing else knows Python
+//! - `skinny`, `xla`: a few rows times a large matrix, and the same as a custom call of XLA
+//! - `python`: the Python class and function; nothing else knows Python
 
 pub mod cache;
 pub mod corpus;
@@ -17,8 +19,10 @@ mod huge;
 pub mod key;
 mod prefetch;
 mod python;
+pub mod skinny;
 pub mod split;
 pub mod train;
 pub mod unicode;
 pub mod vocab;
 pub mod words;
+pub mod xla;

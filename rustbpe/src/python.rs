@@ -1,7 +1,9 @@
 //! The Python module `rustbpe`. See `../rustbpe.pyi` for the interface as Python users read it.
 
 use std::borrow::Cow;
+use std::ffi::c_void;
 use std::num::NonZero;
+use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock, RwLock};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
@@ -9,15 +11,17 @@ use std::time::{Duration, Instant};
 use numpy::{Element, PyArray1};
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyIterator, PyString};
+use pyo3::types::{PyBytes, PyCapsule, PyIterator, PyString};
 
 use crate::corpus::{Batch, count_pieces};
 use crate::encode::{Pool, TokenId, concatenate, encode_all};
 use crate::error::Error;
+use crate::skinny::Isa;
 use crate::split::{DEFAULT_PATTERN, Splitter};
 use crate::train::Trainer;
 use crate::vocab::Vocab;
 use crate::words::{MAX_IDS, Words};
+use crate::xla;
 
 /// Least time between two calls of a progress callback.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -371,10 +375,31 @@ fn threads(asked: usize) -> usize {
     if asked > 0 { asked } else { available_parallelism().map_or(1, NonZero::get) }
 }
 
+/// `skinny_matmul` for `jax.ffi.register_ffi_target`, or None on a processor without AVX2.
+#[pyfunction]
+fn skinny_matmul(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
+    if Isa::detect().is_none() {
+        return Ok(None);
+    }
+    let handler = NonNull::new(xla::skinny_matmul as *mut c_void).expect("a function has an address");
+    // SAFETY: a function is there as long as the module, which Python never unloads.
+    Ok(Some(unsafe { PyCapsule::new_with_pointer(py, handler, c"xla._CUSTOM_CALL_TARGET") }?))
+}
+
+/// Up to how many rows `skinny_matmul` is worthwhile on this processor.
+#[pyfunction]
+fn skinny_rows() -> usize {
+    Isa::detect().map_or(0, Isa::rows)
+}
+
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
     use super::Tokenizer;
+    #[pymodule_export]
+    use super::skinny_matmul;
+    #[pymodule_export]
+    use super::skinny_rows;
 
     /// The split pattern used when none is given.
     #[pymodule_export]

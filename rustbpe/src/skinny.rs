@@ -1,0 +1,295 @@
+//! The product of a few rows with a large matrix, as fast as memory delivers the matrix.
+//!
+//! A general matrix product first copies the matrix into panels, which pays when many rows use them. For up to
+//! thirty-two rows the matrix is best read once and where it lies: a block of columns at a time, a few of its rows
+//! together, the next ones on their way from memory, the block's sums in the first-level cache. Blocks are what threads
+//! share.
+//!
+//! Every sum runs over k in order, whatever the number of rows and threads, so the result for a row depends neither on
+//! its company nor on the machine's load.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+pub const MAX_ROWS: usize = 32;
+
+/// Rows of the matrix that are read together, one stream of memory each.
+const DEPTH: usize = 32;
+/// Bounds of a block's width: enough for a stream, small enough for the sums to stay in the cache.
+const MIN_COLUMNS: usize = 128;
+const MAX_COLUMNS: usize = 512;
+const MAX_SUMS: usize = 8192;
+/// Widths are multiples of this (but for the last block's): pairs of vectors, whole lines of the cache.
+const STEP: usize = 32;
+/// From this width on, a matrix's rows are so far apart that they compete for the same few places in the cache: then
+/// memory is asked for `AHEAD` columns in advance, else for the block's next `DEPTH` rows.
+const WIDE: usize = 8192;
+const AHEAD: usize = 128;
+
+/// How the products are computed: the processor's vector instructions.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Isa {
+    Avx512,
+    Avx2,
+}
+
+impl Isa {
+    /// The best this processor has, if any.
+    pub fn detect() -> Option<Isa> {
+        [Isa::Avx512, Isa::Avx2].into_iter().find(|isa| isa.available())
+    }
+
+    /// Up to how many rows the product is faster with it than a general one (measured against XLA's).
+    pub fn rows(self) -> usize {
+        match self {
+            Isa::Avx512 => MAX_ROWS,
+            Isa::Avx2 => 8,
+        }
+    }
+
+    /// Whether this processor has it.
+    pub fn available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            avx2 && (self == Isa::Avx2 || is_x86_feature_detected!("avx512f"))
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+}
+
+// However many rows: there is a width.
+const _: () = assert!(MIN_COLUMNS.is_multiple_of(STEP) && MIN_COLUMNS * MAX_ROWS <= MAX_SUMS);
+
+/// One product y (m, n) = x (m, k) w (k, n), all row-major, that any number of threads may `work` on.
+pub struct Product {
+    isa: Isa,
+    x: *const f32,
+    w: *const f32,
+    y: *mut f32,
+    m: usize,
+    k: usize,
+    n: usize,
+    columns: usize,
+    blocks: usize,
+    threads: usize,
+    next: AtomicUsize,
+    done: AtomicUsize,
+}
+
+// SAFETY: x and w are only read; every block of y is written by the one thread that took it.
+unsafe impl Send for Product {}
+unsafe impl Sync for Product {}
+
+impl Product {
+    /// Plans the product for some number of threads.
+    ///
+    /// # Safety
+    /// The processor has `isa`, m is at most `MAX_ROWS`, and the three pointers are good for m * k, k * n and m * n
+    /// floats until `wait` has returned (after that nothing is read or written, even if `work` is called late).
+    pub unsafe fn new(
+        isa: Isa,
+        (x, w, y): (*const f32, *const f32, *mut f32),
+        (m, k, n): (usize, usize, usize),
+        threads: usize,
+    ) -> Product {
+        assert!(m <= MAX_ROWS, "at most {MAX_ROWS} rows, got {m}");
+        let most = (MAX_SUMS / m.max(1) / STEP * STEP).min(MAX_COLUMNS);
+        let columns = n.div_ceil(4 * threads).next_multiple_of(STEP).clamp(MIN_COLUMNS, most);
+        let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let blocks = n.div_ceil(columns);
+        Product { isa, x, w, y, m, k, n, columns, blocks, threads: threads.min(blocks), next, done }
+    }
+
+    /// How many of the threads planned for find something to do.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Computes blocks until none is left to take.
+    pub fn work(&self) {
+        loop {
+            let block = self.next.fetch_add(1, Ordering::Relaxed);
+            if block >= self.blocks {
+                return;
+            }
+            let start = block * self.columns;
+            self.block(start, self.columns.min(self.n - start));
+            self.done.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// Waits for the blocks that other threads have taken. Call it after `work`.
+    pub fn wait(&self) {
+        let mut spins = 0;
+        while self.done.load(Ordering::Acquire) < self.blocks {
+            spins += 1;
+            if spins < 2000 {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now(); // the other thread has lost its core
+            }
+        }
+    }
+
+    fn block(&self, start: usize, width: usize) {
+        // SAFETY: `new`'s contract.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            match self.isa {
+                Isa::Avx512 => x86::block_avx512(self, start, width),
+                Isa::Avx2 => x86::block_avx2(self, start, width),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no {:?} here: {start} {width}", self.isa);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::*;
+    use std::arch::x86_64::*;
+    use std::mem::MaybeUninit;
+
+    #[target_feature(enable = "avx512f,avx2,fma")]
+    pub unsafe fn block_avx512(p: &Product, start: usize, width: usize) {
+        unsafe { block::<__m512>(p, start, width) }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn block_avx2(p: &Product, start: usize, width: usize) {
+        unsafe { block::<__m256>(p, start, width) }
+    }
+
+    /// A vector register. Everything is inlined into the two functions above, which switch the instructions on.
+    trait Vector: Copy {
+        const LANES: usize;
+        /// Rows of x whose sums (two vectors each) fit the registers together.
+        const ROWS: usize;
+        unsafe fn splat(value: f32) -> Self;
+        unsafe fn load(from: *const f32) -> Self;
+        unsafe fn store(self, to: *mut f32);
+        unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    }
+
+    macro_rules! vector {
+        ($type:ty, $lanes:literal, $rows:literal, $splat:ident, $load:ident, $store:ident, $fma:ident) => {
+            impl Vector for $type {
+                const LANES: usize = $lanes;
+                const ROWS: usize = $rows;
+                #[inline(always)]
+                unsafe fn splat(value: f32) -> Self {
+                    unsafe { $splat(value) }
+                }
+                #[inline(always)]
+                unsafe fn load(from: *const f32) -> Self {
+                    unsafe { $load(from) }
+                }
+                #[inline(always)]
+                unsafe fn store(self, to: *mut f32) {
+                    unsafe { $store(to, self) }
+                }
+                #[inline(always)]
+                unsafe fn add_product(self, a: Self, b: Self) -> Self {
+                    unsafe { $fma(a, b, self) }
+                }
+            }
+        };
+    }
+    vector!(__m512, 16, 8, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps);
+    vector!(__m256, 8, 4, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps);
+
+    /// The sums of a block, row by row, aligned for the cache.
+    #[repr(align(64))]
+    struct Sums(MaybeUninit<[f32; MAX_SUMS]>);
+
+    #[inline(always)]
+    unsafe fn block<V: Vector>(p: &Product, start: usize, width: usize) {
+        let mut sums = Sums(MaybeUninit::uninit());
+        let sums = sums.0.as_mut_ptr().cast::<f32>();
+        unsafe {
+            for row in 0..p.m {
+                sums.add(row * p.columns).write_bytes(0, width);
+            }
+            for k in (0..p.k).step_by(DEPTH) {
+                let depth = DEPTH.min(p.k - k);
+                for row in (0..p.m).step_by(V::ROWS) {
+                    let (x, w) = (p.x.add(row * p.k + k), p.w.add(k * p.n + start));
+                    let sums = sums.add(row * p.columns);
+                    match (p.m - row).min(V::ROWS) {
+                        1 => panel::<V, 1>(p, x, w, sums, width, depth),
+                        2 => panel::<V, 2>(p, x, w, sums, width, depth),
+                        3 => panel::<V, 3>(p, x, w, sums, width, depth),
+                        4 => panel::<V, 4>(p, x, w, sums, width, depth),
+                        5 => panel::<V, 5>(p, x, w, sums, width, depth),
+                        6 => panel::<V, 6>(p, x, w, sums, width, depth),
+                        7 => panel::<V, 7>(p, x, w, sums, width, depth),
+                        8 if depth == DEPTH => panel::<V, 8>(p, x, w, sums, width, DEPTH), // a loop of known length
+                        _ => panel::<V, 8>(p, x, w, sums, width, depth),
+                    }
+                }
+            }
+            for row in 0..p.m {
+                p.y.add(row * p.n + start).copy_from_nonoverlapping(sums.add(row * p.columns), width);
+            }
+        }
+    }
+
+    /// Adds x (M rows, `depth` columns) times w (`depth` rows, `width` columns) to the sums.
+    #[inline(always)]
+    unsafe fn panel<V: Vector, const M: usize>(
+        p: &Product,
+        x: *const f32,
+        w: *const f32,
+        sums: *mut f32,
+        width: usize,
+        depth: usize,
+    ) {
+        let ahead = if p.n < WIDE { width } else { AHEAD.min(width) };
+        unsafe {
+            let mut xs = [[0f32; M]; DEPTH]; // transposed: read in this order
+            for m in 0..M {
+                for (k, xs) in xs[..depth].iter_mut().enumerate() {
+                    xs[m] = *x.add(m * p.k + k);
+                }
+            }
+            let mut column = 0;
+            while column + 2 * V::LANES <= width {
+                let coming = column + ahead;
+                let coming = if coming < width { coming } else { DEPTH * p.n + coming - width };
+                let mut acc = [[V::splat(0.0); 2]; M];
+                for (m, [a, b]) in acc.iter_mut().enumerate() {
+                    let at = sums.add(m * p.columns + column);
+                    (*a, *b) = (V::load(at), V::load(at.add(V::LANES)));
+                }
+                for (k, xs) in xs[..depth].iter().enumerate() {
+                    let w = w.add(k * p.n);
+                    for line in (0..2 * V::LANES).step_by(16) {
+                        // wrapping: an address beyond the matrix does no harm to a prefetch
+                        _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(coming + line).cast());
+                    }
+                    let (w0, w1) = (V::load(w.add(column)), V::load(w.add(column + V::LANES)));
+                    for ([a, b], &x) in acc.iter_mut().zip(xs) {
+                        let x = V::splat(x);
+                        (*a, *b) = (a.add_product(x, w0), b.add_product(x, w1));
+                    }
+                }
+                for (m, [a, b]) in acc.iter().enumerate() {
+                    let at = sums.add(m * p.columns + column);
+                    a.store(at);
+                    b.store(at.add(V::LANES));
+                }
+                column += 2 * V::LANES;
+            }
+            for column in column..width {
+                for m in 0..M {
+                    let sum = sums.add(m * p.columns + column);
+                    for (k, xs) in xs[..depth].iter().enumerate() {
+                        *sum = xs[m].mul_add(*w.add(k * p.n + column), *sum);
+                    }
+                }
+            }
+        }
+    }
+}

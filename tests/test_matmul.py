@@ -1,0 +1,249 @@
+"""`project`: the product and its gradient, with the kernel for few rows and without."""
+
+import ctypes
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rustbpe
+from nanochat_jax import matmul
+
+needs_kernel = pytest.mark.skipif(rustbpe.skinny_matmul() is None, reason="this processor has no AVX2")
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    """The kernel serves matrices of every size, so that tests can use small ones."""
+    monkeypatch.setattr(matmul, "LARGE", 0)
+
+
+@pytest.fixture
+def undecided():
+    """Whether the kernel can run is decided in the test, and again after it."""
+    matmul.skinny_available.cache_clear()
+    yield
+    matmul.skinny_available.cache_clear()
+
+
+def project(x, kernel):
+    """A function of its own for every call, for JAX keeps what it has compiled by function."""
+    return jax.jit(lambda x, kernel: matmul.project(x, kernel))(x, kernel)
+
+
+def custom_calls(function, *args) -> int:
+    return jax.jit(function).lower(*args).as_text().count("stablehlo.custom_call @skinny_matmul")
+
+
+@pytest.mark.parametrize("rows", [(1,), (2,), (8,), (20,), (32,), (33,), (1, 1), (8, 1), (3, 5), (1, 16), (2, 2, 2)])
+@pytest.mark.parametrize("inner, outer", [(1, 1), (5, 7), (33, 65), (256, 1024), (100, 513), (64, 9001)])
+def test_it_is_the_product(any_size, rows, inner, outer):
+    x, kernel = arrays((*rows, inner), (inner, outer))
+    y = project(x, kernel)
+    assert y.shape == (*rows, outer) and y.dtype == jnp.float32
+    np.testing.assert_allclose(y, x.astype(np.float64) @ kernel.astype(np.float64), rtol=1e-5, atol=2e-5 * inner**0.5)
+
+
+@needs_kernel
+def test_the_kernel_serves_a_few_rows_of_a_large_float32_matrix():
+    kernel = jnp.ones((256, 1024))
+    used = [rows for rows in range(1, 50) if custom_calls(matmul.project, jnp.ones((rows, 256)), kernel)]
+    assert rustbpe.skinny_rows() in (8, 32)  # AVX2, AVX-512
+    assert used == list(range(2, rustbpe.skinny_rows() + 1))
+    assert not custom_calls(matmul.project, jnp.ones((8, 256), jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert not custom_calls(matmul.project, jnp.ones((8, 256)), kernel[:, :1023])
+
+
+@needs_kernel
+def test_other_platforms_get_a_plain_product():
+    traced = jax.jit(matmul.project).trace(jnp.ones((8, 256)), jnp.ones((256, 1024)))
+    assert "skinny" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "skinny" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_kernel
+def test_a_row_does_not_depend_on_its_company():
+    x, kernel = arrays((rustbpe.skinny_rows(), 300), (300, 1100))
+    together = np.asarray(matmul.project(x, kernel))
+    for rows in range(2, len(x)):
+        np.testing.assert_array_equal(matmul.project(x[:rows], kernel), together[:rows])
+
+
+@needs_kernel
+@pytest.mark.parametrize("x_spec, kernel_spec", [(("d",), ()), ((None, "d"), ("d",)), ((), (None, "d"))])
+def test_sharded_arrays_give_the_same_product(any_size, x_spec, kernel_spec):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, kernel = arrays((16, 64), (64, 128))
+    at = [jax.NamedSharding(mesh, jax.P(*spec)) for spec in (x_spec, kernel_spec)]
+    assert custom_calls(matmul.project, x, kernel) == 1
+    y = jax.jit(matmul.project)(jax.device_put(x, at[0]), jax.device_put(kernel, at[1]))
+    np.testing.assert_array_equal(y, matmul.project(x, kernel))
+
+
+@needs_kernel
+def test_it_is_right_when_called_again_and_again_in_a_loop(any_size):
+    x, kernel = arrays((8, 256), (256, 256))
+    kernel /= 16
+
+    def repeat(x):
+        return jax.lax.fori_loop(0, 500, lambda _, x: jnp.tanh(matmul.project(x, kernel) * 1.5), x)
+
+    jitted = jax.jit(repeat)
+    first = np.asarray(jitted(x))
+    assert custom_calls(repeat, x) == 1
+    for _ in range(5):  # threads share the work differently each time: same bits
+        np.testing.assert_array_equal(jitted(x), first)
+    short = jax.jit(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(matmul.project(x, kernel) * 1.5), x))
+    rows = np.concatenate([short(x[i : i + 1]) for i in range(8)])
+    np.testing.assert_allclose(short(x), rows, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_gradient_and_vmap(any_size, rows):
+    x, kernel = arrays((rows, 24), (24, 36))
+
+    def value(f):
+        return jax.grad(lambda x, kernel: jnp.sin(f(x, kernel)).sum(), (0, 1))(x, kernel)
+
+    for mine, plain in zip(value(matmul.project), value(jnp.matmul), strict=True):
+        np.testing.assert_allclose(mine, plain, atol=1e-4)
+    several = np.stack([x, 2 * x])
+    np.testing.assert_allclose(
+        jax.vmap(matmul.project, (0, None))(several, kernel), np.matmul(several, kernel), atol=1e-4
+    )
+
+
+def falls_back(caplog, reason: str, rows: int) -> None:
+    """Checks that the product is a plain one, and that the log says why, once."""
+    x, kernel = arrays((rows, 256), (256, 1024))
+    with caplog.at_level(logging.INFO, "nanochat_jax.matmul"):
+        for _ in range(2):
+            assert not custom_calls(lambda x, kernel: matmul.project(x, kernel), x, kernel)
+            np.testing.assert_array_equal(project(x, kernel), jax.jit(jnp.matmul)(x, kernel))
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "nanochat_jax.matmul"]
+    assert "jnp.matmul" in message and reason in message
+
+
+def test_without_the_kernel_an_old_build(undecided, monkeypatch, caplog):
+    monkeypatch.delattr(rustbpe, "skinny_matmul")
+    monkeypatch.delattr(rustbpe, "skinny_rows")
+    falls_back(caplog, "pip install", 8)
+
+
+def test_without_the_kernel_an_old_processor(undecided, monkeypatch, caplog):
+    monkeypatch.setattr(rustbpe, "skinny_matmul", lambda: None)
+    falls_back(caplog, "AVX2", 6)
+
+
+@needs_kernel
+def test_without_the_kernel_registering_fails(undecided, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("not this one")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    falls_back(caplog, "not this one", 7)
+
+
+REFUSED = """
+import ctypes, logging
+import jax, jax.numpy as jnp
+import rustbpe
+from nanochat_jax import matmul
+
+@ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+def handler(frame):  # answers XLA's question for the version of its interface with 0.99
+    extension = ctypes.c_size_t.from_address(frame + 8).value
+    metadata = ctypes.c_size_t.from_address(extension + 24).value
+    (ctypes.c_int * 2).from_address(metadata + 24)[:] = 0, 99
+
+logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+rustbpe.skinny_matmul = lambda: jax.ffi.pycapsule(handler)
+jax.eval_shape(matmul.project, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, 256), (256, 1024)]))
+print(jax.jit(matmul.project)(jnp.ones((8, 256)), jnp.ones((256, 1024))).sum())
+"""
+
+
+def test_without_the_kernel_xla_has_another_interface():
+    # in a process of its own: until its backend has started, XLA takes any handler and complains only later
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 8 * 256 * 1024
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("nanochat_jax.matmul")]
+    assert "does not take it" in message and "0.99" in message
+
+
+def version(frame_size=168, api_size=192, extension_size=32, metadata_size=36) -> tuple[int, int]:
+    """The version of XLA's interface the handler reports when asked as XLA asks it, with structures of these sizes."""
+    api = (ctypes.c_uint64 * 24)(api_size)
+    metadata = (ctypes.c_uint64 * 6)(metadata_size, 24)
+    extension = (ctypes.c_uint64 * 4)(extension_size, 1, 0, ctypes.addressof(metadata))
+    frame = (ctypes.c_uint64 * 22)(frame_size, ctypes.addressof(extension), ctypes.addressof(api), 0, 3)
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    handler = get(rustbpe.skinny_matmul(), b"xla._CUSTOM_CALL_TARGET")
+    assert ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(handler)(ctypes.addressof(frame)) is None
+    return metadata[3] & 0xFFFFFFFF, metadata[3] >> 32
+
+
+@needs_kernel
+def test_the_handler_does_not_introduce_itself_to_an_xla_with_shorter_structures():
+    assert version() != (0, 0)
+    assert version(frame_size=80) == version(api_size=144) == (0, 0)
+    assert version(extension_size=24) == version(metadata_size=32) == (0, 0)
+
+
+# The declarations that rustbpe/src/xla.rs repeats, as far as it uses them.
+HEAD = "size_t struct_size; XLA_FFI_Extension_Base* extension_start;"
+DECLARED = {
+    "Api_Version": f"{HEAD} int major_version; int minor_version;",
+    "Error_Create_Args": f"{HEAD} const char* message; XLA_FFI_Error_Code errc;",
+    "Error_Destroy_Args": f"{HEAD} XLA_FFI_Error* error;",
+    "Buffer": f"{HEAD} XLA_FFI_DataType dtype; void* data; int64_t rank; int64_t* dims;",
+    "Args": f"{HEAD} int64_t size; XLA_FFI_ArgType* types; void** args;",
+    "Rets": f"{HEAD} int64_t size; XLA_FFI_RetType* types; void** rets;",
+    "CallFrame": f"{HEAD} const XLA_FFI_Api* api; XLA_FFI_ExecutionContext* ctx; XLA_FFI_ExecutionStage stage; "
+    "XLA_FFI_Args args; XLA_FFI_Rets rets;",
+    "ThreadPool_Schedule_Args": f"{HEAD} XLA_FFI_ExecutionContext* ctx; XLA_FFI_Task* task; void* data;",
+    "ThreadPool_NumThreads_Args": f"{HEAD} XLA_FFI_ExecutionContext* ctx; int64_t* num_threads;",
+    "Extension_Base": "size_t struct_size; XLA_FFI_Extension_Type type; struct XLA_FFI_Extension_Base* next;",
+    "Metadata_Extension": "XLA_FFI_Extension_Base extension_base; XLA_FFI_Metadata* metadata;",
+    "Metadata": "size_t struct_size; XLA_FFI_Api_Version api_version; XLA_FFI_Handler_Traits traits;",
+    "Api": f"{HEAD} XLA_FFI_Api_Version api_version; const XLA_FFI_InternalApi* internal_api; "
+    + " ".join(
+        f"_XLA_FFI_API_STRUCT_FIELD(XLA_FFI_{name});"
+        for name in """Error_Create Error_GetMessage Error_Destroy Handler_Register Stream_Get Type_Register
+        ExecutionContext_Get State_Set State_Get DeviceMemory_Allocate DeviceMemory_Free ThreadPool_Schedule
+        ThreadPool_NumThreads""".split()
+    ),
+}
+CONSTANTS = {
+    "Extension_Metadata": 1,
+    "ExecutionStage_EXECUTE": 3,
+    "DataType_F32": 11,
+    "Error_Code_INVALID_ARGUMENT": 3,
+}
+
+
+@needs_kernel
+def test_the_header_of_the_installed_xla_says_what_we_declare():
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    if not header.exists():
+        pytest.skip("this jaxlib comes without its header")
+    text = " ".join(re.sub(r"//.*", "", header.read_text()).split())
+    major, minor = (int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", text)[0]) for part in ("MAJOR", "MINOR"))
+    assert version() == (major, minor), "compare rustbpe/src/xla.rs with the header, then raise VERSION there"
+    for name, fields in DECLARED.items():
+        assert f"struct XLA_FFI_{name} {{ {fields}" in text, name
+    for name, value in CONSTANTS.items():
+        assert f"XLA_FFI_{name} = {value}," in text, name
