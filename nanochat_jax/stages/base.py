@@ -52,7 +52,7 @@ class DemoSettings(BaseSettings):
     demo: bool = flag(True, "train on the embedded demo data with these small defaults")
     depth: int = flag(4, "the one dial: layers; width is 64 x depth, everything else follows")
     max_seq_len: int = flag(256, "context length in tokens")
-    num_iterations: int = flag(200, "optimizer steps")
+    num_iterations: int = flag(190, "optimizer steps")
     device_batch_size: int = flag(16, "rows per device and micro-step")
     total_batch_size: int = flag(4096, "tokens per optimizer step, reached by accumulation")
     warmdown_ratio: float = flag(0.4, "share of the steps with a falling learning rate")

@@ -111,7 +111,8 @@ def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Le
         schedule=schedule,
         tokens_per_step=settings.total_batch_size,
         identity={"rows": train_rows.key, "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
-        batches=lambda step: micro_batches(RowLoader(train_rows, rows_per_step, settings.seed), step, accumulation),
+        # in the order of the conversations, which a mixture has shuffled (as the reference)
+        batches=lambda step: micro_batches(RowLoader(train_rows, rows_per_step, shuffle=False), step, accumulation),
         evaluations=(
             Evaluation(
                 held_out(config, val_rows, settings.device_batch_size, settings.eval_tokens, tokenizer, mesh),
