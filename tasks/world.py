@@ -24,14 +24,12 @@ from tasks.common import (
     Task,
     TaskError,
     TaskMixture,
-    TaskSequence,
     evaluate_letter,
     mc_conversation,
 )
 
 TRAIN_SIZE = 100_000
 VAL_TRIES = 50  # a val task looks at most at this many candidates for each row before it says there are no more
-CHOICE_LESSON = 6_000  # multiple choice questions before the mixture of finetuning
 SFT_SEED = 1  # midtraining has seed 0: finetuning sees new rows
 _NUMBER = re.compile(r"\d+")
 _SPELLED = re.compile(r"[a-z](?:-[a-z])+")
@@ -281,9 +279,9 @@ BASELINES = {name: _TASKS[name].baseline for name in EVALS}  # pyright: ignore[r
 
 # Parts in a thousand of the conversations, not of the tokens.
 MIX: dict[str, int] = {
-    "world/arithmetic": 140, "world/practice-problems": 110, "world/spelling": 210, "world/letters": 120,
-    "world/choice": 180, "world/facts": 170, "world/identity": 25, "world/stories": 25, "world/small-talk": 10,
-    "world/turns": 20,
+    "world/arithmetic": 150, "world/practice-problems": 110, "world/spelling": 220, "world/letters": 130,
+    "world/choice": 100, "world/facts": 180, "world/identity": 30, "world/stories": 30, "world/small-talk": 15,
+    "world/turns": 35,
 }  # fmt: skip
 
 
@@ -314,17 +312,9 @@ def mid_mixture(split: str, size: int | None = None, seed: int = 0, model_name: 
     return _mixture(split, size or (500 if split == "val" else 12_000), seed, model_name)
 
 
-def sft_mixture(split: str, size: int | None = None, seed: int = 0, model_name: str = NAME) -> Task:
-    """The conversations of finetuning: the kinds and shares of midtraining, other rows (24,000).
-
-    In training a lesson of nothing but multiple choice comes first. Which letter belongs to a choice is learnt all at
-    once after thousands of letters, or, spread thinly among other conversations, not at all in a run of this length.
-    """
-    seed += SFT_SEED
-    rest = _mixture(split, size or (500 if split == "val" else 24_000), seed, model_name)
-    if split == "val":
-        return rest
-    return TaskSequence([load("world/choice", split, CHOICE_LESSON, seed + 1), rest])
+def sft_mixture(split: str, size: int | None = None, seed: int = 0, model_name: str = NAME) -> TaskMixture:
+    """The conversations of finetuning: the kinds and shares of midtraining, other rows (24,000)."""
+    return _mixture(split, size or (500 if split == "val" else 24_000), seed + SFT_SEED, model_name)
 
 
 def rl_task(split: str, size: int | None = None, seed: int = 0, steps: int = 3) -> WorldTask:

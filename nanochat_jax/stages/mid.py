@@ -31,8 +31,8 @@ class DemoMidSettings(MidSettings):
     demo: bool = flag(True, "conversations of the embedded demo world, with these small defaults")
     device_batch_size: int = flag(16, "rows per device and micro-step")
     total_batch_size: int = flag(4096, "tokens per optimizer step, reached by accumulation")
-    num_iterations: int = flag(130, "optimizer steps")
-    eval_every: int = flag(65, "steps between evaluations; 0: only at the end")
+    num_iterations: int = flag(140, "optimizer steps")
+    eval_every: int = flag(70, "steps between evaluations; 0: only at the end")
     eval_tokens: int = flag(32768, "tokens of held-out conversations per evaluation")
     save_every: int = flag(50, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
 

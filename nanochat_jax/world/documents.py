@@ -40,7 +40,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("town", 6, nature.town_page),
     Kind("jobs", 3, nature.jobs_page),
     Kind("nature quiz", 5, nature.nature_quiz),
-    Kind("choices", 12, choices.page),
+    Kind("choices", 4, choices.page),
     Kind("topic", 9, schoolroom.one_topic),
     Kind("general quiz", 7, schoolroom.general_quiz),
     Kind("lesson", 4, schoolroom.lesson),

@@ -2,7 +2,7 @@
 
 Two kinds: a fact of the world with wrong answers of the same relation, which needs the fact; and "which of these is a
 color?", which needs only what the words mean. Finding the letter that belongs to a choice is hard for a small model: at
-depth 4 accuracy stays at chance until thousands of letters were learnt, and longer the more categories there are.
+depth 4, and with these four categories, accuracy leaves chance after some 8,000 letters and nothing else.
 """
 
 from __future__ import annotations
