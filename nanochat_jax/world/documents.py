@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from nanochat_jax.world import choices, nature, numbers, people, problems, schoolroom, spelling, stories
+from nanochat_jax.world import nature, numbers, people, problems, schoolroom, spelling, stories
 from nanochat_jax.world.chance import Draw
 from nanochat_jax.world.prose import python_prose
 from nanochat_jax.world.world import World, make_world
@@ -40,7 +40,6 @@ KINDS: tuple[Kind, ...] = (
     Kind("town", 6, nature.town_page),
     Kind("jobs", 3, nature.jobs_page),
     Kind("nature quiz", 5, nature.nature_quiz),
-    Kind("choices", 4, choices.page),
     Kind("topic", 9, schoolroom.one_topic),
     Kind("general quiz", 7, schoolroom.general_quiz),
     Kind("lesson", 4, schoolroom.lesson),
