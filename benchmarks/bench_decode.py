@@ -52,7 +52,7 @@ def random_params(config: gpt.GPTConfig) -> gpt.Params:
 def through_engine(engine: Engine, rows: int, s: Settings) -> float:
     """Tokens per second of `rows` requests, from the first decoded call's end to the last token."""
     prompt = list(range(1, 17))
-    requests = [engine.submit(prompt, s.tokens, s.temperature, s.top_k, seed=r, leader=None) for r in range(rows)]
+    requests = [engine.submit(prompt, s.tokens, s.temperature, s.top_k, seed=r) for r in range(rows)]
     while not all(r.tokens for r in requests):
         engine.step()
     done = sum(len(r.tokens) for r in requests)
@@ -69,7 +69,9 @@ def bare(engine: Engine, rows: int, s: Settings) -> float:
     control[:, decode.POSITION] = 16
     control[:, decode.TEMPERATURE] = decode.float_bits(s.temperature)
     control[:, decode.TOP_K] = s.top_k
-    control, shared = jnp.asarray(control), jnp.array([room, -1, -1, -1], jnp.int32)
+    control[:, decode.TOP_P] = decode.float_bits(1.0)
+    control[:, decode.REMAINING] = decode.ENDLESS
+    control, shared = jnp.asarray(control), jnp.array([[room, rows, -1, -1, -1]], jnp.int32)
     begin = time.perf_counter()
     calls = max(1, s.tokens // room)
     for _ in range(calls):

@@ -4,6 +4,10 @@ Parameters are an argument, the storage is donated, and everything about a row t
 the host for each call, so requests come and go without anything on the device changing shape. Static, and so a
 compilation each: the model, the number of positions made visible and the length of a prefill chunk, both rounded up to
 a few buckets.
+
+With a mesh, the slots are dealt to its devices and every device runs the program on its own, with no communication: it
+prefills a row of its own, and its decode loop ends when its own rows want it to. What is per device has a leading axis
+of that length; without a mesh that length is 1.
 """
 
 import functools
@@ -12,47 +16,84 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from nanochat_jax import sharding
 from nanochat_jax.kv_cache import KVSlots
 from nanochat_jax.sampling import sample
 
 # columns of the row matrix; forced tokens follow
-TOKEN, POSITION, COUNT, SEED, STREAM, TEMPERATURE, TOP_K, STOPS, N_FORCED, N_COLUMNS = range(10)
+TOKEN, POSITION, COUNT, SEED, STREAM, TEMPERATURE, TOP_K, TOP_P, STOPS, REMAINING, N_FORCED, N_COLUMNS = range(12)
 STOP_AT_END, STOP_AT_TOOL = 1, 2  # bits of STOPS
+ENDLESS = 2**30  # REMAINING of a row nobody waits for
+# columns of `shared`; end tokens (-1 = none) follow
+STEPS, ENOUGH, TOOL, N_SHARED = range(4)
 
 
-def prefill(model: Any, config: Any, params: Any, slots: KVSlots, ids: Any, slot_start: Any, visible: int) -> KVSlots:
-    """Writes keys and values of ids (1, T) into a slot. slot_start (2,) int32 is the slot and its first free position.
+def prefill(
+    model: Any,
+    config: Any,
+    params: Any,
+    slots: KVSlots,
+    ids: Any,
+    where: Any,
+    visible: int,
+    mesh: Mesh | None = None,
+) -> KVSlots:
+    """Writes keys and values of ids (devices, T), one row each, into one slot of each device. `slots` is donated.
 
-    What is padding at the end of ids lands beyond the length the caller keeps, and is overwritten later. `slots` is
-    donated.
+    where (devices, 3) int32: the slot, numbered on its device, its first free position, and 1 for a device that has
+    something to do (0: what it holds stays). What is padding at the end of ids lands beyond the length the caller
+    keeps, and is overwritten later.
     """
-    keys, values = _compute(model, config, params, slots, ids, slot_start, visible)
-    return _write(slots, keys, values, slot_start)
+    keys, values = _compute(model, config, params, slots, ids, where, visible, mesh)
+    return _write(slots, keys, values, where, mesh)
+
+
+def _on_each(mesh: Mesh | None, body, whole: int, dealt: int):
+    """`body`, on every device of the mesh with its part: first come `whole` replicated arguments, then `dealt` ones."""
+    if mesh is None:
+        return body
+    all_of_it, rows = sharding.replicated_spec(), sharding.rows_spec()
+    specs = (all_of_it,) * whole + (rows,) * dealt
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
 
 
 # Two programs: in one, XLA would copy the storage of every layer whose write does not depend on the last read of it.
-@functools.partial(jax.jit, static_argnames=("model", "config", "visible"))
-def _compute(model, config, params, slots, ids, slot_start, visible):
-    slot, start = slot_start
-    _, cache = model.forward_cached(config, params, ids, slots.view(start[None], visible, ids.shape[1], slot))
-    return cache.new_keys, cache.new_values
+@functools.partial(jax.jit, static_argnames=("model", "config", "visible", "mesh"))
+def _compute(model, config, params, slots, ids, where, visible, mesh):
+    def body(params, slots, ids, where):
+        view = slots.view(where[:, 1], visible, ids.shape[1], where[0, 0])
+        _, cache = model.forward_cached(config, params, ids, view)
+        return cache.new_keys, cache.new_values
+
+    return _on_each(mesh, body, 1, 3)(params, slots, ids, where)
 
 
-@functools.partial(jax.jit, donate_argnames=("slots",))
-def _write(slots, keys, values, slot_start):
-    slot, start = slot_start
-    return slots.write(keys, values, start[None], slot)
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("slots",))
+def _write(slots, keys, values, where, mesh):
+    def body(slots, keys, values, where):
+        slot, start, active = where[0]
+        return slots.write(keys, values, start[None], slot, keep=None if mesh is None else active == 0)
+
+    return _on_each(mesh, body, 0, 4)(slots, keys, values, where)
 
 
-@functools.partial(jax.jit, static_argnames=("visible",), donate_argnames=("slots",))
-def copy_row(slots: KVSlots, source_target: jax.Array, visible: int) -> KVSlots:
-    """Copies the first `visible` tokens of one slot into another; source_target (2,) int32."""
-    return slots.copy_row(source_target[0], source_target[1], visible)
+@functools.partial(jax.jit, static_argnames=("visible", "mesh"), donate_argnames=("slots",))
+def copy_row(slots: KVSlots, source_target: jax.Array, visible: int, mesh: Mesh | None = None) -> KVSlots:
+    """Copies the first `visible` tokens of one slot into another of the same device.
+
+    source_target (devices, 2) int32, slots numbered on their device; twice the same slot changes nothing.
+    """
+
+    def body(slots, pair):
+        return slots.copy_row(pair[0, 0], pair[0, 1], visible)
+
+    return _on_each(mesh, body, 0, 2)(slots, source_target)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "config", "visible", "room", "logprobs"), donate_argnames=("slots",)
+    jax.jit, static_argnames=("model", "config", "visible", "room", "logprobs", "mesh"), donate_argnames=("slots",)
 )
 def decode(
     model: Any,
@@ -64,29 +105,38 @@ def decode(
     visible: int,
     room: int,
     logprobs: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVSlots]:
     """Up to `room` tokens for every row, one at a time: feed the row's last token, sample (or force) the next.
 
-    rows (B, N_COLUMNS + room) int32 as laid out above (temperature as its float32 bits), the forced tokens last. shared
-    (2 + E,) int32: steps to do (at most room), the tool token, the end tokens (-1 = none). Stops early after the step
-    in which a row produced a token it is to stop at; nothing sampled is lost. Returns (B * room + 1,) int32, the tokens
-    row by row and the number of steps done, and the storage. With `logprobs` (2 * B * room + 1,): after the tokens come
-    the float32 bits of their log-probabilities under the model (temperature 1, no top-k), row by row.
+    rows (B, N_COLUMNS + room) int32 as laid out above (temperature and top_p as float32 bits), the forced tokens last.
+    shared (devices, N_SHARED + E) int32: steps to do (at most room), how many rows must have stopped for the call to
+    end (0: do nothing), the tool token, the end tokens (-1 = none). A row has stopped once it produced a token it is to
+    stop at or has no tokens REMAINING; until the call ends it produces more, which the caller drops.
+
+    Returns, per device, (B * room + 1,) int32, the tokens row by row and the number of steps done, one after the other,
+    and the storage. With `logprobs` (2 * B * room + 1,): after the tokens come the float32 bits of their
+    log-probabilities under the model (temperature 1, no top-k), row by row.
     """
+    body = functools.partial(_decode, model, config, visible, room, logprobs)
+    return _on_each(mesh, body, 1, 3)(params, slots, rows, shared)
+
+
+def _decode(model, config, visible, room, logprobs, params, slots, rows, shared):
     B = rows.shape[0]
-    steps, tool, ends = shared[0], shared[1], shared[2:]
-    temperature = jax.lax.bitcast_convert_type(rows[:, TEMPERATURE], jnp.float32)
+    steps, enough, tool, ends = shared[0, STEPS], shared[0, ENOUGH], shared[0, TOOL], shared[0, N_SHARED:]
+    temperature, top_p = (jax.lax.bitcast_convert_type(rows[:, c], jnp.float32) for c in (TEMPERATURE, TOP_P))
     seed = rows[:, SEED].astype(jnp.uint32)
 
     def going(carry):
         i, *_, stopped = carry
-        return (i < steps) & ~stopped
+        return (i < steps) & (stopped.sum() < enough)
 
     def step(carry):
-        i, token, cache, out, chances, _ = carry
+        i, token, cache, out, chances, stopped = carry
         hidden, cache = model.forward_cached(config, params, token[:, None], cache)
         logits = model.unembed(config, params, hidden[:, 0])
-        token = sample(logits, temperature, rows[:, TOP_K], seed, rows[:, STREAM], rows[:, COUNT] + i)
+        token = sample(logits, temperature, rows[:, TOP_K], top_p, seed, rows[:, STREAM], rows[:, COUNT] + i)
         forced = jax.lax.dynamic_index_in_dim(rows, N_COLUMNS + i, axis=1, keepdims=False)
         token = jnp.where(i < rows[:, N_FORCED], forced, token)
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
@@ -95,11 +145,12 @@ def decode(
             chances = jax.lax.dynamic_update_slice(chances, chance, (0, i))
         at_end = (token[:, None] == ends[None]).any(-1) & (rows[:, STOPS] & STOP_AT_END > 0)
         at_tool = (token == tool) & (rows[:, STOPS] & STOP_AT_TOOL > 0)
-        return i + 1, token, cache.advance(1), out, chances, (at_end | at_tool).any()
+        stopped |= at_end | at_tool | (i + 1 >= rows[:, REMAINING])
+        return i + 1, token, cache.advance(1), out, chances, stopped
 
     start = jnp.zeros((), jnp.int32), rows[:, TOKEN], slots.view(rows[:, POSITION], visible, room)
     outputs = jnp.zeros((B, room), jnp.int32), jnp.zeros((B, room if logprobs else 0), jnp.float32)
-    done, _, cache, out, chances, _ = jax.lax.while_loop(going, step, (*start, *outputs, jnp.array(False)))
+    done, _, cache, out, chances, _ = jax.lax.while_loop(going, step, (*start, *outputs, jnp.zeros((B,), bool)))
     bits = jax.lax.bitcast_convert_type(chances, jnp.int32)
     return jnp.concatenate([out.ravel(), bits.ravel(), done[None]]), slots.commit(cache)
 

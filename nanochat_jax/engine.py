@@ -2,8 +2,8 @@
 
 A fixed number of slots share one KV cache. Requests wait in a queue, take a free slot, have their prompt prefilled in
 chunks while other slots go on, then all live slots decode together, several tokens per call of one compiled loop, each
-row with its own position, temperature, top-k, seed and length. They may join, end and be cancelled between any two
-calls.
+row with its own position, temperature, top-k, top-p, seed and length. They may join, end and be cancelled between any
+two calls. What a slot holds of an earlier request is used again where a prompt begins with it (`slot_table`).
 
 The prompt's last token is not prefilled: it is the first token the decode loop is fed. So every row samples its own
 first token (the reference shares one among all samples of a request), and there is one place where tokens are sampled.
@@ -11,20 +11,27 @@ first token (the reference shares one among all samples of a request), and there
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
-from nanochat_jax import decode, gpt
+from nanochat_jax import decode, gpt, sharding
 from nanochat_jax.kv_cache import KVSlots
 from nanochat_jax.request import Event, Request, SpecialTokens, TextCoder, checked_prompt
+from nanochat_jax.slot_table import SlotTable
+from nanochat_jax.tools import use_calculator
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
 SMALLEST_VISIBLE = 64
+# A decode call ends when this share of its rows has stopped. Ending at the first would let the host in after nearly
+# every token when many rows run; waiting for more would let stopped rows compute tokens that nobody reads.
+ENOUGH_STOPPED = 8
+TOOL_GRACE = 0.002  # seconds a call waits for the calculator (20 microseconds of work) so that its row loses no call
 
 
 class Engine:
@@ -32,7 +39,8 @@ class Engine:
 
     `model` is anything with gpt's `forward_cached` and `unembed`. Without a tokenizer there are no end tokens and no
     calculator; with one that lacks the chat tokens (a stock GPT-2 one) only its bos ends a row. Drive it from one
-    thread: `submit` and `cancel` may be called from any, `step` and the two `generate` from one at a time.
+    thread: `submit`, `cancel` and `replace_params` may be called from any, `step` and the two `generate` from one at a
+    time.
     """
 
     def __init__(
@@ -45,11 +53,15 @@ class Engine:
         capacity: int | None = None,
         steps_per_call: int | None = None,
         logprobs: bool = False,
+        devices: Sequence[jax.Device] | None = None,
+        tool: Callable[[str], Any] = use_calculator,
         model: ModuleType | Any = gpt,
     ):
         """capacity: positions per slot, default sequence_len, at most the rotary range 10 * sequence_len.
         steps_per_call: tokens per compiled call (default: fewer the larger the model, so that streaming stays smooth).
-        logprobs: also give each request the log-probabilities of its tokens.
+        logprobs: also give each request the log-probabilities of its tokens. devices: where the slots are dealt to, a
+        multiple of their number (rounded up); default the first device alone. tool: what a tool call runs, from text to
+        an answer or None, on a thread of its own.
         """
         limit = 10 * config.sequence_len
         self.capacity = config.sequence_len if capacity is None else capacity
@@ -57,25 +69,35 @@ class Engine:
             raise ValueError(f"capacity must be between 1 and 10 x sequence_len = {limit}, got {self.capacity}")
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
+        self._mesh = sharding.make_mesh(list(devices)) if devices is not None and len(devices) > 1 else None
+        self._devices = self._mesh.size if self._mesh is not None else 1
+        slots = _round_up(slots, self._devices)
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.steps_per_call = steps_per_call or _default_steps(config)
         self._logprobs = logprobs
-        self._slots: list[Request | None] = [None] * slots
+        self._table = SlotTable(slots, self._devices)
         self._queue: deque[Request] = deque()
+        self._prefilling: deque[Request] = deque()
         self._numbers = itertools.count()
-        self.params = params
+        self._tool, self._tools = tool, ThreadPoolExecutor(max_workers=2, thread_name_prefix="tool")
+        self._next_params: gpt.Params | None = None
+        self._set_params(params)
         # Every slot is a little longer than promised: padding of a prefill chunk and unused columns of a decode call
         # are written too, and XLA would move such a write back over valid tokens rather than let it overhang.
-        begin = (self.capacity - 1) // PREFILL_CHUNK * PREFILL_CHUNK  # of the longest prompt's last chunk
-        physical = max(
-            _round_up(self.capacity, SMALLEST_VISIBLE),
-            self.capacity + self.steps_per_call,
-            begin + _bucket(self.capacity - begin),
+        self._physical = max(
+            _round_up(self.capacity, SMALLEST_VISIBLE), self.capacity + max(self.steps_per_call, SMALLEST_BUCKET)
         )
-        self._storage = KVSlots.create(config.n_layer, slots, config.n_kv_head, physical, config.head_dim, config.dtype)
+        shape = config.n_layer, slots, config.n_kv_head, self._physical, config.head_dim, config.dtype
+        place = None if self._mesh is None else sharding.named(self._mesh, sharding.rows_spec())
+        self._storage = KVSlots.create(*shape, sharding=place)
         self._special = SpecialTokens.of(tokenizer)
 
     # --- parameters -------------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """How many requests run at once."""
+        return len(self._table)
 
     @property
     def params(self) -> gpt.Params:
@@ -86,11 +108,21 @@ class Engine:
     def params(self, params: gpt.Params) -> None:
         if self.live:
             raise RuntimeError("parameters cannot change while requests run: their cached keys belong to the old ones")
+        self._set_params(params)
+
+    def replace_params(self, params: gpt.Params) -> None:
+        """New parameters of the same shapes as soon as no slot is busy: running requests end with the old ones, waiting
+        ones wait and are answered by the new ones."""
+        self._next_params = params
+
+    def _set_params(self, params: gpt.Params) -> None:
         dtype = self.config.dtype  # matmuls cast the weights anyway: do it once, not once a token
         self._params = params
-        self._cast = jax.tree.map(
-            lambda x: x.astype(dtype) if x.dtype == np.float32 and dtype != np.float32 else x, params
-        )
+        cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and dtype != np.float32 else x, params)
+        if self._mesh is not None:
+            cast = jax.device_put(cast, sharding.named(self._mesh, sharding.replicated_spec()))
+        self._cast = cast
+        self._table.forget()
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -102,23 +134,24 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
         *,
+        top_p: float | None = None,
         stream: int = 0,
         run_on: bool = False,
-        leader: Request | None = None,
     ) -> Request:
         """Queues a prompt (non-empty ids) and returns its handle at once.
 
-        max_tokens None = to the end of the slot. top_k None or 0 = off, above the vocabulary = the vocabulary. seed:
-        any integer (32 bits of it count); stream: which of several samples of one seed. The answer depends on these,
-        not on what else runs. run_on: do not stop at an end token (only set `ended`). leader: an earlier request with
-        the same prompt, whose prefilled keys are then copied instead of computed again. Raises ValueError for settings
-        that cannot work, naming the numbers.
+        max_tokens None = to the end of the slot. top_k None or 0 = off, above the vocabulary = the vocabulary. top_p
+        None or 1 = off. seed: any integer (32 bits of it count); stream: which of several samples of one seed. The
+        answer depends on these, not on what else runs. run_on: do not stop at an end token (only set `ended`). Raises
+        ValueError for settings that cannot work, naming the numbers.
         """
         prompt = checked_prompt(tokens, self.config.vocab_size)
         if not temperature >= 0 or temperature == float("inf"):
             raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
         if top_k is not None and top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0 or None = off), got {top_k}")
+        if top_p is not None and not 0 <= top_p <= 1:
+            raise ValueError(f"top_p must lie between 0 and 1 (1 or None = off), got {top_p}")
         room = self.capacity - len(prompt) + 1  # the last token of an answer is never fed back
         if len(prompt) > self.capacity:
             raise ValueError(f"the prompt has {len(prompt)} tokens, but a slot of this engine holds {self.capacity}")
@@ -131,11 +164,8 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and max_tokens={max_tokens} do not fit the {self.capacity} "
                 f"positions of a slot: ask for at most {room}, or build the Engine with a larger capacity"
             )
-        k = min(top_k or 0, self.config.vocab_size)
-        request = Request(prompt, max_tokens, float(temperature), k, seed, stream, run_on, next(self._numbers))
-        if leader is not None and leader.prompt != prompt:
-            raise ValueError("the leader of a request must have the same prompt")
-        request.leader = leader
+        k, p = min(top_k or 0, self.config.vocab_size), 1.0 if top_p is None else float(top_p)
+        request = Request(prompt, max_tokens, float(temperature), k, p, seed, stream, run_on, next(self._numbers))
         if max_tokens == 0:
             request.finished = "length"
         else:
@@ -150,94 +180,180 @@ class Engine:
     @property
     def live(self) -> int:
         """Requests running or waiting."""
-        return len([r for r in [*self._slots, *self._queue] if r is not None and r.finished is None])
+        return len([r for r in [*self._table.requests, *self._queue] if r is not None and r.finished is None])
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len([r for r in list(self._queue) if r.finished is None])
 
     def step(self) -> list[Event]:
-        """Admits what fits, prefills one chunk of each new prompt, decodes one call; what each request gained.
+        """Admits what fits, prefills some chunks of new prompts, decodes one call; what each request gained.
 
         Events come in the order of submission. An empty list while requests are live means that prompts are being
-        prefilled; when none is live there is nothing to do.
+        prefilled or tools are at work; when none is live there is nothing to do.
         """
+        self._take_answers()
+        self._table.release()
         self._admit()
-        for request in self._slots:
-            if request is not None and not request.ready:
-                self._prefill(request)
-        return self._decode([r for r in self._slots if r is not None and r.ready])
+        self._prefill()
+        return self._decode()
+
+    def _take_answers(self) -> None:
+        """Goes on with the rows whose tool is done; waits a moment for one if no row can do anything else."""
+        busy = [r for r in self._table.busy if r.finished is None]
+        working = [r.tool for r in busy if r.tool is not None]
+        if working:
+            wait(working, 0.05 if len(working) == len(busy) else TOOL_GRACE, FIRST_COMPLETED)
+        for request in busy:
+            if request.tool is not None and request.tool.done():
+                request.take_answer(self._special)
 
     def _admit(self) -> None:
-        for slot, request in enumerate(self._slots):
-            if request is not None and request.finished is not None:
-                self._slots[slot] = None
-        for slot, request in enumerate(self._slots):
-            while request is None and self._queue:
-                waiting = self._queue.popleft()
-                if waiting.finished is None:
-                    request = self._slots[slot] = waiting
-                    waiting.slot = slot
+        if self._next_params is not None:
+            if self._table.busy:
+                return
+            self._set_params(self._next_params)
+            self._next_params = None
+        while self._queue:
+            request = self._queue[0]
+            if request.finished is None:
+                seat = self._table.seat(request)
+                if seat is None:
+                    return
+                request.slot, request.reused = seat.slot, seat.shared
+                if seat.leader is not None and seat.leader.prefilled < seat.shared:
+                    request.leader = seat.leader
+                else:
+                    self._share(seat.source, request)
+                if not request.ready:
+                    self._prefilling.append(request)
+            self._queue.popleft()
 
-    def _prefill(self, request: Request) -> None:
-        """One chunk of a prompt, or a copy of its leader's prompt."""
-        total, slot = len(request.prompt) - 1, request.slot
+    def _share(self, source: int, request: Request) -> None:
+        """The beginning of a prompt, from the slot where it was computed."""
+        if source != request.slot:
+            device, target = divmod(request.slot, self._table.per_device)
+            pair = np.zeros((self._devices, 2), np.int32)
+            pair[device] = source % self._table.per_device, target
+            visible = self._visible(request.reused)
+            self._storage = decode.copy_row(self._storage, pair, visible=visible, mesh=self._mesh)
+        request.prefilled = request.reused
+
+    def _prefill(self) -> None:
+        """Chunks of prompts, in turn: all that is needed while no row decodes, else one chunk's worth a step."""
+        self._prefilling = deque(r for r in self._prefilling if r.finished is None)
+        decoding = any(r.ready for r in self._table.busy)
+        spent = 0
+        while self._prefilling and not (decoding and spent >= PREFILL_CHUNK):
+            turn: dict[int, Request] = {}  # one row of each device
+            waiting: list[Request] = []
+            for _ in range(len(self._prefilling)):
+                request = self._prefilling.popleft()
+                device = request.slot // self._table.per_device
+                if self._must_wait(request) or device in turn:
+                    waiting.append(request)
+                elif not request.ready:
+                    turn[device] = request
+            if turn:
+                spent += self._prefill_chunk(turn)
+            self._prefilling.extend([*waiting, *(r for r in turn.values() if not r.ready)])
+
+    def _must_wait(self, request: Request) -> bool:
+        """Whether the beginning of a prompt is still being computed in another slot; if it has been, it is copied."""
         leader = request.leader
-        if leader is not None and leader.slot is not None and self._slots[leader.slot] is leader:
-            if leader.ready:  # a slot's prompt never changes while its request lives
-                pair = np.array([leader.slot, slot], np.int32)
-                self._storage = decode.copy_row(self._storage, pair, visible=self._visible(total))
-                request.prefilled = total
-            return
-        begin = request.prefilled
-        chunk = request.prompt[begin : min(total, begin + PREFILL_CHUNK)]
-        ids = np.zeros((1, _bucket(len(chunk))), np.int32)
-        ids[0, : len(chunk)] = chunk
-        where = np.array([slot, begin], np.int32)
-        self._storage = decode.prefill(
-            self.model, self.config, self._cast, self._storage, ids, where, visible=self._visible(begin)
-        )
-        request.prefilled += len(chunk)
+        if leader is None:
+            return False
+        still_there = leader.finished is None and self._table.requests[leader.slot] is leader
+        if still_there and leader.prefilled < request.reused:
+            return True
+        request.leader = None
+        if still_there:
+            self._share(leader.slot, request)
+        else:
+            request.reused = 0
+        return False
 
-    def _decode(self, ready: list[Request]) -> list[Event]:
+    def _prefill_chunk(self, turn: dict[int, Request]) -> int:
+        """One chunk of one row on every device that has one; returns the chunk's length."""
+        left = min(PREFILL_CHUNK, max(len(r.prompt) - 1 - r.prefilled for r in turn.values()))
+        overhang = self._physical - max(r.prefilled for r in turn.values())
+        length = min(_bucket(left), 1 << (overhang.bit_length() - 1))
+        ids = np.zeros((self._devices, length), np.int32)
+        where = np.zeros((self._devices, 3), np.int32)
+        visible = self._visible_to_prompts(max(r.prefilled for r in turn.values()))
+        for device, request in turn.items():
+            begin = request.prefilled
+            chunk = request.prompt[begin : min(begin + length, len(request.prompt) - 1)]
+            ids[device, : len(chunk)] = chunk
+            where[device] = request.slot % self._table.per_device, begin, 1
+            request.prefilled += len(chunk)
+        self._storage = decode.prefill(
+            self.model, self.config, self._cast, self._storage, ids, where, visible=visible, mesh=self._mesh
+        )
+        return length
+
+    def _decode(self) -> list[Event]:
+        ready = [r for r in self._table.busy if r.ready and r.finished is None]
         if not ready:
             return []
-        room = self.steps_per_call
-        rows = np.zeros((len(self._slots), decode.N_COLUMNS + room), np.int32)
-        for request in self._slots:
-            if request is not None:
-                self._fill_row(rows[request.slot], request)
-        steps = min(room, min(r.max_tokens - len(r.tokens) for r in ready))
-        shared = [steps, self._special.python_end, *sorted(self._special.ends), -1, -1][:4]
-        visible = self._visible(max(len(r.prompt) - 1 + len(r.tokens) for r in ready))
+        room, per_device = self.steps_per_call, self._table.per_device
+        rows = np.zeros((self.slots, decode.N_COLUMNS + room), np.int32)
+        for slot, request in enumerate(self._table.requests):
+            self._fill_row(rows[slot], slot, request)
+        shared = np.full((self._devices, decode.N_SHARED + 2), -1, np.int32)
+        shared[:, decode.STEPS] = min(room, max(r.max_tokens - len(r.tokens) for r in ready))
+        for device in range(self._devices):
+            running = sum(r.slot // per_device == device for r in ready)
+            shared[device, decode.ENOUGH] = -(-running // ENOUGH_STOPPED)
+        shared[:, decode.TOOL] = self._special.python_end
+        ends = sorted(self._special.ends)[:2]
+        shared[:, decode.N_SHARED : decode.N_SHARED + len(ends)] = ends
         packed, self._storage = decode.decode(
             self.model,
             self.config,
             self._cast,
             self._storage,
             rows,
-            np.array(shared, np.int32),
-            visible=visible,
+            shared,
+            visible=self._visible(max(r.position for r in ready)),
             room=room,
             logprobs=self._logprobs,
+            mesh=self._mesh,
         )
-        packed = np.asarray(packed)
-        parts = packed[:-1].reshape(-1, len(self._slots), room)[:, :, : packed[-1]]
-        events = [r.receive(parts[0, r.slot].tolist(), self._special) for r in ready if r.finished is None]
-        if self._logprobs:
-            for event in events:
-                event.request.logprobs += parts[1, event.request.slot].view(np.float32).tolist()
-        return sorted(events, key=lambda event: event.request.number)
+        packed = np.asarray(packed).reshape(self._devices, -1)
+        events = []
+        for request in sorted(ready, key=lambda r: r.number):
+            if request.finished is not None:  # cancelled meanwhile
+                continue
+            device, row = divmod(request.slot, per_device)
+            parts = packed[device, :-1].reshape(-1, per_device, room)[:, row, : packed[device, -1]]
+            event = request.receive(parts[0].tolist(), self._special, self._run_tool)
+            if self._logprobs:
+                request.logprobs += parts[1, : len(event.tokens)].view(np.float32).tolist()
+            events.append(event)
+        return events
 
-    def _fill_row(self, row: np.ndarray, request: Request) -> None:
-        if not request.ready:  # decoded along with the others; what that writes must land after the prompt so far
-            row[decode.POSITION] = request.prefilled
+    def _run_tool(self, text: str):
+        return self._tools.submit(self._tool, text)
+
+    def _fill_row(self, row: np.ndarray, slot: int, request: Request | None) -> None:
+        row[decode.REMAINING] = decode.ENDLESS
+        if request is None or not request.ready or request.finished is not None:
+            # decoded along with the others; what that writes must land after what the slot holds
+            row[decode.POSITION] = self._table.held(slot) if request is None else request.position
             return
         n = len(request.tokens)
         row[decode.TOKEN] = request.tokens[-1] if n else request.prompt[-1]
-        row[decode.POSITION] = len(request.prompt) - 1 + n
+        row[decode.POSITION] = request.position
         row[decode.COUNT] = n
         row[decode.SEED] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
         row[decode.STREAM] = request.stream
         row[decode.TEMPERATURE] = decode.float_bits(request.temperature)
         row[decode.TOP_K] = request.top_k
+        row[decode.TOP_P] = decode.float_bits(request.top_p)
         row[decode.STOPS] = decode.STOP_AT_TOOL | (0 if request.ended else decode.STOP_AT_END)
+        row[decode.REMAINING] = request.max_tokens - n
         forced = list(itertools.islice(request.forced, self.steps_per_call))
         row[decode.N_FORCED] = len(forced)
         row[decode.N_COLUMNS : decode.N_COLUMNS + len(forced)] = forced
@@ -248,29 +364,48 @@ class Engine:
             return 0
         return min(max(SMALLEST_VISIBLE, 1 << (tokens - 1).bit_length()), _round_up(self.capacity, SMALLEST_VISIBLE))
 
-    def warm_up(self) -> int:
+    def _visible_to_prompts(self, tokens: int) -> int:
+        """The same for a prompt's chunk, of which there are programs for each length too: powers of four."""
+        visible = self._visible(tokens)
+        odd = visible.bit_length() % 2 == 0
+        return self._visible(2 * visible) if visible and odd else visible
+
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Compiles every program this engine can need, so that nothing is compiled while it serves; returns how many.
 
-        Call it while no request is live. Without it each program is compiled when it is first needed.
+        Call it while no request is live. Without it each program is compiled when it is first needed. progress is
+        called with (done, total).
         """
         if self.live:
             raise RuntimeError("warm_up needs an idle engine")
+        self._table.forget()
+        prefixes = range(self.capacity)
         sizes = sorted({self._visible(n) for n in range(self.capacity + 1)})
-        pair = np.zeros(2, np.int32)
-        rows = np.zeros((len(self._slots), decode.N_COLUMNS + self.steps_per_call), np.int32)
+        lengths = sorted({_bucket(n) for n in range(1, min(PREFILL_CHUNK, max(1, self.capacity - 1)) + 1)})
+        chunks = [(v, n) for v in sorted({self._visible_to_prompts(n) for n in prefixes}) for n in lengths]
+        chunks = [(v, n) for v, n in chunks if n <= self._physical]
+        total, done = 2 * len(sizes) + len(chunks), 0
+        progress(done, total)
+        pair = np.zeros((self._devices, 2), np.int32)
+        where = np.zeros((self._devices, 3), np.int32)
+        rows = np.zeros((self.slots, decode.N_COLUMNS + self.steps_per_call), np.int32)
+        shared = np.zeros((self._devices, decode.N_SHARED + 2), np.int32)
         before = decode.compiled_programs()
         for visible in sizes:
-            self._storage = decode.copy_row(self._storage, pair, visible=visible)
+            self._storage = decode.copy_row(self._storage, pair, visible=visible, mesh=self._mesh)
             _, self._storage = decode.decode(
-                self.model, self.config, self._cast, self._storage, rows, np.array([0, -1, -1, -1], np.int32),
-                visible=visible, room=self.steps_per_call, logprobs=self._logprobs,
+                self.model, self.config, self._cast, self._storage, rows, shared,
+                visible=visible, room=self.steps_per_call, logprobs=self._logprobs, mesh=self._mesh,
             )  # fmt: skip
-        for begin in range(0, self.capacity, PREFILL_CHUNK):
-            for length in {_bucket(n + 1) for n in range(min(PREFILL_CHUNK, self.capacity - begin))}:
-                self._storage = decode.prefill(
-                    self.model, self.config, self._cast, self._storage, np.zeros((1, length), np.int32), pair,
-                    visible=self._visible(begin),
-                )  # fmt: skip
+            done += 2
+            progress(done, total)
+        for visible, length in chunks:
+            ids = np.zeros((self._devices, length), np.int32)
+            self._storage = decode.prefill(
+                self.model, self.config, self._cast, self._storage, ids, where, visible=visible, mesh=self._mesh
+            )
+            done += 1
+            progress(done, total)
         return decode.compiled_programs() - before
 
     # --- many samples of one prompt ---------------------------------------------------------------------------------
@@ -290,10 +425,10 @@ class Engine:
         the calculator. The prompt is prefilled once. Sample i of a seed is the same whatever num_samples is. Raises
         ValueError where num_samples exceeds the slots, and as `submit`. Closing the iterator cancels the rows.
         """
-        if not 1 <= num_samples <= len(self._slots):
+        if not 1 <= num_samples <= self.slots:
             raise ValueError(
                 "generate streams all samples together: num_samples must be between 1 and the engine's "
-                f"{len(self._slots)} slots, got {num_samples}; generate_batch takes any number"
+                f"{self.slots} slots, got {num_samples}; generate_batch takes any number"
             )
         rows = self._submit_samples(tokens, num_samples, max_tokens, temperature, top_k, seed, run_on=True)
         return self._columns(rows)
@@ -341,13 +476,10 @@ class Engine:
     def _submit_samples(
         self, tokens, num_samples, max_tokens=None, temperature=1.0, top_k=None, seed=42, *, run_on
     ) -> list[Request]:
-        rows: list[Request] = []
-        for stream in range(num_samples):
-            leader = rows[0] if rows else None
-            rows.append(
-                self.submit(tokens, max_tokens, temperature, top_k, seed, stream=stream, run_on=run_on, leader=leader)
-            )
-        return rows
+        return [
+            self.submit(tokens, max_tokens, temperature, top_k, seed, stream=stream, run_on=run_on)
+            for stream in range(num_samples)
+        ]
 
 
 def _default_steps(config: gpt.GPTConfig) -> int:

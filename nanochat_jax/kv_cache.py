@@ -71,11 +71,14 @@ class KVSlots:
     values: list[jax.Array]
 
     @classmethod
-    def create(cls, n_layer: int, rows: int, n_kv_head: int, capacity: int, head_dim: int, dtype) -> "KVSlots":
+    def create(
+        cls, n_layer: int, rows: int, n_kv_head: int, capacity: int, head_dim: int, dtype, sharding=None
+    ) -> "KVSlots":
         """Storage for `rows` rows of `capacity` tokens: 2 * n_layer * rows * n_kv_head * capacity * head_dim values."""
 
         def zeros():
-            return [jnp.zeros((rows, n_kv_head, capacity, head_dim), dtype) for _ in range(n_layer)]
+            shape = (rows, n_kv_head, capacity, head_dim)
+            return [jnp.zeros(shape, dtype, device=sharding) for _ in range(n_layer)]
 
         return cls(zeros(), zeros())
 
@@ -109,14 +112,19 @@ class KVSlots:
         """
         return self.write(cache.new_keys, cache.new_values, cache.start, slot)
 
-    def write(self, keys, values, start: jax.Array, slot: jax.Array | None = None) -> "KVSlots":
-        """As `commit`, given the buffers themselves."""
+    def write(
+        self, keys, values, start: jax.Array, slot: jax.Array | None = None, keep: jax.Array | None = None
+    ) -> "KVSlots":
+        """As `commit`, given the buffers themselves. keep (bool scalar, only with a slot): leave what is there."""
 
         def put(storage, new):
             _, G, _, D = storage.shape
             new = new.reshape(-1, G, new.shape[1], D)
             if slot is not None:
-                return jax.lax.dynamic_update_slice(storage, new, (slot, 0, start[0], 0))
+                at = (slot, 0, start[0], 0)
+                if keep is not None:
+                    new = jnp.where(keep, jax.lax.dynamic_slice(storage, at, new.shape), new)
+                return jax.lax.dynamic_update_slice(storage, new, at)
             return jax.vmap(lambda s, n, at: jax.lax.dynamic_update_slice(s, n, (0, at, 0)))(storage, new, start)
 
         return KVSlots(

@@ -2,12 +2,12 @@
 
 import operator
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from nanochat_jax import conversation
-from nanochat_jax.tools import use_calculator
 
 
 class TextCoder(Protocol):
@@ -53,13 +53,15 @@ class Request:
 
     tokens and masks grow as the engine steps: mask 1 = sampled by the model, 0 = put there by the calculator. The end
     token is included. logprobs: of the tokens, where the engine was asked for them. finished: None while running, then
-    "end" (an end token), "length" (max_tokens), "cancelled".
+    "end" (an end token), "length" (max_tokens), "cancelled". reused: how many tokens of the prompt were in the cache
+    already.
     """
 
     prompt: list[int]
     max_tokens: int
     temperature: float
     top_k: int
+    top_p: float
     seed: int
     stream: int
     run_on: bool
@@ -69,47 +71,72 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     finished: str | None = None
     ended: bool = False  # has produced an end token; differs from finished only for rows that run on
+    reused: int = 0
     # the engine's own
-    leader: "Request | None" = None  # a request with the same prompt whose prefilled slot may be copied
-    slot: int | None = None
+    slot: int = -1
     prefilled: int = 0
+    leader: "Request | None" = None  # is computing the beginning of this prompt in another slot, to be copied
     forced: deque[int] = field(default_factory=deque)
     in_tool: bool = False
     expression: list[int] = field(default_factory=list)
+    tool: "Future[Any] | None" = None  # the calculator is at work; the row waits
 
     @property
     def ready(self) -> bool:
-        """Whether everything but the last token of the prompt is in the slot: that one is fed to the decode loop."""
-        return self.prefilled == len(self.prompt) - 1
+        """Whether the row can decode: no tool is awaited and all of the prompt but its last token is in the slot (that
+        one is fed to the decode loop)."""
+        return self.prefilled == len(self.prompt) - 1 and self.tool is None
 
-    def receive(self, column: list[int], special: "SpecialTokens") -> "Event":
-        """Books new tokens, the forced ones among them, and runs the tool machine (reference section 4.4)."""
-        masks = []
+    @property
+    def position(self) -> int:
+        """How many tokens of the slot are valid: the position of the next token to be fed."""
+        return self.prefilled + len(self.tokens)
+
+    def cached_tokens(self) -> list[int]:
+        """The tokens whose keys and values are in the slot."""
+        return (self.prompt[: self.prefilled + 1] + self.tokens)[: self.position]
+
+    def receive(
+        self, column: Sequence[int], special: "SpecialTokens", run_tool: Callable[[str], "Future[Any]"]
+    ) -> "Event":
+        """Books new tokens up to the one the row stops at, and starts its tool calls (reference section 4.4)."""
+        masks: list[int] = []
         for token in column:
             masks.append(0 if self.forced else 1)
             if self.forced:
                 self.forced.popleft()
             self.ended |= token in special.ends
             if special.tokenizer is not None:
-                self._run_tool_machine(token, special, special.tokenizer)
-        self.tokens += column
+                self._run_tool_machine(token, special, special.tokenizer, run_tool)
+            if self.ended and not self.run_on:
+                self.finished = "end"
+            elif len(self.tokens) + len(masks) >= self.max_tokens:
+                self.finished = "length"
+            if self.finished or self.tool is not None:
+                break
+        tokens = list(column[: len(masks)])
+        self.tokens += tokens
         self.masks += masks
-        if self.ended and not self.run_on:
-            self.finished = "end"
-        elif len(self.tokens) >= self.max_tokens:
-            self.finished = "length"
-        return Event(self, column, masks, self.finished)
+        return Event(self, tokens, masks, self.finished)
 
-    def _run_tool_machine(self, token: int, special: "SpecialTokens", tokenizer: TextCoder) -> None:
+    def _run_tool_machine(self, token: int, special: "SpecialTokens", tokenizer: TextCoder, run_tool) -> None:
         if token == special.python_start:
             self.in_tool, self.expression = True, []
         elif token == special.python_end and self.in_tool:
-            answer = use_calculator(tokenizer.decode(self.expression)) if self.expression else None
-            if answer is not None:
-                self.forced += [special.output_start, *tokenizer.encode_text(str(answer)), special.output_end]
+            if self.expression:
+                self.tool = run_tool(tokenizer.decode(self.expression))
             self.in_tool, self.expression = False, []
         elif self.in_tool:
             self.expression.append(token)
+
+    def take_answer(self, special: "SpecialTokens") -> None:
+        """Queues the answer of a tool that is done, as tokens to be fed; one that failed or has none gives nothing."""
+        assert self.tool is not None and special.tokenizer is not None
+        answer = None if self.tool.exception() else self.tool.result()
+        if answer is not None:
+            ids = special.tokenizer.encode_text(str(answer))
+            self.forced += [special.output_start, *ids, special.output_end]
+        self.tool = None
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,6 @@ def collect(
                     top_k,
                     question_seed(seed, index),
                     stream=stream,
-                    leader=group[0] if group else None,
                 )
             )
         rows.append(group)

@@ -19,6 +19,7 @@ def sample(
     logits: jax.Array,
     temperature: jax.Array,
     top_k: jax.Array,
+    top_p: jax.Array,
     seed: jax.Array,
     stream: jax.Array,
     count: jax.Array,
@@ -26,7 +27,9 @@ def sample(
     """One token id per row, (B,) int32, from logits (B, V) float32.
 
     temperature (B,) float32, 0 = the most likely token; top_k (B,) int32, 0 = no limit, more than V = V: the k largest
-    logits are kept (the lower id wins a tie), then divided by the temperature (reference behaviour). seed (B,) uint32,
+    logits are kept (the lower id wins a tie), then divided by the temperature (reference behaviour). top_p (B,)
+    float32, 1 = off: of what is left only the likeliest tokens that together have at least this probability (nucleus
+    sampling, arXiv:1904.09751; equally likely ones stay or go together; the best always stays). seed (B,) uint32,
     stream and count (B,) int32 choose the random numbers: stream tells samples of one request apart, count is the
     number of tokens the row has generated so far.
     """
@@ -40,6 +43,10 @@ def sample(
         kept = jax.lax.cond(limited.any(), lambda: _keep_largest(folded, jnp.where(limited, top_k, V)), lambda: folded)
         scale = jnp.where(hot, temperature, 1.0)
         weights = jnp.exp((kept - best[:, None, None]) / scale[:, None, None])
+        nucleus = hot & (top_p < 1)
+        weights = jax.lax.cond(
+            nucleus.any(), lambda w: _nucleus(w, jnp.where(nucleus, top_p, 1.0)), lambda w: w, weights
+        )
         uniforms = jax.vmap(_uniforms)(seed, stream, count)
         # in two stages, a row of ids and one inside it: no scan over the vocabulary, and both draws keep all their bits
         row = _pick(weights.sum(-1), uniforms[:, 0])
@@ -107,3 +114,21 @@ def _keep_largest(folded: jax.Array, k: jax.Array) -> jax.Array:
 
     tied = jax.lax.cond((number(tied) > room).any(), first_tied, lambda: tied)
     return jnp.where(above | tied, folded, -jnp.inf)
+
+
+def _nucleus(weights: jax.Array, p: jax.Array) -> jax.Array:
+    """Weights below the largest threshold that still leaves a share p (B,) of their sum, set to 0; p >= 1 leaves all.
+
+    The largest weight of every row is 1. The threshold is found by bisecting its bits: no sort (see the module's text).
+    """
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)  # weights are >= 0: ordered as their bits are
+    wanted = jnp.maximum(p * weights.sum(1).sum(-1), 1.0)  # at least the best token
+
+    def halve(i, threshold):
+        candidate = threshold + jax.lax.shift_left(jnp.int32(1), 30 - i)
+        mass = jnp.where(bits >= candidate[:, None, None], weights, 0.0).sum(1).sum(-1)
+        return jnp.where(mass >= wanted, candidate, threshold)
+
+    threshold = jax.lax.fori_loop(0, 31, halve, jnp.zeros(p.shape, jnp.int32))
+    threshold = jnp.where(p >= 1, 0, threshold)
+    return jnp.where(bits >= threshold[:, None, None], weights, 0.0)

@@ -26,6 +26,11 @@ def batch_spec(ndim: int = 3) -> PartitionSpec:
     return PartitionSpec(*[None] * (ndim - 2), DATA_AXIS, None)
 
 
+def rows_spec() -> PartitionSpec:
+    """Leading axis dealt to the devices: the engine's slots, and what it keeps per device."""
+    return PartitionSpec(DATA_AXIS)
+
+
 def group_axis(name: str, shape: tuple[int, ...], n_devices: int) -> int | None:
     """The axis along which a grouped array is cut, or None if no axis divides and it stays replicated.
 

@@ -14,7 +14,9 @@ N = 5000
 draw: Any = jax.jit(sampling.sample)
 
 
-def call(logits, temperature: Any = 1.0, top_k: Any = 0, seed: Any = 0, stream: Any = 0, count: Any = 0):
+def call(
+    logits, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, seed: Any = 0, stream: Any = 0, count: Any = 0
+):
     """`sample` with scalars spread over the rows."""
     B = logits.shape[0]
 
@@ -26,6 +28,7 @@ def call(logits, temperature: Any = 1.0, top_k: Any = 0, seed: Any = 0, stream: 
             jnp.asarray(logits, jnp.float32),
             spread(temperature, np.float32),
             spread(top_k, np.int32),
+            spread(top_p, np.float32),
             spread(seed, np.uint32),
             spread(stream, np.int32),
             spread(count, np.int32),
@@ -75,6 +78,25 @@ def test_ties_at_the_edge_of_top_k_keep_exactly_k(top_k):
     assert seen.tolist() == expected
 
 
+@pytest.mark.parametrize("top_p,top_k,temperature", [(0.5, 0, 1.0), (0.9, 0, 0.7), (0.99, 40, 1.3), (1e-6, 0, 1.0)])
+def test_top_p_keeps_the_smallest_set_with_that_probability(top_p, top_k, temperature):
+    row = np.random.default_rng(5).normal(size=700).astype(np.float32) * 2
+    order = np.argsort(-row, kind="stable")[: top_k or None]
+    chances = np.exp((row[order] - row.max()).astype(np.float64) / temperature)
+    chances /= chances.sum()
+    n_kept = int(np.searchsorted(np.cumsum(chances), top_p)) + 1  # sorted, the textbook way
+    expected = np.zeros(700)
+    expected[order[:n_kept]] = chances[:n_kept] / chances[:n_kept].sum()
+    assert_same_distribution(frequencies(row, temperature=temperature, top_k=top_k, top_p=top_p), expected)
+
+
+def test_top_p_keeps_all_that_are_equally_likely():
+    row = np.full(300, -50.0, np.float32)
+    row[[3, 70, 299]] = 1.0
+    for top_p in (0.0, 0.2, 0.9):
+        assert np.flatnonzero(frequencies(row, n=500, top_p=top_p)).tolist() == [3, 70, 299]
+
+
 def test_temperature_zero_is_argmax_whatever_else_is_set():
     logits = np.random.default_rng(0).normal(size=(7, 500))
     logits[3, 100] = logits[3, 7] = 9.0  # a tie: the lower id
@@ -92,6 +114,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_place():
     settings = dict(
         temperature=rng.choice([0.0, 0.5, 1.0, 1.7], 12),
         top_k=rng.choice([0, 1, 5, 50, 64, 65, 300, 5000], 12),
+        top_p=rng.choice([0.0, 0.3, 0.9, 1.0], 12),
         seed=rng.integers(0, 2**32, 12),
         stream=rng.integers(0, 9, 12),
         count=rng.integers(0, 1000, 12),
@@ -130,5 +153,5 @@ def test_settings_do_not_recompile():
     before = draw._cache_size()
     for temperature in (0.0, 0.3, 2.0):
         for top_k in (0, 1, 64, 65, 400):
-            call(logits, temperature=temperature, top_k=top_k, seed=top_k)
+            call(logits, temperature=temperature, top_k=top_k, top_p=1.0 / (1 + top_k), seed=top_k)
     assert draw._cache_size() == before

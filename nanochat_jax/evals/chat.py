@@ -205,10 +205,7 @@ def _answers(
     for i in sorted(range(n), key=lambda i: -len(prompts[i])):
         room = min(max_new_tokens, engine.capacity - len(prompts[i]) + 1)
         for stream in range(num_samples):
-            leader = groups[i][0].request if groups[i] else None
-            request = engine.submit(
-                prompts[i], room, temperature, top_k, question_seed(seed, i), stream=stream, leader=leader
-            )
+            request = engine.submit(prompts[i], room, temperature, top_k, question_seed(seed, i), stream=stream)
             groups[i].append(_Sample(request))
             owner[request] = i, groups[i][-1]
     waiting, open_samples, passed, done = len(owner), [num_samples] * n, [False] * n, 0
