@@ -71,6 +71,7 @@ def make_train_step(
     mesh: Mesh,
     grad_clip: float = 1.0,
     normalize: bool = True,
+    guarded: bool = False,
 ):
     """A jitted (state, inputs, targets, weights) -> (state, metrics) that donates the state.
 
@@ -78,7 +79,11 @@ def make_train_step(
     loss is sum(weights * nll) / sum(weights) over the whole (A, B, T) batch, whatever its split; without `normalize`
     it is sum(weights * nll): advantages, which may add up to nothing, bring their own denominator. The gradient is
     clipped by its global norm after averaging (the reference clips per rank, before). Metrics: loss, grad_norm,
-    weight (sum of the weights), all float32 scalars.
+    weight (sum of the weights), kept, all float32 scalars.
+
+    A step whose loss or gradient norm is not finite changes neither parameters nor moments, only the counts; its
+    metric `kept` is 0. With `guarded` the step takes one more argument, the largest (loss, grad_norm) that is kept,
+    float32 (2,); where they are -inf the step is held: not even the counts change, so that it can be done again.
     """
     n_devices = mesh.size
     abstract_groups = jax.eval_shape(lambda p: padded_groups(p, n_devices), abstract(config))
@@ -122,16 +127,29 @@ def make_train_step(
         out_specs=(whole, specs),
         check_vma=False,  # per device on purpose: with tracking, grad() would reduce in every micro-step
     )
+
+    def update_if_kept(grads, opt_state, groups, kept, held):
+        updates, new_state = optimizer.update(grads, opt_state, groups)
+
+        def choose(new, old):
+            return jnp.where(~held if jnp.issubdtype(new.dtype, jnp.integer) else kept, new, old)
+
+        return jax.tree.map(choose, (optax.apply_updates(groups, updates), new_state), (groups, opt_state))
+
     opt_specs = sharding.grouped_specs(jax.eval_shape(optimizer.init, abstract_groups), n_devices)
     # per device too: whole matrices and slices of embeddings need nothing from elsewhere. Left to the partitioner, each
     # Newton-Schulz step of each shape cost an all-to-all.
-    optimizer_update = jax.shard_map(
-        optimizer.update, mesh=mesh, in_specs=(specs, opt_specs, specs), out_specs=(specs, opt_specs), check_vma=False
+    update = jax.shard_map(
+        update_if_kept,
+        mesh=mesh,
+        in_specs=(specs, opt_specs, specs, whole, whole),
+        out_specs=(specs, opt_specs),
+        check_vma=False,
     )
     shardings = state_shardings(config, optimizer, mesh)
     group_shardings, replicated = sharding.named(mesh, specs), sharding.named(mesh, whole)
 
-    def step(state: TrainState, inputs, targets, weights):
+    def step(state: TrainState, inputs, targets, weights, limits=None):
         weights = target_weights(targets, weights)
         total_weight = weights.sum()
         denominator = jnp.where((total_weight == 0) | (not normalize), 1.0, total_weight)
@@ -140,18 +158,20 @@ def make_train_step(
         # replicated first, then cut: asked for the cut stack at once, the partitioner inserts an all-to-all per shape
         groups = jax.lax.with_sharding_constraint(padded_groups(state.params, n_devices), replicated)
         groups = jax.lax.with_sharding_constraint(groups, group_shardings)
-        updates, opt_state = optimizer_update(grads, state.opt_state, groups)
-        groups = optax.apply_updates(groups, updates)
+        limits = jnp.full((2,), jnp.inf) if limits is None else limits
+        kept = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limits[0]) & (grad_norm <= limits[1])
+        held = limits[0] == -jnp.inf
+        groups, opt_state = update(grads, state.opt_state, groups, kept, held)
         # gathered while still stacked: one all-gather per group; slicing sharded stacks would move each matrix apart
         groups = jax.lax.with_sharding_constraint(groups, replicated)
         params = ungroup(config, unpad_stacks(config, groups))
-        metrics = {"loss": loss, "grad_norm": grad_norm, "weight": total_weight}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        metrics = {"loss": loss, "grad_norm": grad_norm, "weight": total_weight, "kept": kept.astype(jnp.float32)}
+        return TrainState(params, opt_state, jnp.where(held, state.step, state.step + 1)), metrics
 
     batch = sharding.named(mesh, rows)
     return jax.jit(
         step,
-        in_shardings=(shardings, batch, batch, batch),
+        in_shardings=(shardings, batch, batch, batch, *([sharding.named(mesh, whole)] if guarded else [])),
         out_shardings=(shardings, sharding.named(mesh, whole)),
         donate_argnums=0,
     )
