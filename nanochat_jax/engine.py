@@ -53,7 +53,7 @@ class Engine:
         capacity: int | None = None,
         steps_per_call: int | None = None,
         logprobs: bool = False,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
         tool: Callable[[str], Any] = use_calculator,
         model: ModuleType | Any = gpt,
     ):

@@ -53,6 +53,7 @@ class SlotTable:
 
     def forget(self) -> None:
         """What free slots hold is worth nothing any more: the parameters changed."""
+        self.release()
         self._held = [_EMPTY] * len(self)
 
     def release(self) -> None:

@@ -1,0 +1,305 @@
+"""What the engine does for many people at once: shared beginnings, tools beside the loop, chunks in turn, devices."""
+
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax import decode, gpt
+from nanochat_jax.engine import PREFILL_CHUNK, Engine
+from nanochat_jax.request import Request
+from nanochat_jax.slot_table import SlotTable
+from tests.tokenizer_fixtures import golden_tokenizer
+
+SPECIAL = golden_tokenizer().encode_special
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = gpt.GPTConfig(sequence_len=256, vocab_size=520, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    rng = np.random.default_rng(0)
+    return config, jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32) * 0.2, gpt.abstract(config))
+
+
+def make(tiny, **settings) -> Engine:
+    return Engine(tiny[0], tiny[1], None, **{"slots": 4, "steps_per_call": 4, **settings})
+
+
+def drain(engine, *requests):
+    while any(r.finished is None for r in requests):
+        engine.step()
+    return [r.tokens for r in requests]
+
+
+def prompt_of(seed, n):
+    return np.random.default_rng(seed).integers(0, 510, n).tolist()
+
+
+# --- shared beginnings ----------------------------------------------------------------------------
+
+
+def test_a_conversation_goes_on_where_its_slot_stopped(tiny):
+    engine, fresh = make(tiny), make(tiny)
+    turns, seen = prompt_of(1, 40), []
+    for turn in range(3):
+        request = engine.submit(turns, 12, temperature=0.7, seed=turn)
+        other = engine.submit(prompt_of(90 + turn, 30), 5)  # somebody else meanwhile
+        drain(engine, request, other)
+        expected = fresh.submit(turns, 12, temperature=0.7, seed=turn)
+        drain(fresh, expected)
+        fresh.params = tiny[1]  # forgets
+        assert request.tokens == expected.tokens and expected.reused == 0
+        seen.append(request.reused)
+        turns = turns + request.tokens + prompt_of(50 + turn, 9)
+    # all of prompt and answer but the answer's last token, which was never fed
+    assert seen == [0, 40 + 11, 40 + 12 + 9 + 11]
+
+
+def test_samples_of_one_prompt_prefill_it_once(tiny, monkeypatch):
+    engine, lengths = make(tiny), []
+    original = decode.prefill
+    monkeypatch.setattr(decode, "prefill", lambda *a, **k: lengths.append(a[4].shape[1]) or original(*a, **k))
+    rows, _ = engine.generate_batch(prompt_of(2, 60), num_samples=6, max_tokens=9, seed=5)
+    assert lengths == [64]
+    assert len({tuple(r) for r in rows}) == 6
+
+
+def test_a_common_beginning_is_copied_and_the_conversation_it_came_from_kept(tiny):
+    engine = make(tiny)
+    system = prompt_of(3, 50)
+    first = engine.submit(system + prompt_of(4, 100), 8, temperature=0.0)
+    drain(engine, first)
+    second = engine.submit(system + prompt_of(5, 20), 8, temperature=0.0)
+    drain(engine, second)
+    again = engine.submit(first.prompt + first.tokens + [7], 8, temperature=0.0)
+    drain(engine, again)
+    assert second.reused == 50 and second.slot != first.slot
+    assert again.slot == first.slot and again.reused == len(first.prompt) + 7
+    for request in (second, again):
+        fresh = make(tiny)
+        check = fresh.submit(request.prompt, 8, temperature=0.0)
+        assert drain(fresh, check)[0] == request.tokens
+
+
+def test_a_follower_whose_leader_is_cancelled_goes_its_own_way(tiny):
+    config, params = tiny
+    engine = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
+    prompt = prompt_of(6, 1300)
+    running = engine.submit([1, 2], 60, temperature=0.0)  # keeps prefilling down to a chunk a step
+    engine.step()
+    leader = engine.submit(prompt, 4, temperature=0.0)
+    follower = engine.submit(prompt + [3], 4, temperature=0.0)
+    engine.step()
+    assert 0 < leader.prefilled < 1299 and follower.prefilled == 0 and follower.reused == 1299
+    engine.cancel(leader)
+    drain(engine, follower, running)
+    fresh = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
+    assert drain(fresh, fresh.submit(prompt + [3], 4, temperature=0.0)) == [follower.tokens]
+
+
+def test_new_parameters_forget_what_the_old_ones_computed(tiny):
+    engine = make(tiny, slots=2)
+    other = jax.tree.map(lambda x: x * 1.5, tiny[1])
+    prompt = prompt_of(7, 60)
+    running = [engine.submit(prompt, 40, temperature=0.0) for _ in range(2)]
+    engine.step()
+    waiting = engine.submit(prompt, 12, temperature=0.0)
+    engine.replace_params(other)
+    drain(engine, *running, waiting)
+    assert all(len(r.tokens) == 40 for r in running) and waiting.reused == 0
+    for params, request in ((tiny[1], running[0]), (other, waiting)):
+        fresh = Engine(tiny[0], params, None, slots=2, steps_per_call=4)
+        check = fresh.submit(prompt, len(request.tokens), temperature=0.0)
+        assert drain(fresh, check) == [request.tokens]
+
+
+def seat(table, prompt):
+    request = Request(list(prompt), 5, 0.0, 0, 1.0, 0, 0, False, 0)
+    found = table.seat(request)
+    if found is not None:
+        request.slot, request.prefilled = found.slot, len(prompt) - 1
+    return request, found
+
+
+def test_slots_are_taken_where_least_is_lost():
+    table = SlotTable(4)
+    a, b, c = range(100), range(200, 300), range(300, 400)
+    requests = [seat(table, p)[0] for p in (a, b, c)]
+    assert [r.slot for r in requests] == [0, 1, 2]
+    for request in requests:
+        request.finished = "end"
+        table.release()
+    assert seat(table, range(500, 550))[1].slot == 3  # the empty one first
+    request, found = seat(table, [*b, 7])
+    assert (found.slot, found.source, found.shared) == (1, 1, 99)  # only what was in the cache: not the last token
+    assert seat(table, range(600, 650))[1].slot == 0  # then the one freed longest ago
+    assert seat(table, [*c, 1])[1].slot == 2
+    assert seat(table, [1])[1] is None
+
+
+def test_devices_are_filled_evenly_and_copies_stay_on_one():
+    table = SlotTable(4, devices=2)
+    leader, first = seat(table, range(50))
+    leader.prefilled = 10
+    assert seat(table, range(500, 600))[1].slot == 2  # the other device
+    follower, second = seat(table, range(60))
+    assert (second.slot, second.source, second.shared, second.leader) == (1, 0, 49, leader)
+    _, third = seat(table, range(60))  # the first device is full: computed anew on the second
+    assert (third.slot, third.source, third.shared, third.leader) == (3, 3, 0, None)
+
+
+# --- tools ----------------------------------------------------------------------------------------
+
+
+class Calls:
+    """A model that always says: <python_start> 1 <python_end>, then 2 2 2 ...; every row alike."""
+
+    @staticmethod
+    def forward_cached(config, params, ids, cache):
+        rows, T = ids.shape
+        if T > 1:
+            return jax.numpy.zeros((rows, T, config.vocab_size)), cache
+        script = jax.numpy.array([SPECIAL("<|python_start|>"), 49, SPECIAL("<|python_end|>"), *[50] * 60])
+        wanted = script[jax.numpy.clip(cache.position - params["first"], 0, 62)]
+        return jax.nn.one_hot(wanted, config.vocab_size)[:, None], cache
+
+    @staticmethod
+    def unembed(config, params, hidden):
+        return hidden * 9.0
+
+
+def calling_engine(tiny, tool, **settings):
+    params: Any = {"first": jax.numpy.asarray(19)}
+    settings = {"slots": 2, "steps_per_call": 4, "capacity": 128, **settings}
+    return Engine(tiny[0], params, golden_tokenizer(), tool=tool, model=Calls, **settings)
+
+
+def test_a_slow_tool_holds_up_its_own_slot_only(tiny):
+    gate = threading.Event()
+    engine = calling_engine(tiny, lambda text: gate.wait(20) and "77")
+    caller = engine.submit(list(range(20)), 30, temperature=0.0)
+    other = engine.submit([3], 18, temperature=0.0)  # ends before the script would make a call
+    for _ in range(60):
+        engine.step()
+        if other.finished:
+            break
+    assert other.finished == "length" and caller.finished is None
+    assert caller.tokens == [SPECIAL("<|python_start|>"), 49, SPECIAL("<|python_end|>")]
+    gate.set()
+    drain(engine, caller)
+    start, end = SPECIAL("<|output_start|>"), SPECIAL("<|output_end|>")
+    answer = golden_tokenizer().encode_text("77")
+    assert caller.tokens[3 : 5 + len(answer)] == [start, *answer, end]
+    assert caller.masks[: 6 + len(answer)] == [1, 1, 1, 0, *[0] * len(answer), 0, 1]
+    assert len(caller.tokens) == 30 == len(caller.masks)
+
+
+def test_a_tool_that_fails_or_has_no_answer_adds_nothing(tiny):
+    def fails(text):
+        raise ZeroDivisionError(text)
+
+    for tool in (fails, lambda text: None):
+        engine = calling_engine(tiny, tool)
+        request = engine.submit(list(range(20)), 10, temperature=0.0)
+        drain(engine, request)
+        assert request.tokens[3:] == [50] * 7 and set(request.masks) == {1}
+
+
+def test_cancelling_while_a_tool_works_frees_the_slot(tiny):
+    gate = threading.Event()
+    engine = calling_engine(tiny, lambda text: gate.wait(20), slots=1)
+    request = engine.submit(list(range(20)), 30, temperature=0.0)
+    for _ in range(3):
+        engine.step()
+    assert request.tool is not None
+    engine.cancel(request)
+    after = engine.submit([3], 2, temperature=0.0)
+    drain(engine, after)
+    gate.set()
+
+
+# --- many at once ---------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_does_not_stall_the_others(tiny):
+    config, params = tiny
+    engine = Engine(config, params, None, slots=3, capacity=2500, steps_per_call=4)
+    running = engine.submit([1, 2, 3], 60, temperature=0.0)
+    engine.step()
+    long = [engine.submit(prompt_of(i, 2000), 4, temperature=0.0) for i in (11, 12)]
+    while not all(r.ready for r in long):
+        before = running.position, sum(r.prefilled for r in long)
+        engine.step()
+        assert running.position == before[0] + 4
+        assert sum(r.prefilled for r in long) - before[1] <= PREFILL_CHUNK
+    drain(engine, running, *long)
+
+
+def test_rows_that_stop_do_not_lose_or_change_tokens(tiny):
+    """With 16 rows a call goes on after the first has stopped: what the stopped one computes then is dropped."""
+    many, one = make(tiny, slots=16, steps_per_call=8), make(tiny, slots=1, steps_per_call=3)
+    settings = [dict(max_tokens=3 + i % 7, temperature=0.9, seed=i) for i in range(24)]
+    requests = [many.submit([5, i], **s) for i, s in enumerate(settings)]
+    together = drain(many, *requests)
+    for i, s in enumerate(settings):
+        assert drain(one, one.submit([5, i], **s))[0] == together[i]
+        assert len(together[i]) == s["max_tokens"] == len(requests[i].masks)
+
+
+@pytest.fixture(scope="module")
+def spread(tiny):
+    return Engine(
+        tiny[0], tiny[1], None, slots=8, capacity=128, steps_per_call=4, devices=jax.devices()[:4], logprobs=True
+    )
+
+
+def test_slots_over_devices_give_the_same_tokens(tiny, spread):
+    one = Engine(tiny[0], tiny[1], None, slots=2, capacity=128, steps_per_call=4, logprobs=True)
+    settings = [dict(max_tokens=5 + 3 * i, temperature=0.8, top_k=20 * i, seed=i) for i in range(12)]
+    prompts = [prompt_of(i, 1 + 7 * i) if i % 3 else prompt_of(0, 70) + [i] for i in range(12)]
+    a = [spread.submit(p, **s) for p, s in zip(prompts, settings, strict=True)]
+    b = [one.submit(p, **s) for p, s in zip(prompts, settings, strict=True)]
+    assert drain(spread, *a) == drain(one, *b)
+    assert {r.slot // 2 for r in a} == {0, 1, 2, 3}
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x.logprobs, y.logprobs, atol=2e-5)
+        assert len(x.logprobs) == len(x.tokens)
+
+
+def test_devices_do_not_talk_to_each_other_and_nothing_is_copied(spread):
+    zeros = np.zeros
+    B = spread.slots
+    rows, shared = zeros((B, decode.N_COLUMNS + 4), np.int32), zeros((4, decode.N_SHARED + 2), np.int32)
+    ids, where = zeros((4, 16), np.int32), zeros((4, 3), np.int32)
+    common = spread.model, spread.config, spread._cast, spread._storage
+    programs: Any = decode
+    texts = [
+        programs.decode.lower(*common, rows, shared, visible=64, room=4, mesh=spread._mesh).compile().as_text(),
+        programs._compute.lower(*common, ids, where, visible=64, mesh=spread._mesh).compile().as_text(),
+    ]
+    for text in texts:
+        for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+            assert collective not in text
+    pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(spread._storage) for s in x.addressable_shards]
+    spread.generate_batch([1, 2, 3], num_samples=8, max_tokens=9)
+    after = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(spread._storage) for s in x.addressable_shards]
+    assert after == pointers
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_warm_up_on_several_devices(tiny):
+    engine = Engine(tiny[0], tiny[1], None, slots=4, capacity=200, steps_per_call=4, devices=jax.devices()[:2])
+    counts = []
+    assert engine.warm_up(lambda done, total: counts.append((done, total))) > 0
+    assert counts[0][0] == 0 and counts[-1][0] == counts[-1][1]
+    before, rng = decode.compiled_programs(), np.random.default_rng(0)
+    base = prompt_of(0, 150)
+    requests = []
+    for _ in range(60):
+        length = int(rng.integers(1, 190))
+        prompt = base[: min(length, 150)] + prompt_of(int(rng.integers(99)), max(0, length - 150))
+        requests.append(engine.submit(prompt, int(rng.integers(1, 9)), temperature=float(rng.choice([0.0, 1.0]))))
+    drain(engine, *requests)
+    assert decode.compiled_programs() == before
