@@ -32,18 +32,27 @@ class DeviceError(RuntimeError):
 
 
 def prepare(device: str = "auto") -> None:
-    """Sets what must be set before JAX starts: memory reuse, platform choice, the persistent compilation cache.
+    """Sets what must be set before JAX starts: memory reuse, platform, GPU flags, the persistent compilation cache.
 
-    `device` is "auto", "cpu" or "gpu". Call it first thing in a script, before any array is made.
+    `device` is "auto", "cpu" or "gpu". Call it first thing in a script, before any array is made. Raises DeviceError
+    for another device and for XLA_FLAGS that would end the process.
     """
     if device not in ("auto", "cpu", "gpu"):
         raise DeviceError(f"--device must be auto, cpu or gpu, got {device!r}")
     import jax
 
+    from nanochat_jax import xla_flags
     from nanochat_jax.cpu_memory import keep_freed_memory
     from nanochat_jax.paths import base_dir
 
     keep_freed_memory()
+    if device != "cpu" and (gpus := visible_gpus()):
+        try:
+            notes = xla_flags.apply(xla_flags.Node(gpus[0], len(gpus)))
+        except xla_flags.FlagError as error:
+            raise DeviceError(str(error)) from None
+        for note in notes:
+            logger.info("set: %s", note)
     if device != "auto":
         jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -114,6 +123,13 @@ def nvidia_gpus() -> list[str]:
         pass
     cards = Path("/proc/driver/nvidia/gpus")
     return [p.name for p in cards.iterdir()] if cards.is_dir() else []
+
+
+def visible_gpus() -> list[str]:
+    """`nvidia_gpus`, as many of them as CUDA_VISIBLE_DEVICES lets this process see."""
+    gpus = nvidia_gpus()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpus if chosen is None else gpus[: len([part for part in chosen.split(",") if part.strip()])]
 
 
 def _cuda_advice() -> str:

@@ -49,3 +49,12 @@ def test_unknown_device_is_measured_and_labelled():
     flops, source = devices.peak_flops()
     assert 1e9 < flops < 1e14
     assert source.startswith("measured")
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 4), ("", 0), ("0", 1), ("2,3", 2)])
+def test_visible_gpus(monkeypatch, visible, count):
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA L40S"] * 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(devices.visible_gpus()) == count
