@@ -1,0 +1,111 @@
+"""The web application: every endpoint behind one guard, and every error in the shape its clients expect."""
+
+import contextlib
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from nanochat_jax.serve import legacy, metrics, openai, page, schemas
+from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.security import Guard
+from nanochat_jax.serve.service import Service
+
+logger = logging.getLogger(__name__)
+
+_LEGACY = ("/chat/completions",)
+
+# Fields of OpenAI's that this server has only in the sense of "not used".
+_UNSUPPORTED = frozenset(
+    "tools tool_choice functions function_call logprobs top_logprobs response_format modalities audio prediction "
+    "reasoning_effort verbosity web_search_options moderation service_tier store frequency_penalty presence_penalty "
+    "logit_bias echo suffix best_of prompt_cache_retention prompt_cache_options".split()
+)
+
+
+def create_app(service: Service, api_key: str | None = None, allow_origin: str | None = None) -> FastAPI:
+    """The application of one served model. Its lifespan starts and stops the service's worker.
+
+    api_key None: no key is needed, and requests must be addressed to this machine (see `security`).
+    """
+    worker = service.worker
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI):
+        worker.start()
+        yield
+        worker.stop()
+
+    app = FastAPI(
+        title="nanochat_jax",
+        description="A language model trained with nanochat_jax, behind an OpenAI-compatible API.",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    refused: dict[int | str, dict[str, Any]] = {
+        status: {"model": schemas.Error, "description": text}
+        for status, text in {401: "no or a wrong API key", 403: "another host or web site", 413: "too long"}.items()
+    }
+    app.include_router(openai.router, responses=refused)
+    app.include_router(legacy.router, responses=refused)
+    html, policy = page.load()
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(html, media_type="text/html", headers={"Content-Security-Policy": policy})
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **refused},
+    )
+    async def prometheus() -> Response:
+        """Counts for Prometheus."""
+        return Response(worker.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        found = error.errors()
+        if request.url.path in _LEGACY:
+            return JSONResponse({"detail": [{"loc": list(e["loc"]), "msg": e["msg"]} for e in found]}, 422)
+        return _explain(found).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if request.url.path in _LEGACY:
+            return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+        message = {404: "there is nothing at this address", 405: "this address does not take this method"}
+        text = message.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, text, headers=error.headers or {}).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return ApiError(500, "internal error; the server's log says more", kind="server_error").response()
+
+    app.add_middleware(Guard, key=api_key, allow_origin=allow_origin, count=worker.metrics.request)
+    return app
+
+
+def _explain(found) -> ApiError:
+    """The first problem of a body, naming its field."""
+    problem = found[0]
+    where = [str(part) for part in problem["loc"][1:]]
+    if problem["type"] == "json_invalid" or not where:
+        return ApiError(400, f"the body must be a JSON object: {problem['msg']}")
+    field = where[0]
+    if problem["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field {'.'.join(where)!r}", param=field, code="unknown_parameter")
+    if field in _UNSUPPORTED:
+        message = f"{field} is not supported by this server: leave it out"
+        return ApiError(400, message, param=field, code="unsupported_parameter")
+    return ApiError(400, f"{'.'.join(where)}: {problem['msg']}", param=field)

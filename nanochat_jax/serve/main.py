@@ -1,0 +1,192 @@
+"""Serves a trained model: a chat page, an OpenAI-compatible API, /metrics.
+
+python -m scripts.serve                       the newest run, at http://127.0.0.1:8000
+python -m scripts.serve --stage=base --watch  follow a run while it trains
+"""
+
+import asyncio
+import logging
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from nanochat_jax import cli
+from nanochat_jax.cli import flag
+from nanochat_jax.serve.security import is_loopback
+
+GRACE_S = 2.0  # what a stream that runs at shutdown gets to end by itself
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """The flags of scripts.serve; sampling defaults as the reference's."""
+
+    run: str | None = flag(None, "the run to serve; default: the newest")
+    model_tag: str | None = flag(None, "another name for --run", short="g")
+    stage: str | None = flag(None, "the newest run of this stage (base, mid, sft, rl)", short="i")
+    step: int | None = flag(None, "a checkpoint's step; default: the run's newest", short="s")
+    watch: bool = flag(False, "follow the run: serve its newest checkpoint as training saves it")
+    host: str = flag("127.0.0.1", "the address to listen on; any but this machine's own needs an API key")
+    port: int = flag(8000, "the port to listen on, 0 = any free one", short="p")
+    api_key: str | None = flag(None, "what clients must send as 'Authorization: Bearer KEY'")
+    allow_origin: str | None = flag(None, "a web site (https://example.org) whose pages may call this server")
+    slots: int = flag(8, "answers written at once; more wait")
+    queue: int = flag(64, "requests that may wait; more are told to come back (429)")
+    temperature: float = flag(0.8, "where a request does not say: 0 = always the likeliest token", short="t")
+    top_k: int = flag(50, "where a request does not say: choose among the k likeliest tokens, 0 = all", short="k")
+    max_tokens: int = flag(512, "where a request does not say: the longest answer", short="m")
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
+    warm_up: bool = flag(True, "compile everything before the first request")
+    log_prompts: bool = flag(False, "write what people ask and are answered to the log")
+
+    def __post_init__(self):
+        for problem in _problems(self):
+            raise ValueError(problem)
+
+
+def _problems(s: ServeSettings):
+    if s.run and s.model_tag and s.run != s.model_tag:
+        yield f"--run={s.run} and --model_tag={s.model_tag} are two names for one thing: give one"
+    if s.watch and s.step is not None:
+        yield f"--watch follows the newest checkpoint, --step={s.step} asks for another: give one"
+    if not 0 <= s.port <= 65535:
+        yield f"--port must be between 0 and 65535, got {s.port}"
+    if s.slots < 1:
+        yield f"--slots must be at least 1, got {s.slots}"
+    if s.queue < 0:
+        yield f"--queue must be at least 0, got {s.queue}"
+    if not 0 <= s.temperature <= 2:
+        yield f"--temperature must lie between 0 and 2, got {s.temperature:g}"
+    if s.top_k < 0:
+        yield f"--top_k must be at least 0 (0 = all tokens), got {s.top_k}"
+    if s.max_tokens < 1:
+        yield f"--max_tokens must be at least 1, got {s.max_tokens}"
+    if s.api_key is not None and (not s.api_key.isascii() or not s.api_key.strip() or " " in s.api_key):
+        yield "--api_key must be ASCII without spaces"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit status (0 stopped as asked, 1 cannot serve, 2 bad flags)."""
+    try:
+        settings = cli.parse(ServeSettings, argv, __doc__ or "", echo=False)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("nanochat_jax").setLevel(logging.INFO)
+    try:
+        return _serve(settings)
+    except KeyboardInterrupt:  # while loading or compiling
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        if not (type(error).__module__.startswith("nanochat_jax") or isinstance(error, ValueError | OSError)):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(settings: ServeSettings) -> int:
+    listener = _listen(settings.host, settings.port)  # a port in use is found out before the model is loaded
+    key = settings.api_key
+    if key is None and not is_loopback(settings.host):
+        key = secrets.token_urlsafe(24)
+    import jax  # takes a second
+
+    from nanochat_jax import devices
+    from nanochat_jax.checkpoint import find_run, load_model
+    from nanochat_jax.conversation import ASSISTANT_START
+    from nanochat_jax.serve.app import create_app
+    from nanochat_jax.serve.service import Defaults, Service
+    from nanochat_jax.serve.watch import Watcher, saved_at
+    from nanochat_jax.serve.worker import ServedModel, Worker
+
+    devices.prepare(settings.device)
+    print(devices.check(settings.device), flush=True)
+    run = find_run(settings.run or settings.model_tag, settings.stage)
+    config, params, tokenizer, meta = load_model(run.name, step=settings.step)
+    chats = meta["stage"] != "base" and ASSISTANT_START in tokenizer.special_tokens
+    model = ServedModel(run.name, meta["stage"], meta["step"], saved_at(run, meta["step"]), chats)
+    engine = _engine(settings, config, params, tokenizer)
+    worker = Worker(engine, model, settings.queue, [device.device_kind for device in jax.devices()])
+    defaults = Defaults(settings.temperature, settings.top_k, settings.max_tokens)
+    app = create_app(Service(worker, tokenizer, defaults, settings.log_prompts), key, settings.allow_origin)
+    watcher = Watcher(worker, run, meta) if settings.watch else None
+
+    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+    kind = "chat" if chats else "base model: completions only"
+    print(f"{model.name}, stage {model.stage}, step {model.step} ({kind}), {engine.slots} slots of {engine.capacity}")
+    if key is not None and settings.api_key is None:
+        print(f"API key (made for this start; --api_key=KEY keeps one): {key}")
+    print(f"Server ready at {address} (chat page) and {address}/v1 (OpenAI API). Ctrl-C stops it.", flush=True)
+    if watcher is not None:
+        watcher.start()
+    run_app(app, worker, listener)
+    if watcher is not None:
+        watcher.stop()
+    print("Server stopped.")
+    return 0 if worker.failure is None else 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host} port {port} ({error.strerror}): choose another --host or --port"
+        ) from None
+
+
+def _engine(settings: ServeSettings, config, params, tokenizer):
+    import jax
+
+    from nanochat_jax.engine import Engine
+    from nanochat_jax.progress import ShareProgress
+
+    engine = Engine(config, params, tokenizer, slots=settings.slots, devices=jax.devices())
+    if settings.warm_up:
+        with ShareProgress("compiling") as progress:
+            engine.warm_up(lambda done, total: progress(f"{done}/{total} programs", done / total))
+    return engine
+
+
+def run_app(app, worker, listener: socket.socket) -> None:
+    """Serves until SIGINT or SIGTERM (a second SIGINT does not wait), or until the server's `should_exit` is set."""
+    server = make_server(app, worker)
+    server.run(sockets=[listener])
+
+
+def make_server(app, worker):
+    """A uvicorn server whose shutdown ends open streams: they get GRACE_S to finish, then a last event that says so."""
+    import uvicorn
+
+    from nanochat_jax.serve.errors import ShuttingDown
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # as uvicorn's, but the signal is not raised again after a clean end: stopping as asked is status 0
+            if self.should_exit and sig == signal.SIGINT:
+                self.force_exit = True
+            self.should_exit = True
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            worker.drain()
+            timer = asyncio.get_running_loop().call_later(GRACE_S, worker.end_all, ShuttingDown())
+            await super().shutdown(sockets)
+            timer.cancel()
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(GRACE_S) + 3,
+        h11_max_incomplete_event_size=1 << 16,
+    )
+    return Server(config)

@@ -1,0 +1,274 @@
+"""The bodies of requests and answers. FastAPI checks the former and describes both in /openapi.json.
+
+Types are strict, as OpenAI's are: "5" and true are no numbers. Options that this server lacks are accepted only with
+the value that means they are not used.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+
+MAX_MESSAGES = 500
+MAX_TEXT = 1 << 18  # characters of all messages together
+MAX_CHOICES = 16  # answers of one request
+MAX_TOKENS = 1 << 20
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise ValueError("Input should be a number")
+    return value
+
+
+def _characters(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a surrogate pair, which is no character") from None
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Str = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_characters)]
+Name = Annotated[str, Field(max_length=512)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Zero = Annotated[Float, Field(ge=0, le=0)] | None
+Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_characters)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Part(Body):
+    """A part of a message. python and python_output (assistant messages only): a call of the calculator, its result."""
+
+    type: Literal["text", "python", "python_output"]
+    text: Str
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
+    name: Name | None = Field(None, description="ignored")
+    refusal: None = None
+    tool_calls: Nothing = None
+    function_call: None = None
+    audio: None = None
+    annotations: Nothing = None
+    parts: list[Part] | None = Field(None, description="ignored, so that an answer can be sent back as it came")
+
+
+class StreamOptions(Body):
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = Field(None, description="ignored")
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class Sampled(Body):
+    """What both kinds of completion share."""
+
+    model: Name | None = Field(None, description="the id of /v1/models, which may be left out")
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    seed: Annotated[Int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    temperature: Annotated[Float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Int, Field(ge=0, le=1 << 31)] | None = Field(
+        None, description="extension: choose among the k likeliest tokens, 0 = all"
+    )
+    max_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = Field(
+        None, description="the longest answer; also ends where the context does"
+    )
+    frequency_penalty: Zero = None
+    presence_penalty: Zero = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    user: Name | None = Field(None, description="ignored")
+    metadata: dict[str, Any] | None = Field(None, description="ignored")
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    truncate_history: StrictBool | None = Field(
+        None, description="extension: drop the oldest exchanges of a conversation that is longer than the context"
+    )
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: StrictBool | None = None
+    functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Zero = None
+    response_format: TextFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    moderation: None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    safety_identifier: Name | None = Field(None, description="ignored")
+    prompt_cache_key: Name | None = Field(None, description="ignored: beginnings of prompts are found by themselves")
+    prompt_cache_retention: None = None
+    prompt_cache_options: None = None
+
+
+Ids = Annotated[list[Annotated[Int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MAX_TOKENS)]
+
+
+class CompletionRequest(Sampled):
+    prompt: (
+        Str
+        | Annotated[list[Str], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
+        | None
+    ) = Field(None, description="text (a bos token is put before it), or token ids as they are; or a list of either")
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    best_of: Annotated[Int, Field(ge=1, le=1)] | None = None
+    logprobs: None = None
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+class CachedTokens(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+    parts: list[Part]
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class SamplingDefaults(BaseModel):
+    temperature: float
+    top_k: int
+    max_tokens: int
+
+
+class Model(BaseModel):
+    """A served model; the last five fields are extensions."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    stage: str
+    step: int
+    context_length: int
+    chat: bool
+    defaults: SamplingDefaults
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+# --- the reference's /chat/completions --------------------------------------------------------------------------------
+
+
+class LegacyMessage(BaseModel):
+    role: Str
+    content: Str
+
+
+class LegacyRequest(BaseModel):
+    messages: list[LegacyMessage]
+    temperature: Float | None = None
+    max_tokens: Int | None = None
+    top_k: Int | None = None
+
+
+class Detail(BaseModel):
+    detail: Any
+
+
+class Health(BaseModel):
+    """The reference's four fields, then ours."""
+
+    status: Literal["ok", "error"]
+    ready: bool
+    num_gpus: int
+    available_workers: int
+    model: str
+    step: int
+    running: int
+    waiting: int
+
+
+class WorkerState(BaseModel):
+    gpu_id: int
+    device: str
+
+
+class Stats(BaseModel):
+    total_workers: int
+    available_workers: int
+    busy_workers: int
+    workers: list[WorkerState]
