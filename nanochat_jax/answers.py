@@ -12,6 +12,7 @@ as an assistant message of a later request:
 """
 
 import functools
+import itertools
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,9 +62,9 @@ class AnswerStream:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be a list of non-empty strings, got {stop!r}")
-        self.pieces: list[Piece] = []  # all so far, as pushed
         self.stopped = False  # a stop string was met
         self.ended = False  # an end token was met
+        self._pieces: list[Piece] = []
         self._stops = tuple(stop)
         self._held = ""
         self._decoder = tokenizer.stream_decoder()
@@ -76,9 +77,14 @@ class AnswerStream:
         self._closings = {special(conversation.PYTHON_END): ToolCall, special(conversation.OUTPUT_END): ToolResult}
 
     @property
+    def pieces(self) -> list[Piece]:
+        """Everything so far, neighbouring texts made one."""
+        return _joined(self._pieces)
+
+    @property
     def text(self) -> str:
         """Everything so far as plain text (`as_text`)."""
-        return as_text(self.pieces)
+        return as_text(self._pieces)
 
     def push(self, tokens: Sequence[int]) -> list[Piece]:
         """The pieces that more tokens complete."""
@@ -107,7 +113,7 @@ class AnswerStream:
 
     def _keep(self, new: list[Piece]) -> list[Piece]:
         new = _joined(new)
-        self.pieces += new
+        self._pieces += new
         return new
 
     def _add(self, text: str, new: list[Piece]) -> None:
@@ -152,10 +158,9 @@ def _overlap(text: str, stop: str) -> int:
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     """The same pieces with neighbouring texts made one."""
     joined: list[Piece] = []
-    for piece in pieces:
-        if joined and isinstance(piece, Text) and isinstance(joined[-1], Text):
-            piece = Text(joined.pop().text + piece.text)  # type: ignore[union-attr]
-        joined.append(piece)
+    for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, Text)):
+        run = list(group)
+        joined += [Text(as_text(run))] if is_text else run
     return joined
 
 

@@ -1,20 +1,41 @@
-"""The terminal chat: streamed text, conversations as the model was trained on them, commands, errors."""
+"""The terminal chat: streamed text, conversations as the model was trained on them, commands, the keyboard, errors."""
 
 import io
+import json
+import os
+import pty
+import re
+import select
 import signal
+import stat
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nanochat_jax import chat as chatting
 from nanochat_jax import gpt
-from nanochat_jax.chat import Chat, ChatSettings
+from nanochat_jax.answers import ContextOverflow, as_text
 from nanochat_jax.engine import Engine
 from nanochat_jax.reference import params_from_reference
-from nanochat_jax.request import Request
+from nanochat_jax.terminal import app, console
+from nanochat_jax.terminal.console import Message, Screen, ask, converse, read_message
+from nanochat_jax.terminal.session import Chat, ChatSettings
+from tests.scripted_engine import Scripted
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
+
+TOKENIZER = golden_tokenizer()
+END = TOKENIZER.encode_special("<|assistant_end|>")
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -27,200 +48,483 @@ def engine():
     return Engine(config, params, golden_tokenizer(), slots=1, capacity=128, steps_per_call=4)
 
 
-def make(engine, completing, **settings) -> Any:
-    return Chat(engine, golden_tokenizer(), ChatSettings(**settings), completing, io.StringIO())
+def make(engine, completing=False, **settings) -> Any:
+    return Chat(engine, TOKENIZER, ChatSettings(**settings), completing)
 
 
-class Scripted:
-    """Stands in for an engine: answers with given tokens, a few per step, and remembers what it was asked."""
-
-    capacity = 64
-
-    def __init__(self, *answers):
-        self.answers, self.prompts = list(answers), []
-
-    def submit(self, prompt, max_tokens, temperature, top_k, seed):
-        self.prompts.append(prompt)
-        request = Request(prompt, max_tokens, temperature, top_k, seed, 0, False, 0)
-        self.left = list(self.answers.pop(0))[:max_tokens]
-        self.request, self.ended = request, len(self.left) < max_tokens
-        return request
-
-    def step(self):
-        part, self.left = self.left[:2], self.left[2:]
-        self.request.tokens += part
-        if not self.left:
-            self.request.finished = "end" if self.ended else "length"
-        return [type("Event", (), {"tokens": part})]
-
-    def cancel(self, request):
-        if request.finished is None:
-            request.finished = "cancelled"
+def screen(decorated=False) -> Any:
+    return Screen(io.StringIO(), decorated)
 
 
-def test_completion_streams_what_the_engine_generates(engine):
-    tokenizer = golden_tokenizer()
-    chat = make(engine, True, temperature=0.9, max_tokens=50, seed=5)
-    text = chat.answer("Rain on the roof.")
-    ids = [tokenizer.bos_id, *tokenizer.encode_text("Rain on the roof.")]
-    (result,), _ = engine.generate_batch(ids, max_tokens=50, temperature=0.9, top_k=50, seed=5)
-    assert text == chat.out.getvalue()
-    shown = [t for t in result[len(ids) :] if t not in chat.shown]
-    if len(shown) == len(result) - len(ids):  # no special token was drawn, which would be shown in its own way
-        assert text == tokenizer.decode(shown)
-    assert chat.answer("Rain on the roof.") == text, "the same seed and prompt give the same answer"
-
-
-def test_text_is_never_broken_inside_a_character():
-    tokenizer = golden_tokenizer()
-    text = "naïve 🚀 日本語 ok"
-    ids = list(text.encode())  # one token per byte
-    chat: Any = Chat(Scripted([*ids, 515]), tokenizer, ChatSettings(), False, io.StringIO())
+def say(chat, text) -> str:
+    """The answer as shown, checked against what was streamed."""
     pieces = []
-    chat.out.write = pieces.append  # type: ignore[method-assign]
-    assert chat.answer("hi") == text == "".join(pieces)
-    assert not any("\ufffd" in piece for piece in pieces)
+    chat.answer(text, pieces.extend)
+    assert chat.completing or not pieces or as_text(chat.turns[-1].pieces) == as_text(pieces)
+    return as_text(pieces)
+
+
+CALL = [
+    TOKENIZER.encode_special("<|python_start|>"),
+    *TOKENIZER.encode_text("6*7"),
+    TOKENIZER.encode_special("<|python_end|>"),
+    TOKENIZER.encode_special("<|output_start|>"),
+    *TOKENIZER.encode_text("42"),
+    TOKENIZER.encode_special("<|output_end|>"),
+]
+
+
+# --- the conversation -------------------------------------------------------------------------------------------------
+
+
+def test_completion_is_what_the_engine_generates(engine):
+    chat = make(engine, True, temperature=0.9, max_tokens=50, seed=5)
+    text = say(chat, "Rain on the roof.")
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode_text("Rain on the roof.")]
+    (result,), _ = engine.generate_batch(ids, max_tokens=50, temperature=0.9, top_k=50, seed=5)
+    shown = [t for t in result[len(ids) :] if t not in TOKENIZER.special_tokens.values()]
+    if len(shown) == len(result) - len(ids):  # else a special token was drawn, which is shown in its own way
+        assert text == TOKENIZER.decode(shown)
+    assert say(chat, "Rain on the roof.") == text, "the same seed and prompt give the same answer"
 
 
 def test_conversation_is_rendered_as_in_training():
-    tokenizer = golden_tokenizer()
-    call = [tokenizer.encode_special("<|python_start|>"), *tokenizer.encode_text("6*7")]
-    call += [tokenizer.encode_special("<|python_end|>"), tokenizer.encode_special("<|output_start|>")]
-    call += [*tokenizer.encode_text("42"), tokenizer.encode_special("<|output_end|>"), *tokenizer.encode_text(" yes")]
-    scripted = Scripted([*call, 515], tokenizer.encode_text("two")[:1], [515])
-    chat: Any = Chat(scripted, tokenizer, ChatSettings(max_tokens=30), False, io.StringIO())
-    assert chat.answer("one") == "<6*7=42> yes"
-    assert chat.reason == "end"
+    scripted = Scripted([*CALL, *TOKENIZER.encode_text(" yes"), END], TOKENIZER.encode_text("two")[:1], [END])
+    chat = make(scripted, max_tokens=30)
+    assert say(chat, "one") == "<6*7=42> yes"
+    assert chat.last.reason == "end"
     chat.settings = ChatSettings(max_tokens=1)
-    chat.answer("two")
-    assert chat.reason == "length"
+    say(chat, "two")
+    assert chat.last.reason == "length"
     chat.settings = ChatSettings(max_tokens=8)
-    chat.answer("three")
+    say(chat, "three")
     parts = [("python", "6*7"), ("python_output", "42"), ("text", " yes")]
-    parts = [{"type": kind, "text": text} for kind, text in parts]
     history = [
         {"role": "user", "content": "one"},
-        {"role": "assistant", "content": parts},
+        {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]},
         {"role": "user", "content": "two"},
-        {"role": "assistant", "content": tokenizer.decode(tokenizer.encode_text("two")[:1])},
+        {"role": "assistant", "content": TOKENIZER.decode(TOKENIZER.encode_text("two")[:1])},
         {"role": "user", "content": "three"},
         {"role": "assistant", "content": ""},
     ]  # fmt: skip
-    assert scripted.prompts[2] == tokenizer.render_for_completion({"messages": history})
-    assert scripted.prompts[0] == tokenizer.render_for_completion({"messages": history[:2]})
+    assert scripted.prompts[2] == TOKENIZER.render_for_completion({"messages": history})
+    assert scripted.prompts[0] == TOKENIZER.render_for_completion({"messages": history[:2]})
     chat.clear()
-    scripted.answers.append([515])
-    chat.answer("three")
-    assert scripted.prompts[3] == tokenizer.render_for_completion({"messages": history[4:]})
+    scripted.answers.append([END])
+    say(chat, "three")
+    assert scripted.prompts[3] == TOKENIZER.render_for_completion({"messages": history[4:]})
+
+
+def test_earlier_answers_are_found_in_the_engines_cache(engine):
+    chat = make(engine, max_tokens=10)
+    requests, submit = [], engine.submit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine, "submit", lambda *args, **kwargs: requests.append(submit(*args, **kwargs)) or requests[-1]
+        )
+        say(chat, "hello")
+        say(chat, "and now?")
+    first, second = requests
+    assert second.reused >= len(first.prompt) + len(first.tokens) - 2
 
 
 def test_long_conversations_drop_their_oldest_exchanges():
-    tokenizer = golden_tokenizer()
-    scripted = Scripted(*([[65, 66, 67, 515]] * 12))
-    chat: Any = Chat(scripted, tokenizer, ChatSettings(max_tokens=16), False, io.StringIO())
+    scripted = Scripted(*([[65, 66, 67, END]] * 12))
+    chat, dropped = make(scripted, max_tokens=16), 0
     for i in range(12):
-        chat.answer(f"{i}")
+        say(chat, f"{i}")
+        dropped += chat.last.dropped
     assert all(len(p) + 16 <= 64 for p in scripted.prompts)
-    assert scripted.prompts[-1][0] == tokenizer.bos_id
-    assert tokenizer.decode(scripted.prompts[-1]).count("<|user_start|>") == len(chat.turns) > 3
-    with pytest.raises(ValueError, match="tokens, but this model reads 64"):
-        chat.answer("word " * 100)
+    assert scripted.prompts[-1][0] == TOKENIZER.bos_id
+    assert TOKENIZER.decode(scripted.prompts[-1]).count("<|user_start|>") == len(chat.turns) == 12 - dropped > 3
+    for completing in (False, True):
+        with pytest.raises(ContextOverflow, match="context is 64 tokens"):
+            say(make(scripted, completing), "word " * 100)
+
+
+def test_an_answer_stopped_before_its_first_word_is_no_exchange():
+    chat = make(Scripted([65] * 50, [66, END]))
+    chat.stopping.set()
+    chat.engine.step = lambda: []
+    say(chat, "hello")
+    assert chat.last.reason == "cancelled" and chat.turns == [] and chat.asked == "hello"
+
+
+def test_regenerate_replaces_the_answer_with_another_seeds():
+    scripted = Scripted([65, END], [66, END], [67, END], [68, END], [])
+    chat = make(scripted, seed=7)
+    with pytest.raises(ValueError, match="no question"):
+        chat.regenerate(lambda _: None)
+    say(chat, "a")
+    say(chat, "b")
+    chat.regenerate(lambda _: None)
+    chat.regenerate(lambda _: None)
+    assert [as_text(t.pieces) for t in chat.turns] == ["A", "D"] and [r.seed for r in scripted.requests] == [7, 7, 8, 9]
+    assert scripted.prompts[1] == scripted.prompts[2] == scripted.prompts[3]
+    chat.engine.submit = lambda *a, **k: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        chat.regenerate(lambda _: None)
+    assert [as_text(t.pieces) for t in chat.turns] == ["A", "D"], "a failure costs nothing"
+
+
+def test_undo():
+    chat = make(Scripted([65, END], [66, END], [67, END]))
+    assert chat.undo() is None
+    say(chat, "a")
+    say(chat, "b")
+    assert chat.undo() == "b" and [t.question for t in chat.turns] == ["a"]
+    say(chat, "c")
+    assert TOKENIZER.decode(chat.engine.prompts[2]).count("<|user_start|>") == 2
+
+
+# --- keeping conversations --------------------------------------------------------------------------------------------
+
+
+def test_save_and_load_keep_every_token(base_dir):
+    chat = make(Scripted([*CALL, *TOKENIZER.encode_text(" yes"), END], [65, END], [66, END]))
+    say(chat, "naïve 🚀")
+    say(chat, "x\ny")
+    path = chat.save("one")
+    assert path == base_dir / "chats" / "one.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert json.loads(path.read_text())["messages"][1] == {"role": "assistant", "content": "<6*7=42> yes"}
+    other = make(Scripted([66, END]))
+    other.load("one")
+    assert [(t.question, t.pieces, t.tokens) for t in other.turns] == [
+        (t.question, t.pieces, t.tokens) for t in chat.turns
+    ]
+    say(other, "go on")
+    say(chat, "go on")
+    assert other.engine.prompts[-1] == chat.engine.prompts[-1]
+    other.save("one")  # its own file may be written again
+    with pytest.raises(ValueError, match="exists"):
+        make_with_turn().save("one")
+
+
+def make_with_turn() -> Any:
+    chat = make(Scripted([65, END], [66, END]))
+    say(chat, "hello")
+    return chat
+
+
+def test_load_takes_a_system_message_and_part_lists(base_dir):
+    file = base_dir / "other.json"
+    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "1+1?"}]
+    messages += [{"role": "assistant", "content": parts}]
+    file.write_text(json.dumps(messages))
+    chat = make_with_turn()
+    chat.load(str(file))
+    assert chat.turns[0].question == "Be kind.\n\n1+1?" and as_text(chat.turns[0].pieces) == "<1+1=2>"
+    say(chat, "more")
+    expected = TOKENIZER.render_for_completion(
+        {"messages": [*messages, {"role": "user", "content": "more"}, {"role": "assistant", "content": ""}]}
+    )
+    assert chat.engine.prompts[-1] == expected
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ("{", "JSONDecodeError"),
+        ("3", "no messages"),
+        ("{}", "KeyError"),
+        ("[]", "no messages"),
+        ('[{"role": "user", "content": "x"}]', "message 1"),
+        ('[{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]', "message 0"),
+        ('[{"role": "user", "content": "x"}, {"role": "assistant", "content": 3}]', "message 1"),
+        (b"\xff\xfe\x00", "UnicodeDecodeError"),
+    ],
+)
+def test_bad_files_are_named_and_cost_nothing(base_dir, content, words):
+    file = base_dir / "bad.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    chat = make_with_turn()
+    with pytest.raises(ValueError, match=f"bad.json holds no conversation.*{words}"):
+        chat.load(str(file))
+    assert len(chat.turns) == 1
+
+
+def test_missing_names_list_what_there_is(base_dir):
+    chat = make_with_turn()
+    chat.save("monday")
+    with pytest.raises(ValueError, match="saved are: monday"):
+        chat.load("tuesday")
+    with pytest.raises(ValueError, match="give a name"):
+        chat.save(" ")
+    with pytest.raises(ValueError, match="nothing to save"):
+        make(Scripted()).save("x")
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def session(chat, *lines, decorated=False, fine=True):
+    remaining, where = iter(lines), screen(decorated)
+
+    def read():
+        try:
+            line = next(remaining)
+        except StopIteration:
+            raise EOFError from None
+        if line is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line if isinstance(line, Message) else Message(line)
+
+    assert converse(chat, where, read) == fine
+    return where.out.getvalue()
+
+
+def test_commands_change_the_settings():
+    chat = make(Scripted(), True)
+    lines = ["", "/temperature 0.25", "/topk 7", "/top_p 0.5", "/MaxTokens 12", "/seed -3", "/nonsense", "/topk x"]
+    said = session(chat, *lines, "/temperature -1", "/topp 0", "/maxtokens 1.5", "/topk", "/help", "/info")
+    s = chat.settings
+    assert (s.temperature, s.top_k, s.top_p, s.max_tokens, s.seed) == (0.25, 7, 0.5, 12, -3)
+    assert "no command /nonsense" in said and "/topk needs a whole number" in said and "at least 0, got -1" in said
+    assert "now 0.25" in said and "top_k is 7 (" in said and "/maxtokens needs a whole number" in said
+    for name in ("temperature topk topp maxtokens seed clear regen undo save load info help quit").split():
+        assert f"  /{name} " in said
+    assert "Context: 1 of 64 tokens" in said
+
+
+def test_conversation_commands():
+    chat = make(Scripted([65, END], [66, END], [67, END]))
+    said = session(chat, "/undo", "/regen", "one", "/regen", "/save x", "two", "/undo", "/load", "/load x", "/load y",
+                   fine=False)  # fmt: skip
+    lines = said.splitlines()
+    assert lines[0] == "There is nothing to undo." and lines[1:3] == ["A", "B"]
+    assert "Saved in" in lines[3] and lines[4:6] == ["C", "Forgotten: two"]
+    assert lines[6].startswith("Saved conversations: x.") and "1 exchange, the last one:" in lines[7]
+    assert lines[8:10] == ["User: one", "Assistant: B"] and "there is no" in lines[10]
+    assert "temperature 0 the answer would be the same" in session(make(Scripted(), temperature=0), "/regen")
+
+
+@pytest.mark.parametrize("leave", ["quit", "EXIT", "/quit", "/exit"])
+def test_leaving_and_clearing(leave):
+    chat = make(Scripted([65, END]))
+    assert session(chat, "hello", "clear", leave, "never read") == "A\nConversation cleared.\n" and chat.turns == []
+
+
+def test_what_is_no_command():
+    chat = make(Scripted([65, END], [66, END], [67, END]))
+    assert session(chat, Message("/help", verbatim=True), "clear the table", "quit it") == "A\nB\nC\n"
+
+
+def test_output_is_undecorated_unless_a_terminal_shows_it():
+    for decorated in (False, True):
+        chat = make(Scripted([65, END], [66] * 99), True, max_tokens=2)
+        said = session(chat, "one", "two", decorated=decorated)
+        assert ("\033[" in said and "Goodbye" in said and "longest answer" in said) == decorated
+        if not decorated:
+            assert said == "oneA\ntwoBB\n"
+
+
+def test_a_prompt_too_long_is_an_error_beside_the_output(capsys):
+    said = session(make(Scripted([65, END])), "word " * 100, "fine", fine=False)
+    assert said == "\nA\n" or said == "A\n"
+    assert "context is 64 tokens" in capsys.readouterr().err
+
+
+# --- the screen -------------------------------------------------------------------------------------------------------
+
+
+def test_tool_calls_and_control_characters_on_a_terminal():
+    answer = [*b"a\x1b[2J\r", *CALL, *b"b\n\tc\x07", END]
+    chat, where = make(Scripted(answer, answer)), screen(True)
+    assert ask(chat, where, "x")
+    shown = where.out.getvalue()
+    assert re.sub(r"\033\[\d*m", "", shown).replace("\b", "") == "Assistant: ...   a␛[2J␍<6*7=42>b\n\tc␇\n"
+    assert "\033[36m<6*7" in shown and "\033[2J" not in shown
+    where = screen(False)
+    assert ask(chat, where, "x") and where.out.getvalue() == "a\x1b[2J\r<6*7=42>b\n\tc\x07\n"
+
+
+def test_a_call_without_a_result_is_closed():
+    chat, where = make(Scripted([*CALL[: CALL.index(TOKENIZER.encode_special("<|output_start|>"))], 65, END])), screen()
+    ask(chat, where, "x")
+    assert where.out.getvalue() == "<6*7>A\n"
+    chat, where = make(Scripted(CALL[:2], [65, END]), max_tokens=2), screen(True)
+    ask(chat, where, "x")
+    ask(chat, where, "y")
+    assert re.sub(r"\033\[\d*m", "", where.out.getvalue()).count("<6>") == 1
+
+
+# --- the keyboard -----------------------------------------------------------------------------------------------------
+
+
+def reader(*lines):
+    remaining, asked = iter(lines), []
+
+    def read_line(continuing):
+        asked.append(continuing)
+        return next(remaining)
+
+    return read_line, asked
+
+
+@pytest.mark.parametrize(
+    "lines,text,verbatim",
+    [
+        (["one"], "one", False),
+        (["  /help "], "/help", False),
+        (["one\\", "two\\", "three"], "one\ntwo\nthree", False),
+        (["one\\", ""], "one", False),
+        (['"""', "/quit", "  two", '"""'], "/quit\n  two", True),
+        (['"""one', 'two"""'], "one\ntwo", True),
+        (['"""one"""'], "one", True),
+        (['""" one " two', "\\", 'three """  '], ' one " two\n\\\nthree ', True),
+        (['""""""'], "", True),
+    ],
+)
+def test_messages_of_several_lines(lines, text, verbatim):
+    read_line, asked = reader(*lines)
+    assert read_message(read_line) == Message(text, verbatim)
+    assert asked == ["", *["..."] * (len(lines) - 1)]
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(engine):
-    chat = make(engine, False, max_tokens=100, temperature=1.0)
-    written = []
+    chat, where, written = make(engine, max_tokens=100, temperature=1.0), screen(), []
 
     def write(text):
         written.append(text)
         if len(written) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    chat.out.write = write  # type: ignore[method-assign]
+    where.out.write = write
     before = signal.getsignal(signal.SIGINT)
-    assert chatting.ask(chat, "hello", decorated=False)
-    assert chat.reason in ("cancelled", "end") and signal.getsignal(signal.SIGINT) is before
+    assert ask(chat, where, "hello")
+    assert chat.last.reason in ("cancelled", "end") and signal.getsignal(signal.SIGINT) is before
     assert len(chat.turns) == 1 and engine.live == 0
-    chat.out = io.StringIO()
-    assert chatting.ask(chat, "again", decorated=False) and len(chat.turns) == 2
+    assert ask(chat, screen(), "again") and len(chat.turns) == 2
 
 
-def session(chat, *lines, decorated=False):
-    remaining = iter(lines)
+def test_ctrl_c_twice_during_an_answer_leaves():
+    chat = make(Scripted([65] * 50))
+    step, steps = chat.engine.step, []
 
-    def read():
-        try:
-            return next(remaining)
-        except StopIteration:
-            raise EOFError from None
+    def interrupted():
+        steps.append(1)
+        if len(steps) > 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step()
 
-    chatting.converse(chat, read, decorated)
-    return chat.out.getvalue()
-
-
-def test_commands_change_the_settings():
-    chat: Any = Chat(Scripted(), golden_tokenizer(), ChatSettings(), True, io.StringIO())
-    said = session(
-        chat,
-        "",
-        "/temperature 0.25",
-        "/topk 7",
-        "/maxtokens 12",
-        "/seed -3",
-        "/nonsense",
-        "/topk x",
-        "/temperature -1",
-        "/help",
-    )
-    s = chat.settings
-    assert (s.temperature, s.top_k, s.max_tokens, s.seed) == (0.25, 7, 12, -3)
-    assert "no command /nonsense" in said and "/topk needs a number" in said and "at least 0, got -1" in said
-    assert "now 0.25" in said and "/quit" in said
+    chat.engine.step = interrupted
+    assert "Goodbye" in session(chat, "hello", "never read", decorated=True)
+    assert chat.engine.request.finished == "cancelled" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("leave", ["quit", "EXIT", "/quit"])
-def test_leaving_and_clearing(leave):
-    chat: Any = Chat(Scripted([65, 515]), golden_tokenizer(), ChatSettings(), False, io.StringIO())
-    said = session(chat, "hello", "clear", leave, "never read")
-    assert said == "A\nConversation cleared.\n" and chat.turns == []
-
-
-def test_output_is_undecorated_unless_a_terminal_shows_it():
-    for decorated in (False, True):
-        chat: Any = Chat(
-            Scripted([65, 515], [66] * 99), golden_tokenizer(), ChatSettings(max_tokens=2), True, io.StringIO()
-        )
-        said = session(chat, "one", "two", decorated=decorated)
-        assert ("\033[" in said and "Goodbye" in said) == decorated
-        if not decorated:
-            assert said == "oneA\ntwoBB\n"
-
-
-def test_an_interrupt_while_typing_leaves():
-    chat: Any = Chat(Scripted(), golden_tokenizer(), ChatSettings(), True, io.StringIO())
-
-    def read():
-        raise KeyboardInterrupt
-
-    chatting.converse(chat, read, True)
-    assert "Goodbye" in chat.out.getvalue()
+def test_an_interrupt_while_typing_warns_first():
+    chat = make(Scripted([65, END]))
+    said = session(chat, KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never", decorated=True)
+    assert said.count("Ctrl-C again") == 2 and "Goodbye" in said and len(chat.turns) == 1
+    assert session(make(Scripted()), KeyboardInterrupt, "never") == ""
 
 
 def test_answers_in_another_thread(engine):
-    chat = make(engine, True, max_tokens=5)
-    thread = threading.Thread(target=lambda: chatting.ask(chat, "x", decorated=False))
+    chat, where = make(engine, True, max_tokens=5), screen()
+    thread = threading.Thread(target=lambda: ask(chat, where, "x"))
     thread.start()
     thread.join()
-    assert chat.out.getvalue().startswith("x")
+    assert where.out.getvalue().startswith("x")
 
 
-def test_no_model_says_how_to_train_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    assert chatting.main(["-p", "hello"]) == 1
+class Terminal:
+    """A person at a pseudo terminal, talking to a scripted model in another process."""
+
+    def __init__(self, base_dir):
+        master, slave = pty.openpty()
+        root = Path(__file__).parent.parent
+        environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(root), "TERM": "dumb"}
+        command = [sys.executable, "-m", "tests.scripted_engine"]
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=root,
+                                        start_new_session=True)  # fmt: skip
+        os.close(slave)
+        self.master, self.seen = master, ""
+
+    def expect(self, text, timeout=30.0):
+        """What came until `text`, which is consumed."""
+        deadline = time.monotonic() + timeout
+        while text not in self.seen:
+            ready = select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]
+            try:
+                data = os.read(self.master, 4096) if ready else b""
+            except OSError:  # the other side is gone
+                data = b""
+            assert data, f"never saw {text!r}; saw {self.seen!r}"
+            self.seen += data.decode()
+        before, self.seen = self.seen.split(text, 1)
+        return before
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+
+def test_a_person_at_a_terminal(base_dir):
+    one = Terminal(base_dir)
+    assert "Try:" in one.expect("User: ")
+    one.type("hello\\\n")
+    one.expect("... ")
+    one.type("there\n")
+    one.expect("Echo 12")  # "hello\nthere" and what follows the question: the model counted its characters
+    one.expect("User: ")
+    one.type("long\n")
+    one.expect("na ")
+    one.process.send_signal(signal.SIGINT)
+    one.expect("[stopped]")
+    one.expect("User: ")
+    one.type("/undo\n")
+    one.expect("Forgotten: long")
+    one.expect("User: ")
+    one.type("half a li")
+    one.expect("half a li")
+    time.sleep(0.3)  # readline waits again
+    one.process.send_signal(signal.SIGINT)
+    one.expect("Ctrl-C again")
+    one.expect("User: ")
+    one.type("/quit\n")
+    one.expect("Goodbye!")
+    assert one.process.wait(10) == 0
+    history = base_dir / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert history.read_text().splitlines()[-5:] == ["hello\\", "there", "long", "/undo", "/quit"]
+    two = Terminal(base_dir)
+    assert "Try:" not in two.expect("User: "), "only the first time"
+    two.type("\x10\x10\n")  # twice up in the history
+    two.expect("nothing to undo")
+    two.type("\x04")
+    two.expect("Goodbye!")
+    assert two.process.wait(10) == 0
+
+
+def test_history_stays_short(base_dir, monkeypatch):
+    monkeypatch.setattr(console, "HISTORY_LINES", 10)
+    path = base_dir / "chat_history"
+    path.write_text("".join(f"line {i}\n" for i in range(50)))
+    with console.line_editing() as first:
+        assert not first
+    assert path.read_text().splitlines() == [f"line {i}" for i in range(40, 50)]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_no_model_says_how_to_train_one(capsys):
+    assert app.main(["-p", "hello"]) == 1
     error = capsys.readouterr().err
     assert "scripts.train" in error and "speedrun_jax.sh" in error and "Traceback" not in error
-    assert chatting.main(["--run", "missing"]) == 1
+    assert app.main(["--run", "missing"]) == 1
     assert "missing" in capsys.readouterr().err
+
+
+def test_a_base_directory_that_is_none(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(file))
+    assert app.main(["-p", "hello"]) == 1
+    assert "is not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -228,16 +532,27 @@ def test_no_model_says_how_to_train_one(tmp_path, monkeypatch, capsys):
     [
         (["--temperature=-1"], "temperature"),
         (["--top_k=-1"], "top_k"),
+        (["--top_p=0"], "top_p"),
         (["--max_tokens=0"], "max_tokens"),
         (["--run=a", "--model_tag=b"], "two names"),
+        (["-p", " "], "prompt is empty"),
     ],
 )
 def test_bad_settings(argv, message, capsys):
-    assert chatting.main(argv) == 2
+    assert app.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_prompt_from_standard_input(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("zwei\nZeilen ü\n".encode()), encoding="utf-8"))
+    seen = []
+    monkeypatch.setattr(app, "_run", lambda settings: seen.append(settings.prompt) or 0)
+    assert app.main(["-p", "-"]) == 0 and seen == ["zwei\nZeilen ü"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
+    assert app.main(["-p", "-"]) == 2 and "prompt is empty" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit):
-        chatting.main(["--temprature=1"])
+        app.main(["--temprature=1"])
     assert "--temperature" in capsys.readouterr().err

@@ -1,0 +1,260 @@
+"""One conversation with one model: exchanges, undoing them, saving them. Knows nothing of the screen."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax import conversation, paths
+from nanochat_jax.answers import AnswerStream, ContextOverflow, MessageError, Piece, as_text, chat_prompt
+from nanochat_jax.cli import flag
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """The flags of scripts.chat; defaults as the reference's."""
+
+    prompt: str | None = flag(None, "answer this once and exit; - reads it from standard input", short="p")
+    run: str | None = flag(None, "the run to talk to; default: the newest")
+    model_tag: str | None = flag(None, "another name for --run", short="g")
+    stage: str | None = flag(None, "the newest run of this stage (base, ...)", short="i")
+    step: int | None = flag(None, "a checkpoint's step; default: the run's newest", short="s")
+    temperature: float = flag(0.6, "0 = always the likeliest token", short="t")
+    top_k: int = flag(50, "choose among the k likeliest tokens, 0 = all", short="k")
+    top_p: float = flag(1.0, "choose among the likeliest tokens that together have this probability, 1 = all")
+    max_tokens: int = flag(256, "the longest answer, in tokens")
+    seed: int = flag(42, "the same seed and conversation give the same answer")
+
+    def __post_init__(self):
+        for problem in problems(self):
+            raise ValueError(problem)
+        if self.run and self.model_tag and self.run != self.model_tag:
+            raise ValueError(f"--run={self.run} and --model_tag={self.model_tag} are two names for one thing: give one")
+
+
+def problems(settings: ChatSettings) -> Iterator[str]:
+    """What is wrong with the settings, a sentence each."""
+    if not 0 <= settings.temperature < float("inf"):
+        yield f"temperature must be a number of at least 0, got {settings.temperature:g}"
+    if settings.top_k < 0:
+        yield f"top_k must be at least 0 (0 = all tokens), got {settings.top_k}"
+    if not 0 < settings.top_p <= 1:
+        yield f"top_p must be above 0 and at most 1 (1 = all tokens), got {settings.top_p:g}"
+    if settings.max_tokens < 1:
+        yield f"max_tokens must be at least 1, got {settings.max_tokens}"
+    if settings.prompt is not None and not settings.prompt.strip():
+        yield 'the prompt is empty: -p "some text", or -p - to read it from standard input'
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An exchange: the question, the answer as shown, both as the tokens that the model read and wrote."""
+
+    question: str
+    pieces: list[Piece]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an answer went. reason: "end" (the model finished), "length" (max_tokens), "cancelled"; n_tokens of answer;
+    seconds from the question to the end; dropped: old exchanges that had to make room; context: tokens in use."""
+
+    reason: str
+    n_tokens: int
+    seconds: float
+    dropped: int
+    context: int
+
+
+class Chat:
+    """One conversation, or (completing: a base model) one completion after another.
+
+    engine is an `nanochat_jax.engine.Engine`. Earlier answers stay as the tokens that were generated, so the engine
+    finds them in its cache.
+    """
+
+    def __init__(self, engine, tokenizer, settings: ChatSettings, completing: bool):
+        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
+        self.completing = completing
+        self.turns: list[Turn] = []
+        self.last: Outcome | None = None
+        self.stopping = threading.Event()
+        self.path: Path | None = None  # where this conversation was saved or loaded
+        self.asked = ""  # the newest question
+        self._again = 0  # how often it was answered anew
+
+    def answer(self, question: str, show: Callable[[Sequence[Piece]], object]) -> Outcome:
+        """Answers a message (or continues a text), giving the pieces to `show` as they come.
+
+        Set `stopping` to end it early (and clear it before the next): what has been said stays part of the
+        conversation. Raises ContextOverflow for a text that does not fit the model's context, MessageError for a
+        tokenizer that cannot chat.
+        """
+        self.asked, self._again = question, 0
+        return self._run(question, show)
+
+    def regenerate(self, show: Callable[[Sequence[Piece]], object]) -> Outcome:
+        """Another answer to the newest question, from another seed. Raises ValueError where there is no question."""
+        if not self.asked:
+            raise ValueError("there is no question to answer again yet")
+        self._again += 1
+        replaced = self.turns.pop() if self.turns and self.turns[-1].question == self.asked else None
+        before = list(self.turns)
+        try:
+            outcome = self._run(self.asked, show)
+        except BaseException:
+            self.turns = before + ([replaced] if replaced else [])
+            raise
+        if not outcome.n_tokens and replaced:  # stopped before it said anything: the old answer stays
+            self.turns.append(replaced)
+        return outcome
+
+    def _run(self, question: str, show: Callable[[Sequence[Piece]], object]) -> Outcome:
+        began, s = time.monotonic(), self.settings
+        prompt, opening, dropped = self._prompt(question)
+        room = self.engine.capacity - len(prompt) + 1
+        request = self.engine.submit(
+            prompt, min(s.max_tokens, room), s.temperature, s.top_k, s.seed + self._again, top_p=s.top_p
+        )
+        stream = AnswerStream(self.tokenizer)
+        try:
+            while request.finished is None:
+                for event in self.engine.step():
+                    show(stream.push(event.tokens))
+                if self.stopping.is_set():
+                    self.engine.cancel(request)
+        finally:
+            self.engine.cancel(request)
+        show(stream.finish())
+        if not self.completing and request.tokens:
+            body = request.tokens[:-1] if request.finished == "end" else request.tokens
+            end = self.tokenizer.encode_special(conversation.ASSISTANT_END)
+            self.turns.append(Turn(question, stream.pieces, [*opening, *body, end]))
+        n = len(request.tokens)
+        self.last = Outcome(request.finished or "", n, time.monotonic() - began, dropped, len(prompt) + n)
+        return self.last
+
+    def _prompt(self, question: str) -> tuple[list[int], list[int], int]:
+        """(the prompt, its part for this question, how many exchanges were dropped for it)."""
+        capacity = self.engine.capacity
+        if self.completing:
+            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode_text(question)]
+            if len(prompt) > capacity:
+                raise ContextOverflow(len(prompt), capacity)
+            return prompt, [], 0
+        bos, *opening = chat_prompt([{"role": "user", "content": question}], self.tokenizer)
+        if 1 + len(opening) > capacity:
+            raise ContextOverflow(1 + len(opening), capacity)
+        # the oldest exchanges make room for the newest message and a fair length of answer
+        wanted = min(self.settings.max_tokens, capacity // 2)
+        before = len(self.turns)
+        while self.turns and 1 + sum(len(t.tokens) for t in self.turns) + len(opening) + wanted > capacity:
+            self.turns.pop(0)
+        history = [token for turn in self.turns for token in turn.tokens]
+        return [bos, *history, *opening], opening, before - len(self.turns)
+
+    def clear(self) -> None:
+        """Forgets the conversation."""
+        self.turns, self.asked, self.path, self.last = [], "", None, None
+
+    def undo(self) -> str | None:
+        """Forgets the newest exchange and returns its question; None where there is none."""
+        if not self.turns:
+            return None
+        forgotten = self.turns.pop().question
+        self.asked = self.turns[-1].question if self.turns else ""
+        return forgotten
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation in the OpenAI shape, tool calls written as `nanochat_jax.answers` says."""
+        found = []
+        for turn in self.turns:
+            found.append({"role": "user", "content": turn.question})
+            found.append({"role": "assistant", "content": as_text(turn.pieces)})
+        return found
+
+    def save(self, name: str) -> Path:
+        """Writes the conversation as JSON, readable by its owner only; returns the path.
+
+        name: a name (kept in the base directory) or a path. Raises ValueError for an empty conversation and for a file
+        that some other conversation is in.
+        """
+        if not self.turns:
+            raise ValueError("there is nothing to save yet")
+        path = chat_path(name)
+        if path.exists() and path != self.path:
+            raise ValueError(f"{path} exists: choose another name, or delete it first")
+        paths.write_atomic(path, json.dumps({"messages": self.messages()}, ensure_ascii=False, indent=1) + "\n")
+        os.chmod(path, 0o600)
+        self.path = path
+        return path
+
+    def load(self, name: str) -> Path:
+        """Takes up a saved conversation in place of the present one; returns its path.
+
+        Takes any JSON object with "messages" in the OpenAI shape (or the list alone). Raises ValueError, naming the
+        file, where it cannot; the present conversation stays then.
+        """
+        path = chat_path(name)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            turns = self._turns_of(content["messages"] if isinstance(content, dict) else content)
+        except FileNotFoundError:
+            names = saved_chats()
+            raise ValueError(f"there is no {path}; saved are: {', '.join(names) or 'none'}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no conversation ({type(error).__name__}: {error})") from None
+        self.turns, self.path, self.last = turns, path, None
+        self.asked, self._again = turns[-1].question, 0
+        return path
+
+    def _turns_of(self, messages: Any) -> list[Turn]:
+        if not isinstance(messages, list) or not messages:
+            raise MessageError("there are no messages")
+        nothing = {"role": "user", "content": ""}
+        chat_prompt([*messages, nothing], self.tokenizer)  # judges them all, so that an error has the right number
+        head = messages[:1] if messages[0]["role"] in ("system", "developer") else []
+        turns = []
+        for at in range(len(head), len(messages), 2):
+            exchange = [*head, *messages[at : at + 2]]
+            opening = chat_prompt(exchange[:-1], self.tokenizer)[1:]
+            tokens = chat_prompt([*exchange, nothing], self.tokenizer)[1:-3]  # without bos and the empty question
+            stream = AnswerStream(self.tokenizer)
+            stream.push(tokens[len(opening) :])
+            stream.finish()
+            question = "\n\n".join(_text_of(message["content"]) for message in exchange[:-1])
+            turns.append(Turn(question, stream.pieces, tokens))
+            head = []
+        return turns
+
+
+def _text_of(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def chats_dir() -> Path:
+    """Where named conversations are kept: for the owner's eyes only."""
+    folder = paths.base_dir() / "chats"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def chat_path(name: str) -> Path:
+    """A name's file in `chats_dir`; what looks like a path (a slash, .json at the end) is one."""
+    name = name.strip()
+    if not name:
+        raise ValueError("give a name, such as: /save monday")
+    if "/" in name or name.endswith(".json"):
+        return Path(name).expanduser().absolute()
+    return chats_dir() / f"{name}.json"
+
+
+def saved_chats() -> list[str]:
+    """Names of the conversations in `chats_dir`, the newest first."""
+    files = sorted(chats_dir().glob("*.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [p.stem for p in files]
