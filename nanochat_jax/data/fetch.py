@@ -1,41 +1,51 @@
 """Fetching a file over HTTP so that it is either whole or resumable, and never opens a socket when told not to.
 
-Proxies come from the usual environment variables (``https_proxy``, ``no_proxy`` ...), as urllib does it.
+A file that is under way lies in ``<name>.part``; ``<name>.part.json`` beside it says which version of the file these
+bytes belong to (address, size, ETag or date of change, expected SHA-256). Bytes are only ever put behind bytes of the
+same version: the server is asked for the rest *if* the version still holds (``If-Range``), and its answer is checked
+again. The part is locked while somebody works on it, so several processes may ask for the same file: one fetches, the
+others wait and find it there.
 """
 
 import contextlib
-import http.client
+import dataclasses
+import errno
+import fcntl
 import json
+import logging
 import os
+import shutil
 import threading
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from nanochat_jax.paths import OFFLINE_VARIABLE, offline, write_atomic
+from nanochat_jax.data import web
+from nanochat_jax.data.web import FetchError, FinalError, OfflineError, Stopped, fetch_bytes, refuse_offline
+from nanochat_jax.paths import sha256_file, sync_directory, write_atomic
 
-ATTEMPTS = 5
-TIMEOUT_S = 30
+logger = logging.getLogger(__name__)
+
+__all__ = ["FetchError", "FinalError", "OfflineError", "Stopped", "Wanted", "fetch_file", "part_of", "stock_encoding"]
+
+# An answer that gives fewer bytes in web.TIMEOUT_S is as good as none: let another connection try.
+_CRAWL_BYTES = 32 * 1024
 _CHUNK = 1024 * 1024
-# Answers that may be different in a moment; any other error status is final.
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
+_SPARE_BYTES = 16 * 1024 * 1024
 
 
-class FetchError(ConnectionError):
-    """A file that could not be fetched; the message names the address and the remedy."""
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a file must be: its size in bytes and SHA-256 where they are known, and a last look at it.
 
+    ``check(path)`` is called with the whole file before it takes its name; it raises FetchError for a wrong one.
+    """
 
-class OfflineError(FetchError):
-    """Refused before any socket was opened, because ``NANOCHAT_OFFLINE`` is set."""
-
-
-def refuse_offline(what: str) -> None:
-    """Raises OfflineError if ``NANOCHAT_OFFLINE`` is set."""
-    if offline():
-        raise OfflineError(f"{OFFLINE_VARIABLE} is set, so {what} is not fetched; unset it, or put the file in place")
+    size: int | None = None
+    sha256: str | None = None
+    check: Callable[[Path], None] | None = None
 
 
 def fetch_file(
@@ -44,102 +54,200 @@ def fetch_file(
     token: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     wait: float = 1.0,
+    wanted: Wanted | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
-    """Fetch ``url`` to ``path``; what an earlier attempt got (``path`` + ".part") is kept and gone on from.
+    """Fetch ``url`` to ``path``, unless it is there; what an earlier attempt got is kept and gone on from.
 
-    Tries five times, waiting ``wait`` x 1, 2, 4, 8 seconds in between (longer if the server says so). ``token`` is sent
-    to the named host only, never to one it redirects to. ``progress(done, total)`` counts bytes, total 0 if unknown.
-    Raises FetchError; the destination appears only when it is whole.
+    Gives up after five attempts in a row that got nowhere, with ``wait`` x 1, 2, 4, 8 seconds in between (a quarter
+    more or less by chance; longer if the server says so). ``token`` is sent to the named host only, never to one it
+    redirects to. ``progress(done, total)`` counts bytes, total 0 if unknown. Safe to call from several threads and
+    processes for the same file. Raises FetchError (Stopped when ``stop`` is set); the destination appears only when it
+    is whole and as ``wanted``.
     """
     refuse_offline(url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(ATTEMPTS):
-        try:
-            _attempt(url, path, token, progress)
+    with _held(path) as part:
+        if part is None:
             return
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code in (401, 403):
-                raise FetchError(
-                    f"{url}: access denied (HTTP {error.code}); set HF_TOKEN to a token that may read it"
-                ) from error
-            if error.code not in _PASSING:
-                raise FetchError(f"{url}: HTTP {error.code} {error.reason}") from error
-            problem: Exception = error
-            pause = max(wait * 2**attempt, _retry_after(error))
-        except (OSError, http.client.HTTPException) as error:  # URLError, timeouts, resets, answers cut short
-            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        transfer = _Transfer(url, path, part, token, progress, wanted or Wanted(), stop)
+        try:
+            web.persist(url, transfer.attempt, wait, stop, transfer.gained)
+        except OSError as error:
+            if error.errno not in web.DISK_FULL:
                 raise
-            problem, pause = error, wait * 2**attempt
-        if attempt < ATTEMPTS - 1:
-            time.sleep(pause)
-    raise FetchError(f"{url}: {ATTEMPTS} attempts failed, the last with: {problem}; run again to go on from here")
+            raise _no_space(path, transfer.size) from error
 
 
-_DISK_ERRORS = {28, 30, 122, 13}  # no space, read-only, over quota, not permitted: trying again will not help
+# --- one file ---------------------------------------------------------------------------------------------------------
 
 
-def fetch_bytes(url: str, timeout: float = TIMEOUT_S) -> bytes:
-    """Contents of a small file, one attempt. Raises OfflineError or OSError."""
-    refuse_offline(url)
-    with _open(url, timeout) as answer:
-        return answer.read()
+def part_of(path: Path) -> Path:
+    """Where a file lies while it is under way."""
+    return path.with_name(path.name + ".part")
 
 
-def _open(request: str | urllib.request.Request, timeout: float) -> Any:
-    # urllib keeps the proxies of its first call for ever unless an opener is made anew.
-    return urllib.request.build_opener().open(request, timeout=timeout)
+def _note_of(path: Path) -> Path:
+    return path.with_name(path.name + ".part.json")
 
 
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    value = (error.headers.get("Retry-After") or "") if error.headers else ""
-    return min(float(value), 60.0) if value.isdigit() else 0.0
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[IO[bytes] | None]:
+    """The part of ``path``, open for appending and locked; None if the file is there, perhaps since a moment ago."""
+    part = part_of(path)
+    while True:
+        if path.is_file():
+            yield None
+            return
+        with open(part, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("another process is fetching %s; waiting for it", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # While this one waited the part may have become the file, or been removed: then this is not it any more.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+                    yield file
+                    return
 
 
-def _attempt(url: str, path: Path, token: str | None, progress: Callable[[int, int], None] | None) -> None:
-    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
-    before = _read_note(note) if part.is_file() else {}
-    done = part.stat().st_size if before else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "nanochat_jax"})
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    if done:
-        request.add_header("Range", f"bytes={done}-")
-    try:
-        answer = _open(request, TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and done:  # nothing is left to send: the part is whole, or it is not this file's
-            error.close()
-            if done == before.get("size"):
-                _finish(part, note, path)
-                return
-            part.unlink()
-            return _attempt(url, path, token, progress)
-        raise
-    with answer:
-        size, etag = _size_and_tag(answer)
-        if done and (answer.status != 206 or size != before.get("size") or etag != before.get("etag")):
-            done = 0  # the server sends all of it, or the file has changed
-            if answer.status == 206:
-                part.unlink()
+@dataclasses.dataclass
+class _Transfer:
+    """One file on its way."""
+
+    url: str
+    path: Path
+    part: IO[bytes]
+    token: str | None
+    progress: Callable[[int, int], None] | None
+    wanted: Wanted
+    stop: threading.Event | None
+    size: int | None = None  # as far as it is known
+    spoilt: int = 0  # whole files thrown away
+    _gained: int = 0
+
+    def gained(self) -> int:
+        return self._gained
+
+    def attempt(self) -> None:
+        """Asks for what is missing, appends it, and gives the whole file its name."""
+        self._gained = 0
+        note = _read_note(_note_of(self.path))
+        done = self._size()
+        if done and not self._may_go_on(note):
+            self._drop()
+            done = 0
+        if done and done == (self.wanted.size or note.get("size")):
+            return self._finish()
+        request = web.request_for(self.url, self.token)
+        if done:
+            request.add_header("Range", f"bytes={done}-")
+            if note.get("url") == self.url and note.get("version"):
+                request.add_header("If-Range", note["version"])
+        try:
+            answer = web.open_answer(request, web.TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and done:  # there is nothing behind our bytes: they are not this file's
+                error.close()
+                self._drop()
+                raise FetchError("the file has changed on the server") from error
+            raise
+        with answer:
+            self._take(answer, note, done)
+        self._finish()
+
+    def _may_go_on(self, note: dict[str, Any]) -> bool:
+        """Whether the bytes at hand are known to be the beginning of the file that is wanted now."""
+        if self.wanted.sha256:  # then the end will tell
+            return note.get("sha256") == self.wanted.sha256
+        return note.get("url") == self.url and bool(note.get("version"))
+
+    def _take(self, answer: Any, note: dict[str, Any], done: int) -> None:
+        size, version = _size_and_version(answer)
+        if done and answer.status == 206:
+            first = (answer.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
+            same = version == note.get("version") or note.get("url") != self.url
+            if first != str(done) or size != note.get("size") or not same:
+                self._drop()
                 raise FetchError("the file has changed on the server")
-        write_atomic(note, json.dumps({"size": size, "etag": etag}))
-        with open(part, "ab" if done else "wb") as file:
-            while chunk := answer.read(_CHUNK):
-                file.write(chunk)
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, size or 0)
-            file.flush()
-            os.fsync(file.fileno())
-    if size is not None and done != size:
-        raise FetchError(f"the answer ended after {done} of {size} bytes")
-    _finish(part, note, path)
+        elif answer.status == 200:
+            self._drop()  # the server sends all of it, because it always does or because the file has changed
+            done = 0
+        else:
+            raise FetchError(f"an unexpected answer, HTTP {answer.status}")
+        if size is not None and self.wanted.size is not None and size != self.wanted.size:
+            kind = answer.headers.get("Content-Type") or "no type"
+            raise FinalError(
+                f"{self.url}: the server has {size} bytes ({kind}) where {self.wanted.size} are expected; the file has "
+                "changed, or HF_ENDPOINT or a proxy gives another one"
+            )
+        self.size = size = self.wanted.size if self.wanted.size is not None else size
+        facts = {"url": self.url, "size": size, "version": version, "sha256": self.wanted.sha256}
+        write_atomic(_note_of(self.path), json.dumps(facts))
+        if size is not None and shutil.disk_usage(self.path.parent).free < size - done + _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._copy(answer, done, size)
+
+    def _copy(self, answer: Any, done: int, size: int | None) -> None:
+        since, lately = time.monotonic(), 0
+        while chunk := answer.read1(_CHUNK):
+            self.part.write(chunk)
+            self.part.flush()
+            done += len(chunk)
+            self._gained += len(chunk)
+            if self.progress is not None:
+                self.progress(done, size or 0)
+            if self.stop is not None and self.stop.is_set():
+                raise Stopped("stopped")
+            lately += len(chunk)
+            if (elapsed := time.monotonic() - since) >= web.TIMEOUT_S:
+                if lately < _CRAWL_BYTES:
+                    raise FetchError(f"only {lately} bytes in {elapsed:.0f} s")
+                since, lately = time.monotonic(), 0
+        if size is not None and done != size:
+            if done > size:
+                self._drop()
+            raise FetchError(f"the answer ended after {done} of {size} bytes")
+
+    def _finish(self) -> None:
+        os.fsync(self.part.fileno())
+        part = part_of(self.path)
+        try:
+            if self.wanted.sha256 and (found := sha256_file(part)) != self.wanted.sha256:
+                raise FetchError(
+                    f"its SHA-256 is {found[:12]}..., not {self.wanted.sha256[:12]}...: damaged on the way or changed "
+                    "on the server"
+                )
+            if self.wanted.check is not None:
+                self.wanted.check(part)
+        except FetchError as error:
+            self._drop()
+            self._gained = 0
+            self.spoilt += 1
+            if self.spoilt > 1 or not self.wanted.sha256:
+                raise FinalError(f"{self.url}: {error}") from error
+            raise
+        os.replace(part, self.path)
+        sync_directory(self.path.parent)
+        _note_of(self.path).unlink(missing_ok=True)
+
+    def _size(self) -> int:
+        return os.fstat(self.part.fileno()).st_size
+
+    def _drop(self) -> None:
+        """Back to nothing. The note goes first: bytes without one are never continued."""
+        _note_of(self.path).unlink(missing_ok=True)
+        self.part.truncate(0)
 
 
-def _finish(part: Path, note: Path, path: Path) -> None:
-    os.replace(part, path)
-    note.unlink(missing_ok=True)
+def _no_space(path: Path, size: int | None) -> FinalError:
+    kept, free = part_of(path).stat().st_size, shutil.disk_usage(path.parent).free
+    needed = f"{(size - kept) / 2**20:,.0f} MiB are missing" if size else "its size is unknown"
+    return FinalError(
+        f"no space for {path}: {needed}, {free / 2**20:,.0f} MiB are free. {kept / 2**20:,.0f} MiB are kept; free some "
+        "space and run again to go on from there, or set NANOCHAT_BASE_DIR to a larger disk"
+    )
 
 
 def _read_note(note: Path) -> dict[str, Any]:
@@ -149,14 +257,22 @@ def _read_note(note: Path) -> dict[str, Any]:
     return {}
 
 
-def _size_and_tag(answer: Any) -> tuple[int | None, str | None]:
-    """Size of the whole file and its version tag, from the headers of a full or partial answer."""
+def _size_and_version(answer: Any) -> tuple[int | None, str | None]:
+    """Size of the whole file and what tells its versions apart, from the headers of a full or partial answer.
+
+    A weak ETag promises nothing about single bytes (RFC 9110, 8.8.1), so the date of change is better then.
+    """
+    etag = answer.headers.get("ETag")
+    version = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
     content_range = answer.headers.get("Content-Range")
     if content_range:
         total = content_range.rpartition("/")[2]
-        return int(total) if total.isdigit() else None, answer.headers.get("ETag")
-    length = answer.headers.get("Content-Length")
-    return int(length) if length else None, answer.headers.get("ETag")
+        return int(total) if total.isdigit() else None, version
+    length = answer.headers.get("Content-Length") or ""
+    return int(length) if length.isdigit() else None, version
+
+
+# --- tiktoken ---------------------------------------------------------------------------------------------------------
 
 
 _tiktoken_lock = threading.Lock()

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
+from nanochat_jax.data.growing import BlockOrder
+from nanochat_jax.data.rows import RowSet
+
 # Read-ahead of whole batches. Rows are memory-mapped and cheap; more threads would only fight with the host's work.
 _THREADS, _BUFFERED = 1, 4
 
@@ -35,7 +38,10 @@ class Rows(Protocol):
 
 
 class RowLoader:
-    """Shuffled (anew in every epoch) or ordered batches of ``global_batch`` rows, for ever."""
+    """Shuffled (anew in every epoch) or ordered batches of ``global_batch`` rows, for ever.
+
+    Rows that say so are shuffled within blocks (``data/growing.py``), all others together.
+    """
 
     def __init__(self, rows: Rows, global_batch: int, seed: int = 0, shuffle: bool = True):
         if global_batch < 1:
@@ -43,9 +49,12 @@ class RowLoader:
         if len(rows) < 1:
             raise LoaderError("there are no rows to load; build rows from more text")
         self.rows, self.global_batch = rows, global_batch
-        order = grain.MapDataset.range(len(rows)).seed(seed)
         # position in the endless stream -> row number
-        self._order: Any = (order.shuffle() if shuffle else order).repeat()
+        if shuffle and isinstance(rows, RowSet) and rows.block is not None:
+            self._order: Any = BlockOrder(rows, seed)
+        else:
+            order = grain.MapDataset.range(len(rows)).seed(seed)
+            self._order = (order.shuffle() if shuffle else order).repeat()
 
     @property
     def steps_per_epoch(self) -> float:

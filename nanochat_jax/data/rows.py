@@ -124,6 +124,18 @@ class RowSet:
         shard, row = self._find(index)
         return self._masks[shard][row]
 
+    def reach(self, count: int) -> int:
+        """``count``, or the number of rows if that is smaller; where rows are still being made, waits for them."""
+        return min(count, self._count)
+
+    def close(self) -> None:
+        """Stops the making of rows, where they are still being made."""
+
+    @property
+    def block(self) -> int | None:
+        """Rows are shuffled only within blocks of so many (``data/growing.py``); None: all of them together."""
+        return self.manifest["identity"].get("block")
+
     @property
     def tokenizer_hash(self) -> str:
         """Hash of the tokenizer that made the rows."""
@@ -138,6 +150,45 @@ class RowSet:
 def identity_key(identity: dict[str, Any]) -> str:
     """SHA-256 of a JSON-able identity."""
     return sha256_hex(json.dumps(identity, sort_keys=True).encode())
+
+
+def place_of_rows(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    T: int,
+    out_dir: str | Path | None = None,
+    split: str = "train",
+    *,
+    batch_rows: int | None = None,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+    rows_per_shard: int | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Directory and identity of the rows that ``build_rows`` makes from the same arguments."""
+    if T < 1:
+        raise RowsError(f"a row of T = {T} tokens is too short; T must be 1 or more")
+    limits = [limit for limit in (max_rows, None if max_tokens is None else -(-max_tokens // T)) if limit is not None]
+    if any(limit < 1 for limit in limits):
+        raise RowsError(f"max_rows={max_rows}, max_tokens={max_tokens}: at least one row must be allowed")
+    limit = min(limits) if limits else None
+    dtype = row_dtype(tokenizer.vocab_size)
+    rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // ((T + 1) * dtype.itemsize))
+    if batch_rows:  # a shard ends where a batch ends, so that building can go on from there
+        rows_per_shard = -(-rows_per_shard // batch_rows) * batch_rows
+    identity = {
+        "format": [ROWS_FORMAT, ROWS_VERSION],
+        "source": documents.fingerprint(),
+        "tokenizer": tokenizer.hash,
+        "split": split,
+        "T": T,
+        "batch_rows": batch_rows,
+        "max_rows": limit,
+        "rows_per_shard": rows_per_shard,
+    }
+    if getattr(documents, "growing", False):  # the order of training is part of what such rows are: data/growing.py
+        identity["block"] = rows_per_shard
+    name = f"{split}-T{T}-{identity_key(identity)[:12]}"
+    return Path(out_dir if out_dir is not None else rows_dir()) / name, identity
 
 
 def build_rows(
@@ -161,28 +212,18 @@ def build_rows(
     same bytes in the end. At most ``max_rows`` rows, or enough for ``max_tokens`` targets. ``progress(rows, tokens,
     documents)`` is called after every batch of documents. Raises RowsError when there is not enough text or space.
     """
-    if T < 1:
-        raise RowsError(f"a row of T = {T} tokens is too short; T must be 1 or more")
-    limits = [limit for limit in (max_rows, None if max_tokens is None else -(-max_tokens // T)) if limit is not None]
-    if any(limit < 1 for limit in limits):
-        raise RowsError(f"max_rows={max_rows}, max_tokens={max_tokens}: at least one row must be allowed")
-    limit = min(limits) if limits else None
-    dtype = row_dtype(tokenizer.vocab_size)
-    rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // ((T + 1) * dtype.itemsize))
-    if batch_rows:  # a shard ends where a batch ends, so that building can go on from there
-        rows_per_shard = -(-rows_per_shard // batch_rows) * batch_rows
-    identity = {
-        "format": [ROWS_FORMAT, ROWS_VERSION],
-        "source": documents.fingerprint(),
-        "tokenizer": tokenizer.hash,
-        "split": split,
-        "T": T,
-        "batch_rows": batch_rows,
-        "max_rows": limit,
-        "rows_per_shard": rows_per_shard,
-    }
-    name = f"{split}-T{T}-{identity_key(identity)[:12]}"
-    directory = Path(out_dir if out_dir is not None else rows_dir()) / name
+    directory, identity = place_of_rows(
+        documents,
+        tokenizer,
+        T,
+        out_dir,
+        split,
+        batch_rows=batch_rows,
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        rows_per_shard=rows_per_shard,
+    )
+    limit, rows_per_shard, dtype = identity["max_rows"], identity["rows_per_shard"], row_dtype(tokenizer.vocab_size)
     if (directory / MANIFEST).is_file():  # also where the place is read-only
         return RowSet.open(directory, tokenizer)
     with RowWriter(directory, identity, T, dtype, rows_per_shard=rows_per_shard) as writer:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from nanochat_jax.data.download import shards_dir
 from nanochat_jax.data.readers import DataError
+from nanochat_jax.data.shards import ShardList, shards_for
+from nanochat_jax.data.streamed import ShardDocuments
 from nanochat_jax.data.text import CallableDocuments, Documents, FileDocuments
 
 # Characters of demo text: about three times what the demo's training uses, so that a longer run does not repeat much.
@@ -24,16 +26,26 @@ class TextSource:
     description: str
 
 
-def text_source(data: str = "", demo: bool = False, text_column: str = "text") -> TextSource:
+def text_source(
+    data: str = "", demo: bool = False, text_column: str = "text", tokens: float | None = None
+) -> TextSource:
     """`data`, a file or folder; or the embedded demo data; or, with neither, the shards in the base directory.
 
-    Raises DataError saying how to get text when there is none.
+    A folder with a list of shards (``shards.json``) is the whole data set of that list: what is not there is fetched
+    when it is needed, ahead of need for about `tokens` training tokens. Raises DataError saying how to get text when
+    there is none.
     """
     if data and demo:
         raise DataError("--data and --demo exclude each other: give one of them")
     if demo:
         return TextSource(_demo("train"), _demo("val"), "embedded demo data")
     root = Path(data) if data else shards_dir()
+    if root.is_dir() and (listing := ShardList.load(root)) is not None:
+        expected = None if tokens is None else shards_for(tokens)
+        stream = ShardDocuments(root, listing, "train", text_column, expected)
+        val = ShardDocuments(root, listing, "val", text_column)
+        absent = f", {stream.absent()} shards being fetched meanwhile" if stream.absent() else ""
+        return TextSource(stream, val, f"text of {root} (held out: {listing.val}{absent})")
     if not data and not any(root.glob("*.parquet")):
         raise DataError(
             f"there is no text in {root}. Give your own with --data=PATH, download shards with "
