@@ -21,6 +21,7 @@ from flax import nnx
 from nanochat_jax.attention import attention
 from nanochat_jax.kv_cache import KVCache, cached_attention
 from nanochat_jax.matmul import project
+from nanochat_jax.parallel import WHOLE, Parallel, keep_all_but_gathered
 
 Params = dict[str, Any]
 
@@ -148,19 +149,21 @@ class Attention(nnx.Module):
         self.c_v = _linear(config, C, config.n_kv_head * D)
         self.c_proj = _linear(config, C, C)
 
-    def __call__(self, x, rotary, cache: KVCache | None):
-        B, T, C = x.shape
+    def __call__(self, x, rotary, cache: KVCache | None, parallel: Parallel = WHOLE):
+        B, T, _ = x.shape
         config = self.config
-        q = self.c_q(x).reshape(B, T, config.n_head, config.head_dim)
-        k = self.c_k(x).reshape(B, T, config.n_kv_head, config.head_dim)
-        v = self.c_v(x).reshape(B, T, config.n_kv_head, config.head_dim)
+        x = parallel.enter(x)
+        q = self.c_q(x).reshape(B, T, -1, config.head_dim)  # -1: this device's heads
+        k = self.c_k(x).reshape(B, T, -1, config.head_dim)
+        v = self.c_v(x).reshape(B, T, -1, config.head_dim)
         q, k = rms_norm(apply_rotary(q, *rotary)), rms_norm(apply_rotary(k, *rotary))  # rotary first, then the norm
         window = config.window(self.layer)
+        k, v = parallel.my_kv_heads(config.n_head, config.n_kv_head, q.shape[2], k, v)
         if cache is None:
             y, kv = attention(q, k, v, window=window, implementation=config.attention), None
         else:
             y, kv = cached_attention(q, k, v, cache, self.layer, window=window)
-        return self.c_proj(y.reshape(B, T, C)), kv
+        return parallel.leave(self.c_proj(y.reshape(B, T, -1))), kv
 
 
 class MLP(nnx.Module):
@@ -168,8 +171,8 @@ class MLP(nnx.Module):
         self.c_fc = _linear(config, config.n_embd, 4 * config.n_embd)
         self.c_proj = _linear(config, 4 * config.n_embd, config.n_embd)
 
-    def __call__(self, x):
-        return self.c_proj(jnp.square(jax.nn.relu(self.c_fc(x))))
+    def __call__(self, x, parallel: Parallel = WHOLE):
+        return parallel.leave(self.c_proj(jnp.square(jax.nn.relu(self.c_fc(parallel.enter(x))))))
 
 
 class Block(nnx.Module):
@@ -178,11 +181,11 @@ class Block(nnx.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def __call__(self, x, rotary, cache: KVCache | None):
-        y, kv = self.attn(rms_norm(x), rotary, cache)
+    def __call__(self, x, rotary, cache: KVCache | None, parallel: Parallel = WHOLE):
+        y, kv = self.attn(rms_norm(x), rotary, cache, parallel)
         x = x + y
         mlp = _recomputed(self.mlp) if self.config.remat == "mlp" else self.mlp
-        return x + mlp(rms_norm(x)), kv
+        return x + mlp(rms_norm(x), parallel), kv
 
 
 class GPT(nnx.Module):
@@ -194,7 +197,7 @@ class GPT(nnx.Module):
         self.h = nnx.Dict({str(i): Block(config, i) for i in range(config.n_layer)})
         self.lm_head = _linear(config, config.n_embd, config.vocab_size)
 
-    def __call__(self, ids, cache: KVCache | None = None):
+    def __call__(self, ids, cache: KVCache | None = None, parallel: Parallel = WHOLE):
         config = self.config
         T = ids.shape[1]
         if cache is None:
@@ -204,13 +207,16 @@ class GPT(nnx.Module):
             cos, sin = rotary_tables(cache.capacity, config.head_dim, config.rotary_base, config.rotary_dtype)
             position = cache.position[:, None] + jnp.arange(T)[None]
             rotary = jnp.asarray(cos)[position][:, :, None, :], jnp.asarray(sin)[position][:, :, None, :]
-        x = rms_norm(self.wte(ids))
+        table = parallel.whole(self.wte.embedding[...], ("wte", "embedding"), config.dtype).astype(config.dtype)
+        x = rms_norm(parallel.look_up(table, ids))
         keys_values = []
         for layer in range(config.n_layer):
             block = self.h[str(layer)]
-            if config.remat == "block" and cache is None:
-                block = _recomputed(block)
-            x, kv = block(x, rotary, cache)
+            everything = config.remat == "block" and cache is None
+            if everything or parallel.fsdp is not None:
+                gather = functools.partial(parallel.whole, path=("h", str(layer)), dtype=config.dtype)
+                block = _recomputed(block, gather, None if everything else keep_all_but_gathered)
+            x, kv = block(x, rotary, cache, parallel)
             keys_values.append(kv)
         return rms_norm(x), keys_values
 
@@ -220,11 +226,17 @@ def _linear(config: GPTConfig, n_in: int, n_out: int) -> nnx.Linear:
     return nnx.Linear(n_in, n_out, **kind, rngs=nnx.Rngs(0))
 
 
-def _recomputed(module):
-    """The module as a function that keeps only its inputs for the backward pass and computes the rest again there."""
+def _recomputed(module, gather=lambda params: params, policy=None):
+    """The module as a function (arrays..., parallel) that keeps only its inputs (and what `policy` says) for the
+    backward pass and computes the rest again there. `gather` is applied to its parameters."""
     graphdef, state = nnx.split(module)
-    run = jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args))
-    return lambda *args: run(state, *args)
+
+    def call(*args):
+        *arrays, parallel = args
+        run = jax.checkpoint(lambda state, *x: nnx.merge(graphdef, gather(state))(*x, parallel), policy=policy)
+        return run(nnx.to_pure_dict(state), *arrays)
+
+    return call
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,13 +281,13 @@ def init(config: GPTConfig, key: jax.Array) -> Params:
     return jax.tree_util.tree_unflatten(treedef, out)
 
 
-def hidden_states(config: GPTConfig, params: Params, ids: jax.Array) -> jax.Array:
-    """Final normed hidden states (B, T, C) in the compute dtype for ids (B, T)."""
+def hidden_states(config: GPTConfig, params: Params, ids: jax.Array, parallel: Parallel = WHOLE) -> jax.Array:
+    """Final normed hidden states (B, T, C) in the compute dtype for ids (B, T); `parallel`: see there."""
     if ids.shape[1] > 10 * config.sequence_len:
         raise ValueError(
             f"{ids.shape[1]} tokens exceed the rotary range of 10 x sequence_len = {10 * config.sequence_len}"
         )
-    return nnx.merge(_split(config)[0], params)(ids)[0]
+    return nnx.merge(_split(config)[0], params)(ids, None, parallel)[0]
 
 
 def unembed(config: GPTConfig, params: Params, hidden: jax.Array) -> jax.Array:

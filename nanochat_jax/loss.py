@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.gpt import GPTConfig, Params, hidden_states
+from nanochat_jax.parallel import WHOLE, Parallel
 
 
 def next_token_loss(
@@ -33,14 +34,18 @@ def target_weights(targets: jax.Array, weights: jax.Array | None = None) -> jax.
 
 
 def weighted_nll(
-    config: GPTConfig, params: Params, inputs: jax.Array, targets: jax.Array, weights: jax.Array
+    config: GPTConfig,
+    params: Params,
+    inputs: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    parallel: Parallel = WHOLE,
 ) -> jax.Array:
-    """sum(weights * nll) in nats, float32 scalar; inputs, targets, weights (B, T)."""
-    hidden = hidden_states(config, params, inputs)
-    kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
-    return fused_weighted_nll(
-        hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), weights.reshape(-1), config.softcap
-    )
+    """sum(weights * nll) in nats, float32 scalar; inputs, targets, weights (B, T). `parallel`: see there."""
+    hidden = parallel.enter(hidden_states(config, params, inputs, parallel))
+    kernel = parallel.whole(params["lm_head"]["kernel"], ("lm_head", "kernel"), hidden.dtype).astype(hidden.dtype)
+    flat = hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), weights.reshape(-1)
+    return fused_weighted_nll(*flat, config.softcap, parallel.tensor)
 
 
 def token_nll(config: GPTConfig, params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -85,17 +90,19 @@ def chunk_size(n_tokens: int, vocab_size: int, dtype=jnp.float32) -> int:
     return -(-n_tokens // -(-n_tokens // most))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def fused_weighted_nll(hidden, kernel, targets, weights, softcap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def fused_weighted_nll(hidden, kernel, targets, weights, softcap, tensor=None):
     """sum_n weights[n] * nll[n], a float32 scalar in nats; the logits of all tokens are never held.
 
     hidden (N, C) and kernel (C, V) of one dtype, targets (N,) int (anything where the weight is 0), weights (N,)
-    float32. Differentiable in hidden and kernel; weights and targets are data. ValueError for a softcap above 60.
+    float32. Differentiable in hidden and kernel; weights and targets are data. `tensor` names the mesh axis over which
+    the kernel is cut along the vocabulary, if it is (inside `jax.shard_map`); the gradient of hidden is then this
+    device's share. ValueError for a softcap above 60.
     """
-    return (weights * _chunked_nll(hidden, kernel, targets, softcap)).sum()
+    return (weights * _chunked_nll(hidden, kernel, targets, softcap, tensor)).sum()
 
 
-def _cross_entropy(hidden, kernel, targets, softcap):
+def _cross_entropy(hidden, kernel, targets, softcap, tensor=None):
     """(nll (n,), tanh(raw / softcap) (n, V), exp(capped) (n, V), its sums (n,)) of one chunk: what a gradient needs.
 
     Softcapped logits lie in [-softcap, softcap], so their exponentials can neither overflow nor vanish and the pass
@@ -107,7 +114,10 @@ def _cross_entropy(hidden, kernel, targets, softcap):
     tanh = jnp.tanh(raw / softcap)
     exp = jnp.exp(softcap * tanh)
     total = jnp.sum(exp, axis=1)
-    target = jnp.take_along_axis(raw, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    here = (targets >= 0) & (targets < kernel.shape[1])
+    target = jnp.take_along_axis(raw, jnp.where(here, targets, 0)[:, None], axis=1)[:, 0]
+    if tensor is not None:
+        total, target = jax.lax.psum((total, jnp.where(here, target, 0.0)), tensor)
     return jnp.log(total) - softcap * jnp.tanh(target / softcap), tanh, exp, total
 
 
@@ -118,20 +128,27 @@ def _in_chunks(chunk, *arrays):
     return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in padded)
 
 
-def _chunked_nll(hidden, kernel, targets, softcap):
+def _chunked_nll(hidden, kernel, targets, softcap, tensor=None):
     """Per-token nll (N,) without gradients kept."""
-    n = hidden.shape[0]
+    n, targets = hidden.shape[0], _local_targets(kernel, targets, tensor)
     chunks = _in_chunks(chunk_size(n, kernel.shape[1], hidden.dtype), hidden, targets)
-    return jax.lax.map(lambda args: _cross_entropy(args[0], kernel, args[1], softcap)[0], chunks).reshape(-1)[:n]
+    return jax.lax.map(lambda args: _cross_entropy(args[0], kernel, args[1], softcap, tensor)[0], chunks).reshape(-1)[
+        :n
+    ]
 
 
-def _fused_fwd(hidden, kernel, targets, weights, softcap):
-    n = hidden.shape[0]
+def _local_targets(kernel, targets, tensor):
+    """Targets counted from the first vocabulary entry of this device; one that lies elsewhere is out of range."""
+    return targets - Parallel(tensor).offset(kernel.shape[1])
+
+
+def _fused_fwd(hidden, kernel, targets, weights, softcap, tensor):
+    n, targets = hidden.shape[0], _local_targets(kernel, targets, tensor)
 
     def step(carry, args):
         total, d_kernel = carry
         h, t, w = args
-        nll, tanh, exp, z = _cross_entropy(h, kernel, t, softcap)
+        nll, tanh, exp, z = _cross_entropy(h, kernel, t, softcap, tensor)
         # d nll / d raw = (softmax - onehot) * (1 - tanh^2)
         is_target = jax.lax.broadcasted_iota(jnp.int32, exp.shape, 1) == t[:, None]
         d_capped = exp * (w / z)[:, None] - jnp.where(is_target, w[:, None], 0.0)
@@ -145,7 +162,7 @@ def _fused_fwd(hidden, kernel, targets, weights, softcap):
     return total, (d_hidden.reshape(-1, hidden.shape[1])[:n], d_kernel.astype(kernel.dtype))
 
 
-def _fused_bwd(softcap, residuals, cotangent):
+def _fused_bwd(softcap, tensor, residuals, cotangent):
     d_hidden, d_kernel = residuals
     return (d_hidden * cotangent).astype(d_hidden.dtype), (d_kernel * cotangent).astype(d_kernel.dtype), None, None
 

@@ -89,17 +89,19 @@ def _stack_name(shape: tuple[int, ...]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def group(params: Params) -> Groups:
+def group(params: Params, like: Params | None = None) -> Groups:
     """Parameters (or gradients, or moments) of the model's tree, by treatment:
 
     {"embedding": (V, C), "unembedding": (C, V), "matrices": {"256x1024": (n, in, out), ...}}. A stack holds all block
     kernels of one (in, out) shape, ordered by layer, then by BLOCK_ORDER. Pure; runs under jit and `jax.eval_shape`.
+    Where `params` holds only parts of matrices, `like` is the same tree with the whole shapes, which name the stacks.
     Raises ValueError for a block with missing or unknown matrices.
     """
+    shapes = params if like is None else like
     stacks: dict[str, list[jax.Array]] = {}
     for layer, part, name in _matrix_paths(params["h"]):
-        kernel = params["h"][layer][part][name]["kernel"]
-        stacks.setdefault(_stack_name(kernel.shape), []).append(kernel)
+        stack = _stack_name(shapes["h"][layer][part][name]["kernel"].shape)
+        stacks.setdefault(stack, []).append(params["h"][layer][part][name]["kernel"])
     return {
         "embedding": params["wte"]["embedding"],
         "unembedding": params["lm_head"]["kernel"],
@@ -124,9 +126,19 @@ def ungroup(config: GPTConfig, groups: Groups) -> Params:
     }
 
 
+def stack_members(config: GPTConfig) -> dict[str, list[str]]:
+    """The paths of every stack's matrices, in order: {"256x1024": ["h/0/mlp/c_fc/kernel", "h/1/mlp/c_fc/kernel"]}."""
+    shapes = abstract(config)["h"]
+    members: dict[str, list[str]] = {}
+    for layer, part, name in _matrix_paths(shapes):
+        stack = _stack_name(shapes[layer][part][name]["kernel"].shape)
+        members.setdefault(stack, []).append(f"h/{layer}/{part}/{name}/kernel")
+    return members
+
+
 def stack_sizes(config: GPTConfig) -> dict[str, int]:
     """How many real matrices each stack holds, e.g. {"256x256": 16, "256x1024": 4, "1024x256": 4} at depth 4."""
-    return {name: leaf.shape[0] for name, leaf in jax.eval_shape(group, abstract(config))["matrices"].items()}
+    return {name: len(paths) for name, paths in stack_members(config).items()}
 
 
 def pad_stacks(groups: Groups, multiple: int) -> Groups:
@@ -179,7 +191,7 @@ def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd
 
     schedule: the number of iterations (then warm-up and warm-down come from `hyper`) or a multiplier as a function of
     the step. Everything that changes over time is a function of the counts in the state, so a restored state goes on
-    exactly where it stopped. `update` needs the parameters: update(grads, state, groups).
+    exactly where it stopped. `update` needs the embeddings for their decay: update(grads, state, groups).
     """
     multiplier = lr_schedule(hyper, schedule)
     rates = initial_learning_rates(hyper, n_embd)
@@ -210,7 +222,7 @@ def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd
             if hyper.weight_decay:
                 step = step + hyper.weight_decay * groups[name]
             updates[name] = -(rates[name] * factor) * step
-        updates["matrices"], muon_state = matrices.update(grads["matrices"], state.muon, groups["matrices"])
+        updates["matrices"], muon_state = matrices.update(grads["matrices"], state.muon)
         return updates, OptimState(adam=adam_state, muon=muon_state)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
@@ -224,19 +236,21 @@ def _embeddings(groups: Groups) -> Groups:
 # clipping
 
 
-def global_norm(tree: Any) -> jax.Array:
-    """sqrt of the sum of squares over all leaves, float32 scalar."""
+def global_norm(tree: Any, axes: tuple[str, ...] = ()) -> jax.Array:
+    """sqrt of the sum of squares over all leaves, float32 scalar; `axes`: mesh axes over which each leaf is cut, inside
+    `jax.shard_map`."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(functools.reduce(jnp.add, squares))
+    return jnp.sqrt(jax.lax.psum(functools.reduce(jnp.add, squares), axes))
 
 
-def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
+def clip_by_global_norm(grads: Any, max_norm: float, axes: tuple[str, ...] = ()) -> tuple[Any, jax.Array]:
     """(gradients scaled by min(1, max_norm / (norm + 1e-6)), norm before clipping). max_norm <= 0 leaves them alone.
 
-    Works on any tree, grouped or not, padded or not, and under automatic sharding (the norm is then global). The 1e-6
-    is the reference's. A non-finite norm makes non-finite gradients: the caller sees it in the returned norm.
+    Works on any tree, grouped or not, padded or not, and under automatic sharding (the norm is then global); `axes` as
+    in `global_norm`. The 1e-6 is the reference's. A non-finite norm makes non-finite gradients: the caller sees it in
+    the returned norm.
     """
-    norm = global_norm(grads)
+    norm = global_norm(grads, axes)
     if max_norm <= 0:
         return grads, norm
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))

@@ -35,7 +35,7 @@ def loss_sums_fn(config: GPTConfig, mesh: Mesh | None = None):
         return jax.jit(local)
 
     def summed(*args):
-        return jax.tree.map(lambda x: jax.lax.psum(x, sharding.DATA_AXIS), local(*args))
+        return jax.tree.map(lambda x: jax.lax.psum(x, sharding.AXES), local(*args))
 
     whole, rows = sharding.replicated_spec(), sharding.batch_spec(2)
     return jax.jit(
