@@ -1,0 +1,224 @@
+"""Makes a run of a model trained elsewhere, after which chat, serve, eval and training work on it as on our own.
+
+python -m scripts.import_checkpoint PATH     a model_*.pt of the reference, its folder or base directory; a Hugging Face
+                                             folder of model_type nanochat; a folder of scripts.export
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanochat_jax import checkpoint, cli, devices, paths, reference
+from nanochat_jax.cli import flag
+from nanochat_jax.gpt import GPTConfig, Params, num_params
+from nanochat_jax.interchange import (
+    InterchangeError,
+    folders,
+    huggingface,
+    reference_files,
+    tiktoken_pickle,
+    tokenizer_json,
+)
+from nanochat_jax.tokenizer import Tokenizer
+
+STAGES = ("base", "mid", "sft", "rl")
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """Flags of scripts.import_checkpoint."""
+
+    path: Path | None = flag(None, "what to import (or as the first argument, without --path=)")
+    run_name: str = flag("", "name of the new run; default: the model's folder, and its stage")
+    stage: str | None = flag(None, "how far it was trained; default: what its files say", choices=STAGES)
+    step: int | None = flag(None, "which of the folder's steps; default: the last")
+    tokenizer: Path | None = flag(None, "tokenizer.pkl or tokenizer.json; default: the one beside the model")
+    rotary_dtype: str | None = flag(
+        None, "precision of the rotary tables it was trained with", choices=("bfloat16", "float32")
+    )
+
+
+@dataclass
+class Found:
+    """A model that was read: arrays by the file's own names, which `rename` makes of the reference's."""
+
+    kind: str
+    config: GPTConfig
+    arrays: Mapping[str, np.ndarray]
+    tokenizer: Tokenizer
+    stage: str
+    step: int
+    files: list[Path]
+    rename: Callable[[str], str] = str
+    notes: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)  # what the files say of the training
+    settings: dict[str, Any] = field(default_factory=dict)  # our own, where it was ours
+
+
+def read(settings: ImportSettings) -> Found:
+    """Reads the model that the settings name. Raises InterchangeError, FileNotFoundError."""
+    path = settings.path
+    if path is None:
+        raise InterchangeError("say what to import: python -m scripts.import_checkpoint PATH")
+    path = path.expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    if path.is_dir():
+        folders.verify(path)
+        manifest = folders.manifest(path)
+        if manifest.get("target") == "safetensors":
+            return _safetensors(path, manifest)
+        if (path / "config.json").is_file():
+            return _huggingface(path, settings, manifest)
+    found = reference_files.find(path, settings.stage, settings.step)
+    if found is None:
+        raise InterchangeError(
+            f"{path} is neither a model_<step>.pt of the reference, nor a folder with one, nor a Hugging Face folder "
+            "with a config.json"
+        )
+    return _reference(found, settings)
+
+
+def _reference(found: reference_files.Checkpoint, settings: ImportSettings) -> Found:
+    stage = settings.stage or found.stage
+    if stage is None:
+        raise InterchangeError(
+            f"the folder of {found.model} does not tell how far the model was trained: give --stage={'|'.join(STAGES)}"
+        )
+    notes = []
+    meta = huggingface.read_json(found.meta) if found.meta.is_file() else {}
+    if not meta:
+        notes.append(f"there is no {found.meta.name}: its shape is taken from the tensors")
+    arrays = reference_files.read_tensors(found.model)
+    config, assumed = reference_files.read_config(meta, arrays, found.meta)
+    tokenizer_path = settings.tokenizer or reference_files.find_tokenizer(found.model)
+    if tokenizer_path is None:
+        raise InterchangeError(f"there is no tokenizer.pkl near {found.model}: give it with --tokenizer=PATH")
+    tokenizer = read_tokenizer(tokenizer_path)
+    token_bytes = tokenizer_path.with_name("token_bytes.pt")
+    if token_bytes.is_file():
+        reference_files.check_token_bytes(tokenizer, token_bytes)
+    return Found(
+        "reference", config, arrays, tokenizer, stage, found.step, [found.model, tokenizer_path],
+        notes=[*notes, *assumed], meta=meta,
+    )  # fmt: skip
+
+
+def _huggingface(path: Path, settings: ImportSettings, manifest: dict[str, Any]) -> Found:
+    content = huggingface.read_json(path / "config.json")
+    rotary = settings.rotary_dtype or manifest.get("config", {}).get("rotary_dtype")
+    config, notes = huggingface.read_config(content, path / "config.json", rotary)
+    tokenizer = read_tokenizer(settings.tokenizer or path / "tokenizer.json")
+    arrays, files = huggingface.read_tensors(path)
+    stage = settings.stage or manifest.get("stage")
+    if stage is None:
+        chat = (path / "chat_template.jinja").is_file()
+        if (path / "tokenizer_config.json").is_file():
+            chat = chat or "chat_template" in huggingface.read_json(path / "tokenizer_config.json")
+        stage = "sft" if chat else "base"
+        notes.append(
+            f"taken as a {stage} model, as it has {'a' if chat else 'no'} chat template (--stage says otherwise)"
+        )
+    rename, meta = huggingface.hf_name, {k: v for k, v in content.items() if not isinstance(v, dict)}
+    return Found(
+        "hf", config, arrays, tokenizer, stage, manifest.get("step", 0), files, rename, notes, meta,
+        manifest.get("settings", {}),
+    )  # fmt: skip
+
+
+def _safetensors(path: Path, manifest: dict[str, Any]) -> Found:
+    arrays, files = huggingface.read_tensors(path)
+    return Found(
+        "safetensors", checkpoint.config_from_dict(manifest["config"]), arrays,
+        read_tokenizer(path / "tokenizer.json"), manifest["stage"], manifest["step"], files,
+        settings=manifest.get("settings", {}),
+    )  # fmt: skip
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.pkl of the reference, or a tokenizer.json (our own form, or Hugging Face's)."""
+    if not path.is_file():
+        raise InterchangeError(f"there is no tokenizer at {path}: give it with --tokenizer=PATH")
+    if path.suffix == ".json":
+        if "format" in huggingface.read_json(path):
+            return Tokenizer.load(path.parent)
+        return tokenizer_json.read(path)
+    return tiktoken_pickle.read(path)
+
+
+def import_checkpoint(settings: ImportSettings) -> Path:
+    """Reads a model and writes it as a run of its own; prints what was found and assumed. Returns the run's folder.
+
+    Raises InterchangeError for files that are damaged, hostile or of another model, listing every missing, unexpected
+    or wrongly shaped tensor.
+    """
+    found = read(settings)
+    if found.config.vocab_size < found.tokenizer.vocab_size:
+        raise InterchangeError(
+            f"the model has {found.config.vocab_size} tokens, its tokenizer {found.tokenizer.vocab_size}: the "
+            "tokenizer is another model's (give the right one with --tokenizer=PATH)"
+        )
+    assert settings.path is not None
+    name = settings.run_name or _run_name(settings.path, found)
+    with checkpoint.exclusive(checkpoint.run_dir(name)) as folder:
+        if folder.exists() and any(folder.iterdir()):
+            raise InterchangeError(f"there is a run {folder} already: choose another --run_name")
+        params = _params(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        found.tokenizer.save(folder)
+        checkpoint.save(folder, found.step, {"params": params}, _meta(found, settings.path))
+    print(
+        f"run {name}: {found.stage}, step {found.step}, {num_params(found.config):,} parameters, from {found.kind} "
+        f"files; rotary tables {found.config.rotary_dtype}"
+    )
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"talk to it: python -m scripts.chat --run={name}")
+    return folder
+
+
+def _params(found: Found) -> Params:
+    try:
+        return reference.params_from_reference(found.config, found.arrays, found.rename)
+    except ValueError as error:
+        raise InterchangeError(f"{found.files[0]}: {error}") from error
+
+
+def _run_name(path: Path, found: Found) -> str:
+    name = path.resolve().parent.name if path.is_file() else path.resolve().name
+    if found.kind == "reference":
+        name = found.files[0].resolve().parent.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "imported"
+    return name if name.endswith(f"-{found.stage}") else f"{name}-{found.stage}"
+
+
+def _meta(found: Found, path: Path) -> dict[str, Any]:
+    hashes = {file.name: paths.sha256_file(file) for file in found.files}
+    return {
+        "stage": found.stage,
+        "config": checkpoint.config_to_dict(found.config),
+        "tokenizer_hash": found.tokenizer.hash,
+        "identity": {"num_iterations": found.step, "imported": next(iter(hashes.values()))},
+        "settings": found.settings,
+        "imported": {"kind": found.kind, "name": path.name, "files": hashes, "notes": found.notes, "meta": found.meta},
+        "evaluated": True,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 done, 1 error, 2 bad flags."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    settings = cli.parse(ImportSettings, folders.take_path(argv, "path"), __doc__ or "", echo=False)
+    devices.prepare("cpu")
+    try:
+        import_checkpoint(settings)
+    except (ValueError, checkpoint.CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
