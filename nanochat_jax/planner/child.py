@@ -1,0 +1,98 @@
+"""The process that compiles for a card: `python -m nanochat_jax.planner.child`, in the environment of `target`.
+
+Reads a JSON list of cases on stdin and answers each with a line of JSON, as soon as it is done. A process of its own,
+because the flags for a GPU must be set before JAX starts, and because a compiler may end its process.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nanochat_jax import auto_batch, sharding
+from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.optim import OptimHyper, make_optimizer
+from nanochat_jax.planner import cards, hlo, target
+from nanochat_jax.train_step import abstract_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program to compile. program: "step" (training), "evaluation" or "sampling". rows are those of one device;
+    of sampling, slots. T: tokens per row, of sampling the capacity of a slot."""
+
+    program: str
+    gpu: str
+    gpus: int
+    depth: int
+    vocab_size: int
+    T: int
+    rows: int
+    accumulation: int = 1
+    remat: str = "none"
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def config_of(case: Case) -> GPTConfig:
+    """The model as a GPU trains it: bfloat16 matmuls, cuDNN attention."""
+    return GPTConfig.from_depth(
+        case.depth, case.vocab_size, case.T, compute_dtype="bfloat16", attention="cudnn", remat=case.remat
+    )
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Compiles one case and returns its numbers, all of one device: bytes, FLOPs, seconds; JSON-able."""
+    card, config, began = cards.CARDS[case.gpu], config_of(case), time.perf_counter()
+    devices = target.devices(card, case.gpus)
+    mesh = sharding.make_mesh(devices, case.fsdp, case.tensor)
+    facts: dict[str, Any] = {}
+    if case.program == "step":
+        optimizer = make_optimizer(OptimHyper(ns_dtype="bfloat16"), 10_000, config.n_embd)
+        step = make_train_step(config, optimizer, mesh)
+        lowered = auto_batch.lower_step(step, config, optimizer, mesh, case.rows, case.accumulation, case.T)
+        state = abstract_state(config, optimizer, mesh)
+        facts["params_bytes"] = _local_bytes(state.params)
+        facts["optimizer_bytes"] = _local_bytes(state.opt_state)
+    elif case.program == "evaluation":
+        lowered = auto_batch.lower_evaluation(config, mesh, case.rows, case.T)
+    else:
+        lowered = auto_batch.lower_sampling(config, devices[0], case.rows, case.T)
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    counts = hlo.count(compiled.as_text())
+    return {
+        **facts,
+        "bytes": auto_batch.bytes_needed(memory),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "donated_bytes": memory.alias_size_in_bytes,
+        "collectives": [asdict(c) | {"link_bytes": c.link_bytes} for c in counts.collectives],
+        "link_bytes": counts.link_bytes,
+        "flops": counts.flops,
+        "memory_traffic": counts.bytes,
+        "kernel_seconds": counts.kernel_seconds(card.bf16_flops, card.memory_bandwidth),
+        "unknown_loops": counts.unknown_loops,
+        "cudnn_attention": [counts.attention_forward, counts.attention_backward],
+        "compile_seconds": time.perf_counter() - began,
+    }
+
+
+def _local_bytes(tree) -> int:
+    """Bytes of one device's part of a tree of ShapeDtypeStructs with shardings."""
+    import math
+
+    import jax
+
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+
+
+def main() -> None:
+    for given in json.load(sys.stdin):
+        print(json.dumps(compile_case(Case(**given))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
