@@ -199,3 +199,24 @@ def grow_rows(
         )
 
     return GrowingRows(directory, manifest, build, getattr(documents, "stop", lambda: None))
+
+
+def training_rows(
+    documents: Documents, tokenizer: Tokenizer, T: int, rows: int, progress: Progress | None = None
+) -> RowSet:
+    """``rows`` training rows of T+1 tokens, or all there are; from growing documents as soon as the first block is made.
+
+    ``close`` them in the end. Raises as ``build_rows``, and FetchError.
+    """
+    if not getattr(documents, "growing", False):
+        return build_rows(documents, tokenizer, T, max_rows=rows, progress=progress)
+    found = grow_rows(documents, tokenizer, T, max_rows=rows)
+    if isinstance(found, GrowingRows):
+        found.progress = progress
+        try:
+            found.reach(min(rows, found.block or rows))
+        except BaseException:
+            found.close()
+            raise
+        found.progress = None
+    return found

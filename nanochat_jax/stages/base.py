@@ -1,11 +1,13 @@
 """Pretraining: its flags, its rows, its evaluation. The loop is `train.fit`."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax import checkpoint, devices, sharding
 from nanochat_jax.cli import flag
+from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.rows import RowSet, build_rows
 from nanochat_jax.data.sources import TextSource, text_source
@@ -71,7 +73,7 @@ def run(settings: BaseSettings) -> Outcome:
     plan = BasePlan.from_settings(settings, vocab_size=tokenizer.vocab_size, devices=mesh.size)
     config = dataclasses.replace(plan.config, remat=settings.remat)
     print(plan.describe())
-    source = text_source(settings.data, settings.demo, settings.text_column)
+    source = text_source(settings.data, settings.demo, settings.text_column, plan.total_tokens)
     with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}")) as folder:
         return _train(settings, folder, tokenizer, plan, config, source, mesh)
 
@@ -98,20 +100,24 @@ def _train(settings: BaseSettings, folder: Path, tokenizer: Tokenizer, plan: Bas
             config, tokenizer, [tokenizer.encode(text, prepend=tokenizer.bos_id) for text in PROMPTS], 24
         ),
     )
-    return train(recipe, folder, mesh)
+    with contextlib.closing(train_rows):
+        return train(recipe, folder, mesh)
 
 
 _DECIDED = ("target_flops", "target_param_data_ratio", "data", "text_column")
 
 
 def make_rows(source: TextSource, tokenizer: Tokenizer, plan: BasePlan, eval_tokens: int) -> tuple[RowSet, RowSet]:
-    """Training rows for the whole horizon (or all there are: the run then passes over them again) and held-out rows."""
+    """Training rows for the whole horizon (or all there are: the run then passes over them again) and held-out rows.
+
+    Where text is still being fetched, training rows go on being made while they are used (data/growing.py).
+    """
     T = plan.max_seq_len
     needed = plan.num_iterations * (plan.total_batch_size // T)
-    with RowsProgress("training rows", needed) as progress:
-        train = build_rows(source.train, tokenizer, T, split="train", max_rows=needed, progress=progress)
     with RowsProgress("held-out rows", -(-eval_tokens // T)) as progress:
         val = build_rows(source.val, tokenizer, T, split="val", max_tokens=eval_tokens, progress=progress)
+    with RowsProgress("training rows", needed) as progress:
+        train = training_rows(source.train, tokenizer, T, needed, progress)
     epochs = needed / len(train)
     again = f"; the run passes over them {epochs:.1f} times" if epochs > 1 else ""
     print(f"data: {source.description}: {len(train):,} training rows of {T} tokens, {len(val):,} held out{again}")
