@@ -1,0 +1,101 @@
+"""The inference benchmark: what it counts, against slow counts; and one small run of the whole."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from nanochat_jax import bench_inference, gpt
+from nanochat_jax.bench_inference import BenchSettings, Costs, Timing, json_line, main, numbers, summary, upper_median
+
+CONFIGS = [
+    gpt.GPTConfig(sequence_len=512, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64),
+    gpt.GPTConfig(sequence_len=512, vocab_size=300, n_layer=4, n_head=2, n_kv_head=2, n_embd=32, window_pattern="SSL"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_costs_equal_a_slow_count(config):
+    costs = Costs(config, itemsize=2)
+    tree = gpt.abstract(config)
+    kernels = [math.prod(leaf.shape) for name, part in tree.items() if name != "wte" for leaf in jax.tree.leaves(part)]
+    assert costs.linear_params == sum(kernels)
+    assert costs.weight_bytes == 2 * sum(kernels)
+    assert costs.kv_bytes_per_token == 2 * 2 * config.n_layer * config.n_kv_head * config.head_dim
+
+    def pairs(layer, position):  # the keys that the token at `position` looks at, one by one
+        window = config.window(layer)
+        return len([k for k in range(position + 1) if window is None or position - k <= window])
+
+    layers = range(config.n_layer)
+    for context in (1, 100, 129, 400):
+        seen = [pairs(layer, context - 1) for layer in layers]
+        assert costs.kv_read(context) == sum(2 * config.n_kv_head * config.head_dim * 2 * n for n in seen)
+        flops = 2 * sum(kernels) + sum(4 * config.n_embd * n for n in seen)
+        assert costs.decode_flops(context) == flops
+        assert costs.step_bytes(3, context) == costs.weight_bytes + 3 * (costs.kv_read(context) + 2 * config.n_embd)
+    head = config.vocab_size * config.n_embd
+    whole = sum(costs.decode_flops(n + 1) for n in range(300))  # a prompt, token by token, is its tokens' decoding
+    assert costs.prefill_flops(300) == whole - 2 * head * 299  # with the unembedding once
+
+
+def test_summary():
+    timings = [Timing(3.0, [(1.0, 10), (0.5, 10)]), Timing(1.0, [(2.0, 10), (0.5, 10)])]
+    found = summary(timings, rows=4)
+    assert found == {"ttft_sec": 2.0, "tpot_sec": 0.1, "tok_per_sec": 4 * 40 / 4.0, "decode_steps": 20}
+    assert summary([Timing(1.0, [])], rows=1)["tok_per_sec"] == 0.0
+    assert upper_median([1, 2, 3, 4]) == 3
+
+
+def test_json_line_is_json():
+    line = json_line({"a": float("inf"), "b": [1.5, float("nan")], "c": {"d": None}})
+    assert json.loads(line) == {"a": None, "b": [1.5, None], "c": {"d": None}} and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--batch_sizes=1,x"], "--batch_sizes must be whole numbers"),
+        (["--batch_sizes=0"], "--batch_sizes"),
+        (["--prompt_lengths="], "--prompt_lengths"),
+        (["--depth=2", "--run=x"], "give one of them"),
+        (["--decode_tokens=1"], "--decode_tokens"),
+        (["--prompt_tokens=0"], "--prompt_tokens"),
+        (["--repeats=0"], "--repeats"),
+    ],
+)
+def test_bad_flags(argv, words, capsys):
+    assert main(argv) == 2
+    assert words in capsys.readouterr().err
+    assert numbers("1, 2,16", "x") == [1, 2, 16]
+
+
+def test_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert main([]) == 1
+    assert "no trained model" in capsys.readouterr().err
+
+
+def test_a_small_run(monkeypatch, capsys):
+    monkeypatch.setattr(bench_inference, "measure_bandwidth", lambda n: (1e10, "given"))
+    monkeypatch.setattr("nanochat_jax.devices.peak_flops", lambda: (1e11, "given"))
+    settings = BenchSettings(depth=1, vocab_size=300, sequence_len=64, prompt_tokens=500, decode_tokens=8,
+                             batch_sizes="2", prompt_lengths="16,128", repeats=2)  # fmt: skip
+    result = json.loads(json_line(bench_inference.bench(settings)))
+    assert result["source"] == "random d1" and result["prompt_tokens"] == 56, "what the context leaves"
+    assert [(e["batch_size"], e["decode_steps"]) for e in result["sweep"]] == [(2, 6)], "two came with the first call"
+    assert [e["prompt_tokens"] for e in result["prefill"]] == [16], "128 do not fit"
+    costs = Costs(gpt.GPTConfig.from_depth(1, 300, 64), 4)
+    for e in result["sweep"]:
+        assert e["ttft_sec"] > 0 and e["tpot_sec"] > 0 and e["tok_per_sec"] > 0
+        steps = e["tok_per_sec"] / e["batch_size"]
+        assert e["mbu_percent"] == pytest.approx(100 * steps * costs.step_bytes(e["batch_size"], 60) / 1e10)
+        assert e["mfu_percent"] == pytest.approx(100 * e["tok_per_sec"] * costs.decode_flops(60) / 1e11)
+    out = capsys.readouterr().out
+    assert "given" in out and out.count("\n      2 ") == 1
+
+
+def test_measured_bandwidth_is_that_of_memory_or_cache():
+    rate, how = bench_inference.measure_bandwidth(4 << 20)
+    assert 1e8 < rate < 1e14 and "4 MB" in how
