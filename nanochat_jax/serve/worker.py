@@ -243,6 +243,7 @@ class Worker:
                 self._wake.clear()
                 going = True
                 while going and not self._stopping:
+                    going = self.engine.live > 0 or self._pending is not None  # if not: once more, to free the slots
                     self._beat = time.monotonic()
                     events = self.engine.step()
                     if self._pending is not None and self.engine.params is self._pending[0]:
@@ -250,7 +251,6 @@ class Worker:
                         logger.info("now serving %s", self.model.fingerprint)
                     if events:
                         self._on_loop(self._deliver, events, self.model)
-                    going = self.engine.live > 0 or self._pending is not None
         except BaseException as error:
             logger.critical("the decode thread failed; the server can answer no more requests", exc_info=error)
             self.failure = error

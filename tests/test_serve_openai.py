@@ -1,0 +1,409 @@
+"""The official openai client against the server: what its users do, and how their mistakes are told."""
+
+import concurrent.futures
+import json
+
+import httpx
+import openai
+import pytest
+
+from nanochat_jax.answers import chat_prompt
+from nanochat_jax.decode import compiled_programs
+from tests.serve_fixtures import BASE, HI, scripted_engine, serving, tiny_engine
+from tests.tokenizer_fixtures import golden_tokenizer
+
+SPECIAL = golden_tokenizer().encode_special
+SAMPLED = {"model": "tiny", "messages": HI, "max_tokens": 24, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A server of a small random model, warmed up."""
+    engine = tiny_engine()
+    engine.warm_up()
+    with serving(engine) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    with serving(scripted_engine()) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    yield
+    for name in ("tiny", "scripted"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).idle()
+
+
+def ask(running, **changes):
+    return running.openai().chat.completions.create(**{**SAMPLED, **changes})
+
+
+def text_of(stream) -> str:
+    return "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+
+
+def call(expression: str) -> list[int]:
+    tokenizer = golden_tokenizer()
+    return [SPECIAL("<|python_start|>"), *tokenizer.encode_text(expression), SPECIAL("<|python_end|>")]
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def test_01_models(tiny):
+    (model,) = tiny.openai().models.list().data
+    assert model.id == "tiny" and model.object == "model" and model.created == 1_700_000_000
+    assert model.model_extra["step"] == 7 and model.model_extra["context_length"] == 256 and model.model_extra["chat"]
+    assert tiny.openai().models.retrieve("tiny") == model
+
+
+def test_02_answer_and_usage(tiny):
+    answer = ask(tiny, seed=1)
+    prompt = chat_prompt(HI, golden_tokenizer())
+    (expected,), _ = tiny_engine().generate_batch(prompt, max_tokens=24, temperature=1.0, top_k=50, seed=1)
+    assert answer.choices[0].message.content == golden_tokenizer().decode(expected[len(prompt) :])
+    assert answer.object == "chat.completion" and answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "length" and answer.system_fingerprint == "tiny-step-7"
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (len(prompt), 24, len(prompt) + 24)
+
+
+def test_03_stream_equals_answer(tiny):
+    chunks = list(ask(tiny, seed=2, stream=True))
+    assert text_of(chunks) == ask(tiny, seed=2).choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant" and len({c.id for c in chunks}) == 1
+    assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"]
+    assert all(c.usage is None for c in chunks) and len(chunks) > 6
+
+
+def test_04_stream_usage(tiny):
+    chunks = list(ask(tiny, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 24
+    assert all(c.usage is None for c in chunks[:-1])
+
+
+def test_05_seed(tiny):
+    one, same, other = (ask(tiny, seed=s).choices[0].message.content for s in (5, 5, 6))
+    assert one == same != other
+    assert ask(tiny).choices[0].message.content != ask(tiny).choices[0].message.content, "no seed: a new answer"
+
+
+def test_06_n(tiny):
+    three = ask(tiny, n=3, seed=5)
+    assert [c.index for c in three.choices] == [0, 1, 2]
+    texts = [c.message.content for c in three.choices]
+    assert len(set(texts)) == 3 and texts[0] == ask(tiny, seed=5).choices[0].message.content
+    assert three.usage.completion_tokens == 3 * 24 and three.usage.prompt_tokens == ask(tiny).usage.prompt_tokens
+    streamed = ["", "", ""]
+    for chunk in ask(tiny, n=3, seed=5, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_07_more_answers_than_slots(tiny):
+    texts = [c.message.content for c in ask(tiny, n=9, seed=8).choices]
+    assert len(set(texts)) == 9
+
+
+def test_08_temperature_zero(tiny):
+    assert len({ask(tiny, temperature=0, seed=s).choices[0].message.content for s in range(3)}) == 1
+
+
+def test_09_top_p_and_top_k(tiny):
+    greedy = ask(tiny, temperature=0).choices[0].message.content
+    assert ask(tiny, top_p=0.0, seed=3).choices[0].message.content == greedy
+    assert ask(tiny, seed=3, extra_body={"top_k": 1}).choices[0].message.content == greedy
+    assert ask(tiny, seed=3, extra_body={"top_k": 0}).choices[0].message.content != greedy
+
+
+def test_10_max_completion_tokens(tiny):
+    answer = ask(tiny, max_completion_tokens=3, max_tokens=None)
+    assert answer.usage.completion_tokens == 3 and answer.choices[0].finish_reason == "length"
+
+
+def test_11_the_longest_answer_ends_with_the_context(tiny):
+    answer = ask(tiny, max_tokens=100_000, temperature=0)
+    usage = answer.usage
+    assert answer.choices[0].finish_reason == "stop" or usage.total_tokens == 257
+
+
+def test_12_cached_tokens(tiny):
+    conversation = [{"role": "user", "content": "A long beginning that comes back. " * 3}]
+    first = ask(tiny, messages=conversation)
+    again = ask(tiny, messages=conversation)
+    cached = again.usage.prompt_tokens_details.cached_tokens
+    assert 0 < cached < again.usage.prompt_tokens == first.usage.prompt_tokens
+
+
+def test_13_system_message_and_parts(scripted):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]},
+    ]
+    joined = [{"role": "user", "content": "Be brief.\n\nWhat now?"}]
+    scripted.tell([65, SPECIAL("<|assistant_end|>")], joined)
+    answer = ask(scripted, messages=messages)
+    assert answer.choices[0].message.content == "A" and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.prompt_tokens == len(chat_prompt(joined, golden_tokenizer()))
+
+
+@pytest.mark.parametrize("stop", ["STOP", ["zzz", "STOP"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_14_stop_strings(scripted, stop, stream):
+    scripted.tell(list(b"one STO two STOP three four five six seven eight nine ten"))
+    answer = ask(scripted, stop=stop, max_tokens=200, stream=stream)
+    if stream:
+        chunks = list(answer)
+        assert text_of(chunks) == "one STO two " and chunks[-1].choices[0].finish_reason == "stop"
+    else:
+        assert answer.choices[0].message.content == "one STO two " and answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens <= 16 + 4, "the slot was not freed"
+
+
+def test_15_tool_calls_in_the_text(scripted):
+    scripted.tell([*list(b"So "), *call("12+30"), *[0] * 4, *list(b"!"), SPECIAL("<|assistant_end|>")])
+    answer = ask(scripted, max_tokens=100)
+    # the calculator's answer takes the place of what the model would have said there
+    assert answer.choices[0].message.content == "So <12+30=42>!"
+    assert answer.choices[0].message.model_extra["parts"] == [
+        {"type": "text", "text": "So "},
+        {"type": "python", "text": "12+30"},
+        {"type": "python_output", "text": "42"},
+        {"type": "text", "text": "!"},
+    ]
+    chunks = list(ask(scripted, max_tokens=100, stream=True))
+    assert text_of(chunks) == "So <12+30=42>!"
+    tools = [(c.choices[0].delta.model_extra or {}).get("tool") for c in chunks]
+    assert [t for t in tools if t] == [{"call": "12+30"}, {"result": "42"}]
+
+
+def test_16_a_refused_tool_call(scripted):
+    scripted.tell([*call("12+"), *list(b" well"), SPECIAL("<|assistant_end|>")])
+    assert text_of(ask(scripted, max_tokens=100, stream=True)) == "<12+> well"
+
+
+def test_17_an_answer_is_sent_back(scripted):
+    parts = [
+        {"type": "python", "text": "12+30"},
+        {"type": "python_output", "text": "42"},
+        {"type": "text", "text": "!"},
+    ]
+    counts = set()
+    for content in ("<12+30=42>!", parts):
+        history = [*HI, {"role": "assistant", "content": content}, {"role": "user", "content": "And?"}]
+        counts.add(ask(scripted, messages=history, max_tokens=1).usage.prompt_tokens)
+    wrong = [*HI, {"role": "assistant", "content": "<12+30=43>!"}, {"role": "user", "content": "And?"}]
+    assert len(counts) == 1 and ask(scripted, messages=wrong, max_tokens=1).usage.prompt_tokens not in counts
+
+
+def test_18_utf8_one_byte_at_a_time(scripted):
+    text = "naïve 🚀 日本語 👩‍👩‍👧 ok"
+    scripted.tell([*text.encode(), SPECIAL("<|assistant_end|>")])
+    chunks = list(ask(scripted, max_tokens=200, stream=True))
+    assert text_of(chunks) == text and not any("\ufffd" in (c.choices[0].delta.content or "") for c in chunks)
+    assert ask(scripted, max_tokens=200).choices[0].message.content == text
+
+
+def test_19_completions(tiny):
+    client = tiny.openai()
+    settings = dict(model="tiny", max_tokens=12, temperature=0.9, seed=4)
+    tokenizer = golden_tokenizer()
+    one = client.completions.create(prompt="The sea", **settings)
+    ids = [tokenizer.bos_id, *tokenizer.encode_text("The sea")]
+    assert client.completions.create(prompt=ids, **settings).choices[0].text == one.choices[0].text
+    streamed = client.completions.create(prompt="The sea", stream=True, **settings)
+    assert "".join(c.choices[0].text for c in streamed) == one.choices[0].text
+    assert one.object == "text_completion" and one.usage.prompt_tokens == len(ids)
+    assert client.completions.create(model="tiny", prompt="The sea").usage.completion_tokens <= 16, "OpenAI's default"
+
+
+def test_20_several_prompts(tiny):
+    client = tiny.openai()
+    settings = dict(model="tiny", max_tokens=12, seed=4)
+    both = client.completions.create(prompt=["The sea", "A stone"], n=2, **settings)
+    alone = [client.completions.create(prompt=p, n=2, **settings) for p in ("The sea", "A stone")]
+    assert [c.text for c in both.choices] == [c.text for a in alone for c in a.choices]
+    assert [c.index for c in both.choices] == [0, 1, 2, 3]
+    assert both.usage.total_tokens == sum(a.usage.total_tokens for a in alone)
+
+
+def test_21_many_at_once(tiny):
+    before = compiled_programs()
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        alone = [ask(tiny, seed=s).choices[0].message.content for s in range(12)]
+        crowd = list(pool.map(lambda s: text_of(ask(tiny, seed=s, stream=True)), range(12)))
+    assert crowd == alone and compiled_programs() == before, "something was compiled while serving"
+
+
+def test_22_a_stream_can_be_left(tiny):
+    stream = ask(tiny, stream=True, max_tokens=240)
+    next(iter(stream))
+    stream.close()
+    tiny.idle()
+
+
+def test_23_a_timeout_leaves_nothing_behind(tiny):
+    slow = tiny.openai().with_options(timeout=httpx.Timeout(30, read=0.001))
+    for _ in range(3):
+        with pytest.raises(openai.APITimeoutError):
+            slow.chat.completions.create(**{**SAMPLED, "max_tokens": 240, "n": 4})
+    tiny.idle()
+
+
+def test_24_the_async_client(tiny):
+    import asyncio
+
+    async def main():
+        async with openai.AsyncOpenAI(base_url=f"{tiny.url}/v1", api_key="x", max_retries=0) as client:
+            jobs = [client.chat.completions.create(**SAMPLED, seed=s) for s in range(6)]
+            return [a.choices[0].message.content for a in await asyncio.gather(*jobs)]
+
+    assert asyncio.run(main()) == [ask(tiny, seed=s).choices[0].message.content for s in range(6)]
+
+
+# --- long conversations ---------------------------------------------------------------------------
+
+LONG = [{"role": r, "content": "word " * 12} for _ in range(8) for r in ("user", "assistant")] + HI
+
+
+def test_25_a_long_conversation_is_refused_in_tokens(tiny):
+    n = len(chat_prompt(LONG, golden_tokenizer()))
+    assert n > 256
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(tiny, messages=LONG)
+    assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
+    assert str(n) in caught.value.message and "256 tokens" in caught.value.message
+
+
+def test_26_or_shortened_if_asked(tiny):
+    answer = ask(tiny, messages=LONG, extra_body={"truncate_history": True})
+    assert answer.usage.prompt_tokens + 24 <= 257 and answer.usage.completion_tokens > 0
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(tiny, messages=[{"role": "user", "content": "word " * 300}], extra_body={"truncate_history": True})
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_27_a_long_prompt(tiny):
+    for prompt in ("word " * 300, [5] * 257, "x" * 200_000):
+        with pytest.raises(openai.BadRequestError) as caught:
+            tiny.openai().completions.create(model="tiny", prompt=prompt)
+        assert caught.value.code == "context_length_exceeded" and "256 tokens" in caught.value.message
+    full = tiny.openai().completions.create(model="tiny", prompt=[5] * 256, max_tokens=5)
+    assert full.usage.completion_tokens == 1
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_28_unknown_model(tiny):
+    with pytest.raises(openai.NotFoundError) as caught:
+        ask(tiny, model="gpt-4o")
+    assert caught.value.code == "model_not_found" and "'tiny'" in caught.value.message
+    with pytest.raises(openai.NotFoundError):
+        tiny.openai().models.retrieve("gpt-4o")
+
+
+UNSUPPORTED = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "tool_choice": "required",
+    "response_format": {"type": "json_object"},
+    "logprobs": True,
+    "top_logprobs": 3,
+    "logit_bias": {"5": 1},
+    "frequency_penalty": 0.5,
+    "presence_penalty": -1,
+    "modalities": ["audio"],
+    "reasoning_effort": "low",
+    "store": True,
+}
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_29_unsupported_options_are_named(tiny, field):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(tiny, **{field: UNSUPPORTED[field]})
+    assert caught.value.param == field and caught.value.code == "unsupported_parameter"
+    assert field in caught.value.message
+
+
+def test_30_their_neutral_values_are_accepted(tiny):
+    neutral = dict(
+        tools=[], tool_choice="none", response_format={"type": "text"}, logprobs=False, top_logprobs=0, logit_bias={},
+        frequency_penalty=0, presence_penalty=0.0, modalities=["text"], store=False, user="me", n=1, stop=[],
+        service_tier="auto", metadata={"a": "b"}, parallel_tool_calls=True,
+    )  # fmt: skip
+    assert ask(tiny, **neutral).usage.completion_tokens > 0
+    done = tiny.openai().completions.create(
+        model="tiny", prompt="a", echo=False, best_of=1, suffix="", logprobs=None, max_tokens=2
+    )
+    assert done.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "changes,field",
+    [
+        (dict(temperature=2.5), "temperature"),
+        (dict(temperature="hot"), "temperature"),
+        (dict(top_p=1.5), "top_p"),
+        (dict(max_tokens=0), "max_tokens"),
+        (dict(max_tokens=True), "max_tokens"),
+        (dict(n=0), "n"),
+        (dict(n=1000), "n"),
+        (dict(stop=["a"] * 5), "stop"),
+        (dict(stop=""), "stop"),
+        (dict(seed=1.5), "seed"),
+        (dict(messages=[]), "messages"),
+        (dict(messages="hello"), "messages"),
+        (dict(extra_body={"temprature": 1}), "temprature"),
+        (dict(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]), "messages"),
+        (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages"),
+        (dict(messages=[*HI, {"role": "assistant", "content": "x"}]), "messages.1"),
+        (dict(messages=[*HI, *HI]), "messages.1"),
+        (dict(messages=[*HI, {"role": "system", "content": "x"}]), "messages.1"),
+    ],
+)
+def test_31_wrong_values_are_named(tiny, changes, field):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(tiny, **changes)
+    assert caught.value.param == field and caught.value.type == "invalid_request_error"
+    assert field.split(".")[0] in caught.value.message or "message 1" in caught.value.message
+
+
+def test_32_half_a_character_is_no_text(tiny):
+    body = json.dumps({"messages": [{"role": "user", "content": "a\ud83d"}]})
+    answer = tiny.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
+
+
+def test_33_a_base_model_completes_only():
+    with serving(tiny_engine(), BASE) as running:
+        assert running.openai().completions.create(model="tiny", prompt="The", max_tokens=3).choices[0].text
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(running)
+        assert caught.value.code == "model_not_chat" and "/v1/completions" in caught.value.message
+
+
+def test_34_the_queue_is_full(tiny):
+    with serving(tiny_engine(slots=2), queue=2) as running:
+        busy = [ask(running, stream=True, max_tokens=240) for _ in range(4)]
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(running)
+        assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 60
+        assert caught.value.code == "queue_full"
+        for stream in busy:
+            stream.close()
+        running.idle()
+        assert ask(running).usage.completion_tokens == 24
+
+
+def test_35_the_key():
+    with serving(tiny_engine(), key="secret-key") as running:
+        assert running.openai("secret-key").models.list().data
+        with pytest.raises(openai.AuthenticationError) as caught:
+            running.openai("wrong").models.list()
+        assert caught.value.code == "invalid_api_key"
