@@ -74,40 +74,57 @@ def make_train_step(
     ignored. The loss is sum(weights * nll) / sum(weights) over the whole (A, B, T) batch, whatever its split; without
     `normalize` it is sum(weights * nll): advantages, which may add up to nothing, bring their own denominator. The
     gradient is clipped by its global norm after averaging (the reference clips per rank, before). Metrics: loss,
-    grad_norm, weight (sum of the weights), all float32 scalars. ValueError if the model cannot be cut for this mesh.
+    grad_norm, weight (sum of the weights), kept, all float32 scalars. ValueError if the model cannot be cut for this
+    mesh.
+
+    A step whose loss or gradient norm is not finite changes neither parameters nor moments, only the counts; its
+    metric `kept` is 0. With `guarded` the step takes one more argument, the largest (loss, grad_norm) that is kept,
+    float32 (2,); where they are -inf the step is held: not even the counts change, so that it can be done again.
     """
     sharding.check(config, mesh)
     dealer = Dealer(config, mesh)
 
-    def per_device(state: TrainState, inputs, targets, weights):
+    def per_device(state: TrainState, inputs, targets, weights, limits=None):
         weights = target_weights(targets, weights)
         total_weight = jax.lax.psum(weights.sum(), sharding.ROW_AXES)
         denominator = jnp.where((total_weight == 0) | (not normalize), 1.0, total_weight)
         # weights, not the sum afterwards: that would be one more pass over the head's gradient
         loss, grads = _local_gradients(config, mesh, state.params, inputs, targets, weights / denominator)
         grads, grad_norm = clip_by_global_norm(dealer.deal(grads), grad_clip, sharding.AXES)
+        loss = jax.lax.psum(loss, sharding.ROW_AXES)
+        limits = jnp.full((2,), jnp.inf) if limits is None else limits
+        kept = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limits[0]) & (grad_norm <= limits[1])
+        held = limits[0] == -jnp.inf
+
+        def choose(new, old):
+            return jnp.where(~held if jnp.issubdtype(new.dtype, jnp.integer) else kept, new, old)
+
         updates: Any
         updates, opt_state = optimizer.update(grads, state.opt_state, dealer.embeddings(state.params))
+        opt_state = jax.tree.map(choose, opt_state, state.opt_state)
+        # on each device's slice, before they are collected: nothing more to keep in memory
+        updates = jax.tree.map(lambda u: jnp.where(kept, u, 0), updates)
         params = jax.tree.map(jnp.add, state.params, dealer.collect(updates))
-        metrics = {"loss": jax.lax.psum(loss, sharding.ROW_AXES), "grad_norm": grad_norm, "weight": total_weight}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        metrics = {"loss": loss, "grad_norm": grad_norm, "weight": total_weight, "kept": kept.astype(jnp.float32)}
+        return TrainState(params, opt_state, choose(state.step + 1, state.step)), metrics
 
     state, whole, rows = (
         state_specs(config, optimizer, mesh),
         sharding.replicated_spec(),
         sharding.training_batch_spec(),
     )
+    limits = [whole] if guarded else []
     step = jax.shard_map(
         per_device,
         mesh=mesh,
-        in_specs=(state, rows, rows, rows),
+        in_specs=(state, rows, rows, rows, *limits),
         out_specs=(state, whole),
         check_vma=False,  # per device on purpose: with tracking, grad() would reduce in every micro-step
     )
     placed, batch = sharding.named(mesh, state), sharding.named(mesh, rows)
     return jax.jit(
         step,
-        in_shardings=(placed, batch, batch, batch),
+        in_shardings=(placed, batch, batch, batch, *sharding.named(mesh, limits)),
         out_shardings=(placed, sharding.named(mesh, whole)),
         donate_argnums=0,
     )
