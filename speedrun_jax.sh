@@ -3,65 +3,158 @@
 #
 #   bash speedrun_jax.sh                 picks a preset by what it finds
 #   PRESET=demo bash speedrun_jax.sh     a small model of the embedded demo world: no GPU, no network, a quarter of an hour
-#   PRESET=gpu bash speedrun_jax.sh      the real thing: depth 20 on fineweb-edu, for a node of 8 H100s
+#   PRESET=d20 bash speedrun_jax.sh      the real thing: depth 20 on fineweb-edu, for a node of 8 H100s (also PRESET=gpu)
+#   PRESET=d32 bash speedrun_jax.sh      depth 32, more than ten times the work
+#   bash speedrun_jax.sh --plan_only     only prints the commands and, for GPUs, what they need, take and cost
 #
 # Every stage goes on where it stopped, and what is done is not done again: after an interruption, run it once more.
-# Further arguments go to all training stages, for example: PRESET=demo bash speedrun_jax.sh --num_iterations=50
-# MAX_PROBLEMS=100 limits every evaluation. PRICE_PER_HOUR=24 puts dollars on the report.
+# Further arguments go to all training stages, or to one of them: --num_iterations=50, --base.depth=12, --sft.num_epochs=2.
+# WANDB_RUN=name logs to Weights & Biases and names the runs (name-base, name-mid, ...). MAX_PROBLEMS=100 limits every
+# evaluation. PRICE_PER_HOUR=24 puts dollars on the report.
 # Results are kept in $NANOCHAT_BASE_DIR (default ~/.cache/nanochat_jax).
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=dev/setup.sh
 source dev/setup.sh
 
+plan_only=
+arguments=()
+for argument in "$@"; do
+  case $argument in
+    --plan_only | --plan-only) plan_only=yes ;;
+    --plan_only=* | --plan-only=*) die "--plan_only takes no value" ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+
 # "The operating system sees an NVIDIA GPU"; whether JAX can use it is checked, and insisted on, by the training command.
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 if [ -z "${PRESET:-}" ]; then
   if [ "${gpus:-0}" -gt 0 ]; then
-    PRESET=gpu; why="$gpus NVIDIA GPU(s) found"
+    PRESET=d20; why="$gpus NVIDIA GPU(s) found"
   else
     PRESET=demo; why="no NVIDIA GPU found"
   fi
-  echo "Preset: $PRESET ($why; set PRESET=demo or PRESET=gpu to choose)"
+  echo "Preset: $PRESET ($why; set PRESET=demo, d20 or d32 to choose)"
 else
   echo "Preset: $PRESET (as asked)"
 fi
+[ "$PRESET" = gpu ] && PRESET=d20
 
-train() { "$PY" -m scripts.train "$@"; }
-evaluate() { "$PY" -m scripts.eval "$@" ${MAX_PROBLEMS:+--max_problems="$MAX_PROBLEMS" --max_per_task="$MAX_PROBLEMS"}; }
+# show COMMAND...: on one line, quoted where a shell needs it.
+show() {
+  local word
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./=:,+@%-]+$ ]]; then printf ' %s' "$word"; else printf ' %q' "$word"; fi
+  done
+  printf '\n'
+}
 
+# step TITLE COMMAND...: runs a command and says how long it took, or only shows it.
+step() {
+  local title=$1 began=$SECONDS
+  shift
+  if [ "$plan_only" ]; then
+    printf '%s:\n ' "$title"
+    show "$@"
+    return
+  fi
+  printf '\n=== %s\n' "$title"
+  "$@"
+  local took=$((SECONDS - began))
+  printf '=== %s: %d min %02d s\n' "$title" $((took / 60)) $((took % 60))
+}
+
+# train STAGE FLAGS...: with the user's arguments at the end; those named --STAGE.flag go to that stage alone.
+train() {
+  local stage=$1 argument own=()
+  shift
+  for argument in ${arguments[@]+"${arguments[@]}"}; do
+    case $argument in
+      --"$stage".*) own+=("--${argument#--"$stage".}") ;;
+      --base.* | --mid.* | --sft.* | --rl.*) ;;
+      *) own+=("$argument") ;;
+    esac
+  done
+  step "train: $stage" "$PY" -m scripts.train --stage="$stage" "$@" ${WANDB_RUN:+--sinks=wandb} ${own[@]+"${own[@]}"}
+}
+
+evaluate() {
+  local title=$1
+  shift
+  step "evaluate: $title" "$PY" -m scripts.eval "$@" \
+    ${MAX_PROBLEMS:+--max_problems="$MAX_PROBLEMS" --max_per_task="$MAX_PROBLEMS"}
+}
+
+# environment EXTRAS: makes $PY; with --plan_only nothing is installed.
+environment() {
+  if [ "$plan_only" ]; then PY=${VENV:-.venv}/bin/python; else setup_environment "$1"; fi
+}
+
+# gpu_node DEPTH SHARDS TOKENIZER_CHARS: the reference's steps and sizes.
+gpu_node() {
+  local depth=$1 shards=$2 chars=$3
+  environment cuda12
+  if [ "$plan_only" ]; then plan_gpu_node "$depth"; fi
+  # the tokenizer is trained on the first shards while the rest arrive
+  step "download: first shards" "$PY" -m nanochat_jax.data.download -n 8
+  if [ "$plan_only" ]; then
+    step "download: all shards" "$PY" -m nanochat_jax.data.download -n "$shards"
+  else
+    local log download
+    log=$("$PY" -c 'from nanochat_jax.paths import data_dir; print(data_dir() / "download.log")')
+    echo "All $shards shards are being downloaded meanwhile; see $log"
+    "$PY" -m nanochat_jax.data.download -n "$shards" >"$log" 2>&1 &
+    download=$!
+    # shellcheck disable=SC2064  # the process of now
+    trap "kill $download 2>/dev/null || true" EXIT
+  fi
+  step "tokenizer" "$PY" -m scripts.tok_train --max_chars="$chars" --vocab_size=65536
+  step "tokenizer: compression" "$PY" -m scripts.tok_eval
+  if [ -z "$plan_only" ]; then
+    step "download: all shards" wait "$download" || { tail -n 20 "$log"; die "not all shards arrived; run this again to go on"; }
+  fi
+  train base --depth="$depth" --target_param_data_ratio=20 --total_batch_size=524288 --run_name="$run-base"
+  evaluate base --source=base --run_name="$run-base"
+  train mid --source="$run-base" --run_name="$run-mid"
+  evaluate mid --source=mid --run_name="$run-mid"
+  train sft --source="$run-mid" --run_name="$run-sft"
+  evaluate sft --source=sft --run_name="$run-sft"
+  train rl --source="$run-sft" --run_name="$run-rl"
+  evaluate rl --source=rl --run_name="$run-rl" --tasks=GSM8K
+}
+
+# plan_gpu_node DEPTH: what it needs, takes and costs, on the GPUs of this machine or else on 8 H100s.
+plan_gpu_node() {
+  local plan=("$PY" -m scripts.plan --depth="$1" --gpu="${GPU:-h100}" --gpus="$([ "${gpus:-0}" -gt 0 ] && echo "$gpus" || echo 8)")
+  printf 'plan:\n '
+  show "${plan[@]}"
+  echo
+  if [ -x "$PY" ]; then "${plan[@]}"; else echo "(the plan itself needs the project installed: pip install '.[cuda12]')"; fi
+  echo
+}
+
+run=${WANDB_RUN:-$PRESET}
 case $PRESET in
   demo)
-    setup_environment ""
-    run=demo cpu=(--device=cpu)
-    "$PY" -m scripts.tok_train --demo --vocab_size=1024
-    train --stage=base --demo --run_name=$run-base "${cpu[@]}" "$@"
-    train --stage=mid --demo --source=$run-base --run_name=$run-mid "${cpu[@]}" "$@"
-    train --stage=sft --demo --source=$run-mid --run_name=$run-sft "${cpu[@]}" "$@"
-    train --stage=rl --demo --source=$run-sft --run_name=$run-rl "${cpu[@]}" "$@"
+    environment ""
+    cpu=(--device=cpu)
+    step "tokenizer" "$PY" -m scripts.tok_train --demo --vocab_size=1024
+    train base --demo --run_name="$run-base" "${cpu[@]}"
+    train mid --demo --source="$run-base" --run_name="$run-mid" "${cpu[@]}"
+    train sft --demo --source="$run-mid" --run_name="$run-sft" "${cpu[@]}"
+    train rl --demo --source="$run-sft" --run_name="$run-rl" "${cpu[@]}"
     for stage in mid sft rl; do
-      evaluate --source=$stage --run_name=$run-$stage "${cpu[@]}"
+      evaluate $stage --source=$stage --run_name="$run-$stage" "${cpu[@]}"
     done
     ;;
-  gpu)
-    setup_environment cuda12
-    run=d20
-    # depth 20 at 20 tokens per parameter: 11.2 G tokens, about 4.8 characters each, 250 M characters a shard
-    "$PY" -m nanochat_jax.data.download -n 240
-    "$PY" -m scripts.tok_train --max_chars=2000000000 --vocab_size=65536
-    "$PY" -m scripts.tok_eval
-    train --stage=base --depth=20 --run_name=$run-base "$@"
-    evaluate --source=base --run_name=$run-base
-    train --stage=mid --source=$run-base --run_name=$run-mid "$@"
-    evaluate --source=mid --run_name=$run-mid
-    train --stage=sft --source=$run-mid --run_name=$run-sft "$@"
-    evaluate --source=sft --run_name=$run-sft
-    train --stage=rl --source=$run-sft --run_name=$run-rl "$@"
-    evaluate --source=rl --run_name=$run-rl --tasks=GSM8K
-    ;;
-  *) die "PRESET=$PRESET is not known; use demo or gpu" ;;
+  d20) gpu_node 20 240 2000000000 ;;
+  d32) gpu_node 32 800 4000000000 ;;
+  *) die "PRESET=$PRESET is not known; use demo, d20 (or gpu) or d32" ;;
 esac
-"$PY" -m scripts.report --runs=$run-base,$run-mid,$run-sft,$run-rl ${PRICE_PER_HOUR:+--price_per_hour="$PRICE_PER_HOUR"}
+step "report" "$PY" -m scripts.report --runs="$run-base,$run-mid,$run-sft,$run-rl" \
+  ${PRICE_PER_HOUR:+--price_per_hour="$PRICE_PER_HOUR"}
+[ "$plan_only" ] && exit
 
 cat <<END
 

@@ -6,6 +6,7 @@ price is a typical one of a rented card in US dollars an hour, as of 2026: the f
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Card:
         return self.shared_per_core - 1024
 
 
-_HOPPER = dict(
+_HOPPER: dict[str, Any] = dict(
     capability=(9, 0), fpus_per_core=128, l2_bytes=52_428_800, shared_per_core=233_472, threads_per_core=2048
 )
-_A100 = dict(
+_A100: dict[str, Any] = dict(
     capability=(8, 0), cores=108, fpus_per_core=64, l2_bytes=41_943_040, clock_ghz=1.41, shared_per_core=167_936,
     threads_per_core=2048, link="NVLink 3", link_bandwidth=300e9, links=12, bf16_flops=312e12,
 )  # fmt: skip
-_SMALL = dict(
+_SMALL: dict[str, Any] = dict(
     fpus_per_core=128, shared_per_core=102_400, threads_per_core=1536, link="PCIe 4.0 x16", link_bandwidth=32e9
 )
 

@@ -5,10 +5,13 @@ because the flags for a GPU must be set before JAX starts, and because a compile
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import jax
 
 from nanochat_jax import auto_batch, sharding
 from nanochat_jax.gpt import GPTConfig
@@ -60,8 +63,8 @@ def compile_case(case: Case) -> dict[str, Any]:
     else:
         lowered = auto_batch.lower_sampling(config, devices[0], case.rows, case.T)
     compiled = lowered.compile()
-    memory = compiled.memory_analysis()
-    counts = hlo.count(compiled.as_text())
+    memory: Any = compiled.memory_analysis()
+    counts = hlo.count(compiled.as_text() or "")
     return {
         **facts,
         "bytes": auto_batch.bytes_needed(memory),
@@ -81,10 +84,6 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 def _local_bytes(tree) -> int:
     """Bytes of one device's part of a tree of ShapeDtypeStructs with shardings."""
-    import math
-
-    import jax
-
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
 

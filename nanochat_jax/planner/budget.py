@@ -1,0 +1,62 @@
+"""Hours and dollars to a depth, and back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanochat_jax.plan import BasePlan, PlanError
+from nanochat_jax.planner.cards import Card
+from nanochat_jax.planner.roofline import seconds_at
+
+# What comes beside pretraining (tokenizer, evaluations, midtraining, finetuning), beyond a share of its time: for the
+# reference's speedrun, 2.8 h of pretraining within 3.85 h.
+REST_HOURS, REST_SHARE = 0.5, 0.15
+DEEPEST = 64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours of pretraining and of everything; dollars of everything."""
+
+    base_hours: float
+    hours: float
+    dollars: float
+
+
+def cost(plan: BasePlan, card: Card, gpus: int, mfu: float, price: float) -> Cost:
+    """At a share `mfu` of the peak and a price in dollars per GPU and hour."""
+    per_step = seconds_at(mfu, plan.flops_per_token * plan.total_batch_size, gpus, card)
+    base = plan.num_iterations * per_step / 3600
+    hours = base * (1 + REST_SHARE) + REST_HOURS
+    return Cost(base, hours, hours * price * gpus)
+
+
+def propose_depth(
+    plan_of: Callable[[int], BasePlan],
+    cost_of: Callable[[BasePlan], Cost],
+    fits: Callable[[BasePlan], bool],
+    hours: float | None = None,
+    dollars: float | None = None,
+) -> int:
+    """The largest even depth whose whole run stays within the hours or dollars, and fits the card.
+
+    Raises PlanError, naming what the smallest run takes, when there is none.
+    """
+    best = 0
+    for depth in range(2, DEEPEST + 1, 2):
+        try:
+            plan = plan_of(depth)
+        except PlanError:  # a depth so small that its tokens are less than one step
+            continue
+        price = cost_of(plan)
+        if hours is not None and price.hours > hours or dollars is not None and price.dollars > dollars:
+            break
+        if not fits(plan):
+            break
+        best = depth
+    if not best:
+        price = cost_of(plan_of(4))
+        raise PlanError(
+            f"{f'--hours={hours:g}' if hours is not None else f'--dollars={dollars:g}'} is not enough for any model: "
+            f"depth 4 takes {price.hours:.2g} hours and ${price.dollars:.2f}"
+        )
+    return best

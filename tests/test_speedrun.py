@@ -1,0 +1,126 @@
+"""The speedrun script: it parses, and --plan_only shows every command of every preset without running any."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "speedrun_jax.sh"
+
+
+@pytest.fixture
+def speedrun(tmp_path):
+    """Runs the script with --plan_only; its Python is the tests' own, so the plan itself can be made."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+
+    def run(preset, *arguments, **variables):
+        env = {k: v for k, v in os.environ.items() if k not in ("WANDB_RUN", "MAX_PROBLEMS", "PRICE_PER_HOUR", "GPU")}
+        env |= {
+            "PRESET": preset,
+            "VENV": str(tmp_path / "venv"),
+            "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
+            **variables,
+        }
+        return subprocess.run(
+            ["bash", str(SCRIPT), "--plan_only", *arguments], env=env, capture_output=True, text=True, timeout=120
+        )
+
+    return run
+
+
+def commands(output: str) -> list[str]:
+    """What would run, in order: the module and its flags."""
+    return re.findall(r"^  \S+/python -m (.*)$", output, re.MULTILINE)
+
+
+def test_syntax():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_demo_commands(speedrun, tmp_path):
+    done = speedrun("demo")
+    assert done.returncode == 0, done.stderr
+    assert commands(done.stdout) == [
+        "scripts.tok_train --demo --vocab_size=1024",
+        "scripts.train --stage=base --demo --run_name=demo-base --device=cpu",
+        "scripts.train --stage=mid --demo --source=demo-base --run_name=demo-mid --device=cpu",
+        "scripts.train --stage=sft --demo --source=demo-mid --run_name=demo-sft --device=cpu",
+        "scripts.train --stage=rl --demo --source=demo-sft --run_name=demo-rl --device=cpu",
+        "scripts.eval --source=mid --run_name=demo-mid --device=cpu",
+        "scripts.eval --source=sft --run_name=demo-sft --device=cpu",
+        "scripts.eval --source=rl --run_name=demo-rl --device=cpu",
+        "scripts.report --runs=demo-base,demo-mid,demo-sft,demo-rl",
+    ]
+    assert not (tmp_path / "base").exists()  # nothing ran
+
+
+@pytest.mark.parametrize(
+    ("preset", "depth", "shards", "chars"), [("d20", 20, 240, "2000000000"), ("d32", 32, 800, "4000000000")]
+)
+def test_gpu_presets_have_the_references_sizes(speedrun, preset, depth, shards, chars):
+    done = speedrun(preset)
+    assert done.returncode == 0, done.stderr
+    base = f"--depth={depth} --target_param_data_ratio=20 --total_batch_size=524288 --run_name={preset}-base"
+    assert commands(done.stdout) == [
+        f"scripts.plan --depth={depth} --gpu=h100 --gpus=8",
+        "nanochat_jax.data.download -n 8",
+        f"nanochat_jax.data.download -n {shards}",
+        f"scripts.tok_train --max_chars={chars} --vocab_size=65536",
+        "scripts.tok_eval",
+        f"scripts.train --stage=base {base}",
+        f"scripts.eval --source=base --run_name={preset}-base",
+        f"scripts.train --stage=mid --source={preset}-base --run_name={preset}-mid",
+        f"scripts.eval --source=mid --run_name={preset}-mid",
+        f"scripts.train --stage=sft --source={preset}-mid --run_name={preset}-sft",
+        f"scripts.eval --source=sft --run_name={preset}-sft",
+        f"scripts.train --stage=rl --source={preset}-sft --run_name={preset}-rl",
+        f"scripts.eval --source=rl --run_name={preset}-rl --tasks=GSM8K",
+        f"scripts.report --runs={preset}-base,{preset}-mid,{preset}-sft,{preset}-rl",
+    ]
+    assert {20: "560,988,160", 32: "1,879,048,192"}[depth] in done.stdout  # the plan's parameters
+    assert f"{shards} shards" in done.stdout
+
+
+def test_gpu_is_another_name_of_d20(speedrun):
+    assert "--run_name=d20-base" in speedrun("gpu").stdout
+
+
+def test_flags_pass_through(speedrun):
+    done = speedrun(
+        "demo", "--num_iterations=4", "--sft.num_epochs=2", "--rl.slots=8", "--run_name=a b",
+        WANDB_RUN="mine", MAX_PROBLEMS="7", PRICE_PER_HOUR="24",
+    )  # fmt: skip
+    lines = {re.sub(r"^scripts\.", "", c).split(" --run_name")[0]: c for c in commands(done.stdout)}
+    training = [c for c in commands(done.stdout) if c.startswith("scripts.train")]
+    assert len(training) == 4 and all("--num_iterations=4" in c and "--sinks=wandb" in c for c in training)
+    assert all(r"--run_name=a\ b" in c for c in training)
+    assert [("--num_epochs=2" in c, "--slots=8" in c) for c in training] == [
+        (False, False), (False, False), (True, False), (False, True),
+    ]  # fmt: skip
+    assert "--source=mine-sft --run_name=mine-rl" in training[3]
+    evaluations = [c for c in lines.values() if c.startswith("scripts.eval")]
+    assert evaluations and all("--max_problems=7 --max_per_task=7" in c for c in evaluations)
+    assert "--price_per_hour=24" in commands(done.stdout)[-1]
+
+
+def test_unknown_preset(speedrun):
+    done = speedrun("d99")
+    assert done.returncode == 1
+    assert "PRESET=d99 is not known; use demo, d20 (or gpu) or d32" in done.stderr
+
+
+def test_a_step_says_how_long_it_took_and_a_failure_ends_the_run(tmp_path):
+    """The script's own `step`, cut out of it."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    functions = "\n".join(re.search(rf"^{name}\(\) \{{.*?^\}}", text, re.M | re.S)[0] for name in ("show", "step"))  # pyright: ignore[reportOptionalSubscript]
+    run = f"set -euo pipefail\nplan_only=\n{functions}\nstep 'a nap' sleep 1\nstep wrong false\necho not reached"
+    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
+    assert re.search(r"=== a nap: 0 min 0[12] s", done.stdout)
+    assert done.returncode == 1 and "not reached" not in done.stdout
