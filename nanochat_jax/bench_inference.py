@@ -315,6 +315,7 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
         if lengths:
             progress.say(_line("prompt", "TTFT ms", "", "tok/s", "", "MFU %", ""))
             engine = Engine(config, model.params, None, slots=1, capacity=max(lengths))
+            engine.steps_per_call = min(engine.steps_per_call, max(1, decode_tokens // 4))
             meter = Meter(engine, settings)
             for n in lengths:
                 progress(f"prompt of {n}", done / rows_total)

@@ -6,6 +6,7 @@ import math
 import jax
 import pytest
 
+from benchmarks import serve_load
 from nanochat_jax import bench_inference, gpt
 from nanochat_jax.bench_inference import BenchSettings, Costs, Timing, json_line, main, numbers, summary, upper_median
 
@@ -81,11 +82,11 @@ def test_a_small_run(monkeypatch, capsys):
     monkeypatch.setattr(bench_inference, "measure_bandwidth", lambda n: (1e10, "given"))
     monkeypatch.setattr("nanochat_jax.devices.peak_flops", lambda: (1e11, "given"))
     settings = BenchSettings(depth=1, vocab_size=300, sequence_len=64, prompt_tokens=500, decode_tokens=8,
-                             batch_sizes="2", prompt_lengths="16,128", repeats=2)  # fmt: skip
+                             batch_sizes="1", prompt_lengths="64,128", repeats=2)  # fmt: skip
     result = json.loads(json_line(bench_inference.bench(settings)))
     assert result["source"] == "random d1" and result["prompt_tokens"] == 56, "what the context leaves"
-    assert [(e["batch_size"], e["decode_steps"]) for e in result["sweep"]] == [(2, 6)], "two came with the first call"
-    assert [e["prompt_tokens"] for e in result["prefill"]] == [16], "128 do not fit"
+    assert [(e["batch_size"], e["decode_steps"]) for e in result["sweep"]] == [(1, 6)], "two came with the first call"
+    assert [e["prompt_tokens"] for e in result["prefill"]] == [64], "128 do not fit"
     costs = Costs(gpt.GPTConfig.from_depth(1, 300, 64), 4)
     for e in result["sweep"]:
         assert e["ttft_sec"] > 0 and e["tpot_sec"] > 0 and e["tok_per_sec"] > 0
@@ -93,9 +94,57 @@ def test_a_small_run(monkeypatch, capsys):
         assert e["mbu_percent"] == pytest.approx(100 * steps * costs.step_bytes(e["batch_size"], 60) / 1e10)
         assert e["mfu_percent"] == pytest.approx(100 * e["tok_per_sec"] * costs.decode_flops(60) / 1e11)
     out = capsys.readouterr().out
-    assert "given" in out and out.count("\n      2 ") == 1
+    assert "given" in out and out.count("\n      1 ") == 1
 
 
 def test_measured_bandwidth_is_that_of_memory_or_cache():
     rate, how = bench_inference.measure_bandwidth(4 << 20)
     assert 1e8 < rate < 1e14 and "4 MB" in how
+
+
+# --- benchmarks/serve_load.py -----------------------------------------------------------------------------------------
+
+
+def test_percentile_is_the_nearest_rank():
+    values = list(range(1, 101))
+    assert [serve_load.percentile(values[::-1], q) for q in (0, 1, 50, 99, 100)] == [1, 1, 50, 99, 100]
+    assert serve_load.percentile([3.0], 99) == 3.0 and serve_load.percentile([1, 2], 99) == 2
+
+
+def test_slope():
+    assert serve_load.slope([0, 1, 2, 3], [5, 7, 9, 11]) == pytest.approx(2)
+    assert serve_load.slope([1], [5]) == 0.0 and serve_load.slope([], []) == 0.0
+
+
+def test_metrics_are_read():
+    text = '# HELP x_y a\n# TYPE x_y gauge\nx_y 3.0\nx_y_total 5\nz{a="b"} 1e3\n'
+    assert serve_load.metric(text, "x_y") == 3.0 and serve_load.metric(text, "z") == 1000.0
+    with pytest.raises(ValueError, match="no metric y"):
+        serve_load.metric(text, "y")
+
+
+def test_events_are_read():
+    lines = ["", ": comment", 'data: {"a": 1}', "event: x", "data: [DONE]"]
+    assert list(serve_load.events(lines)) == [{"a": 1}]
+
+
+def test_load_figures_and_verdicts():
+    streams = [serve_load.Stream(0.1 * i, 2.0, 20, "length") for i in range(1, 4)]
+    streams.append(serve_load.Stream(0.4, 3.0, 10, "stop"))
+    figures = serve_load.load_figures(streams, wall=3.5)
+    assert figures["tok_per_sec"] == 70 / 3.5 and figures["slowest_to_median"] == pytest.approx(3)
+    assert figures["first_max_sec"] == 0.4 and figures["tokens_min"] == 10
+    result = {"throughput_ratio": 4.0, "many_slowest_to_median": 2.1, "health_p99_ms": 3.0, "http_to_bare": 0.8}
+    said = serve_load.verdicts({**result, "cancel": {"busy": 0.0, "queued": 1.0, "rss_bytes_per_request": 3.2}})
+    assert [line.split()[-1] for line in said[:6]] == ["reached", "MISSED", "reached", "MISSED", "reached", "MISSED"]
+
+
+def test_a_run_of_random_weights_can_be_loaded(tmp_path, monkeypatch):
+    from nanochat_jax.checkpoint import load_model
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    settings = serve_load.Settings(depth=1, vocab_size=600, sequence_len=32)
+    name = serve_load.random_run(tmp_path, settings)
+    config, _, tokenizer, meta = load_model()
+    assert (meta["run"], meta["stage"], config.vocab_size, tokenizer.vocab_size) == (name, "base", 600, 600)
+    assert tokenizer.decode(tokenizer.encode_text("Once upon a time 7")) == "Once upon a time 7"

@@ -1,0 +1,431 @@
+"""The server under load: python -m benchmarks.serve_load [--run=NAME | --depth=12]
+
+Starts `python -m scripts.serve` in a process of its own and talks to it over HTTP as its users do, with a trained run
+(default: the newest) or random weights. Figures, each with its target:
+
+* tokens per second of all streams together, one stream against many (at least 4 times as much with 32);
+* the slowest stream's time against the median's (at most 2);
+* how long /health takes meanwhile, 99th percentile (under 100 ms);
+* a single stream over HTTP against the same engine stepped in this process, in turn (within 15 %);
+* requests cancelled at random: slots and queue empty afterwards, and how the server's memory grows.
+
+Streams are completions of `--tokens` tokens; where a trained model ends earlier, times are compared per token. Needs
+httpx (`pip install '.[dev]'`). The last line of the output is one JSON object.
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from nanochat_jax import cli, paths
+from nanochat_jax.cli import flag
+
+PROMPTS = ("Once upon a time", "The sky is", "In the morning the", "A good friend", "Water flows", "There was a town")
+
+
+@dataclass(frozen=True)
+class Settings:
+    run: str | None = flag(None, "the run to serve; default: the newest")
+    depth: int | None = flag(None, "serve random weights of this depth instead")
+    vocab_size: int = flag(65536, "their vocabulary")
+    sequence_len: int = flag(512, "their context")
+    streams: int = flag(32, "concurrent streams")
+    slots: int | None = flag(None, "the server's slots; default: as many as streams")
+    tokens: int = flag(128, "tokens per stream")
+    rounds: int = flag(3, "how often the streams run; the median counts")
+    cancels: int = flag(1000, "requests to cancel at random, 0 = leave that out")
+    seed: int = flag(0, "of the cancellations")
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The value that q percent of `values` do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Least squares: how much y grows with x."""
+    return statistics.linear_regression(xs, ys).slope if len(set(xs)) > 1 else 0.0
+
+
+def metric(text: str, name: str) -> float:
+    """A number in Prometheus' text format. Raises ValueError where there is none of that name."""
+    found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"no metric {name}")
+    return float(found.group(1))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream as its reader saw it: seconds to the first text and to the end, tokens, and why it ended."""
+
+    first: float
+    seconds: float
+    tokens: int
+    reason: str | None
+
+    @property
+    def per_token(self) -> float:
+        return self.seconds / max(self.tokens, 1)
+
+
+def events(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of server-sent events, without the closing [DONE]."""
+    for line in lines:
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line[6:])
+
+
+def load_figures(streams: Sequence[Stream], wall: float) -> dict[str, float]:
+    """Throughput and fairness of streams that ran together for `wall` seconds."""
+    per_token = [s.per_token for s in streams]
+    return {
+        "tok_per_sec": sum(s.tokens for s in streams) / wall,
+        "first_median_sec": statistics.median(s.first for s in streams),
+        "first_max_sec": max(s.first for s in streams),
+        "slowest_to_median": max(per_token) / statistics.median(per_token),
+        "tokens_min": min(s.tokens for s in streams),
+    }
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+def random_run(folder: Path, s: Settings) -> str:
+    """A run of random weights in the base directory `folder`; returns its name."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nanochat_jax import checkpoint
+    from nanochat_jax.gpt import GPTConfig, abstract
+    from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+    n = s.vocab_size - len(SPECIAL_TOKENS)
+    ranks = [bytes([i]) for i in range(256)] + [b"%x" % i for i in range(16, 16 + n - 256)]  # any distinct bytes do
+    tokenizer = Tokenizer(ranks, {name: n + i for i, name in enumerate(SPECIAL_TOKENS)})
+    config = GPTConfig.from_depth(s.depth or 1, s.vocab_size, s.sequence_len)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[0] ** -0.5))
+
+    run = folder / "runs" / f"random-d{s.depth}"
+    run.mkdir(parents=True)
+    tokenizer.save(run)
+    meta = {"config": checkpoint.config_to_dict(config), "stage": "base", "tokenizer_hash": tokenizer.hash}
+    checkpoint.save(run, 0, {"params": jax.tree.map(draw, abstract(config))}, meta)
+    return run.name
+
+
+class Server:
+    """The real server in a process of its own; a context manager."""
+
+    def __init__(self, run: str | None, slots: int, device: str):
+        command = [sys.executable, "-m", "scripts.serve", "--port=0", f"--slots={slots}", "--queue=1000"]
+        command += [f"--device={device}", *([f"--run={run}"] if run else [])]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | _UNBUFFERED)
+        self.address = ""
+
+    def __enter__(self) -> "Server":
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            print(f"  server: {line}", end="", flush=True)
+            if found := re.search(r"ready at (http://\S+)", line):
+                self.address = found.group(1)
+                threading.Thread(target=self.process.stdout.read, daemon=True).start()  # its pipe must not fill up
+                return self
+        raise RuntimeError(f"the server ended with status {self.process.wait()} before it was ready")
+
+    def __exit__(self, *exc) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise RuntimeError("the server did not stop within 30 s of SIGTERM") from None
+
+    def rss(self) -> int | None:
+        """Bytes of memory it holds; None where the system does not say."""
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+        return None
+
+
+_UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
+
+
+class HealthWatch:
+    """Asks /health again and again from a thread of its own; `times` in seconds."""
+
+    def __init__(self, address: str, every: float = 0.02):
+        self.times: list[float] = []
+        self._address, self._every, self._stop = address, every, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=30) as client:
+            while not self._stop.is_set():
+                began = time.perf_counter()
+                client.get(self._address + "/health").raise_for_status()
+                self.times.append(time.perf_counter() - began)
+                time.sleep(self._every)
+
+    def __enter__(self) -> "HealthWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+# --- the clients ------------------------------------------------------------------------------------------------------
+
+
+def body(number: int, tokens: int) -> dict[str, Any]:
+    """A request; each number's is another."""
+    return {
+        "prompt": f"{PROMPTS[number % len(PROMPTS)]} {number}",
+        "max_tokens": tokens,
+        "temperature": 1.0,
+        "seed": number,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def stream(client: httpx.AsyncClient, number: int, tokens: int) -> Stream:
+    """Runs one stream to its end."""
+    began = time.perf_counter()
+    first, usage, reason = None, None, None
+    async with client.stream("POST", "/v1/completions", json=body(number, tokens)) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"status {response.status_code}: {(await response.aread())[:300]!r}")
+        async for line in response.aiter_lines():
+            for event in events([line]):
+                first = first or time.perf_counter()
+                usage = event.get("usage") or usage
+                if event.get("choices"):
+                    reason = event["choices"][0].get("finish_reason") or reason
+    ended = time.perf_counter()
+    if usage is None:
+        raise RuntimeError("a stream ended without its usage")
+    return Stream((first or ended) - began, ended - began, usage["completion_tokens"], reason)
+
+
+async def together(address: str, n: int, tokens: int, numbers: Iterator[int]) -> tuple[list[Stream], float]:
+    """n streams at once; (each of them, seconds until the last had ended)."""
+    limits = httpx.Limits(max_connections=n + 1)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+        began = time.perf_counter()
+        streams = await asyncio.gather(*(stream(client, next(numbers), tokens) for _ in range(n)))
+        return streams, time.perf_counter() - began
+
+
+async def cancel_many(address: str, count: int, at_once: int, tokens: int, seed: int, tick: Callable[[int], None]):
+    """`count` requests, most of them dropped after a random time: while queued, while prefilling, while streaming."""
+    rng = random.Random(seed)
+    patience = [rng.uniform(0.0, 1.0) ** 2 for _ in range(count)]
+    left, done = iter(enumerate(patience)), 0
+    ended = {"cancelled": 0, "finished": 0}
+
+    async def client_loop(client: httpx.AsyncClient) -> None:
+        nonlocal done
+        for number, seconds in left:
+            try:
+                await asyncio.wait_for(stream(client, number, tokens), seconds)
+                ended["finished"] += 1
+            except TimeoutError:
+                ended["cancelled"] += 1
+            done += 1
+            tick(done)
+
+    limits = httpx.Limits(max_connections=at_once + 1)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+        await asyncio.gather(*(client_loop(client) for _ in range(at_once)))
+    return ended
+
+
+async def settled(address: str, within: float = 10.0) -> dict[str, float]:
+    """Slots busy and requests queued, once both are zero or after `within` seconds."""
+    deadline = time.monotonic() + within
+    async with httpx.AsyncClient(base_url=address, timeout=30) as client:
+        while True:
+            text = (await client.get("/metrics")).text
+            found = {"busy": metric(text, "nanochat_slots_busy"), "queued": metric(text, "nanochat_queue_length")}
+            if not any(found.values()) or time.monotonic() > deadline:
+                return found
+            await asyncio.sleep(0.05)
+
+
+class Bare:
+    """The same model and slots in this process: what a single stream costs without a server."""
+
+    def __init__(self, run: str | None, slots: int):
+        from nanochat_jax.checkpoint import load_model
+        from nanochat_jax.engine import Engine
+
+        config, params, self.tokenizer, _ = load_model(run)
+        self.engine = Engine(config, params, self.tokenizer, slots=slots)
+
+    def stream(self, number: int, tokens: int) -> Stream:
+        """What `stream` asks of the server, of the engine itself."""
+        asked = body(number, tokens)
+        prompt = [self.tokenizer.bos_id, *self.tokenizer.encode_text(asked["prompt"])]
+        began = time.perf_counter()
+        request = self.engine.submit(prompt, tokens, asked["temperature"], 50, asked["seed"])
+        first = None
+        while request.finished is None:
+            self.engine.step()
+            first = first or (time.perf_counter() if request.tokens else None)
+        ended = time.perf_counter()
+        return Stream((first or ended) - began, ended - began, len(request.tokens), request.finished)
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def measure(s: Settings, run: str | None) -> dict[str, Any]:
+    """Everything, said as it goes."""
+    slots = s.slots or s.streams
+    numbers = iter(range(1 << 30))
+    result: dict[str, Any] = {"run": run or "newest", "slots": slots, "streams": s.streams, "tokens": s.tokens}
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    def go(work: Awaitable) -> Any:
+        return asyncio.run(work)  # type: ignore[arg-type]
+
+    with Server(run, slots, s.device) as server:
+        go(together(server.address, s.streams, 16, numbers))  # connections, caches, everything once
+        alone, crowd, health = [], [], []
+        for n in range(s.rounds):
+            singles: list[Stream] = []
+            for _ in range(4):  # their lengths differ where the model ends by itself
+                singles += go(together(server.address, 1, s.tokens, numbers))[0]
+            alone.append(load_figures(singles, sum(one.seconds for one in singles))["tok_per_sec"])
+            with HealthWatch(server.address) as watch:
+                many, wall = go(together(server.address, s.streams, s.tokens, numbers))
+            crowd.append(figures := load_figures(many, wall))
+            health += watch.times
+            say(
+                f"round {n + 1}/{s.rounds}: one stream {alone[-1]:,.0f} tok/s, {s.streams} streams "
+                f"{figures['tok_per_sec']:,.0f} tok/s, slowest/median {figures['slowest_to_median']:.2f}"
+            )
+        result["one_tok_per_sec"] = statistics.median(alone)
+        for key in crowd[0]:
+            result[f"many_{key}"] = statistics.median(figures[key] for figures in crowd)
+        result["throughput_ratio"] = result["many_tok_per_sec"] / result["one_tok_per_sec"]
+        result["health_p99_ms"] = 1e3 * percentile(health, 99)
+        result["health_requests"] = len(health)
+
+        say("single stream against the bare engine, in turn ...")
+        pairs = {slots: Bare(run, slots), 1: Bare(run, 1)}
+        for bare in pairs.values():
+            bare.stream(next(numbers), s.tokens)  # compiles
+        http, rates = [], {n: [] for n in pairs}
+        for _ in range(max(3, s.rounds)):
+            number = next(numbers)
+            (one,), _ = go(together(server.address, 1, s.tokens, iter([number])))
+            http.append(one.tokens / one.seconds)
+            for n, bare in pairs.items():
+                same = bare.stream(number, s.tokens)
+                rates[n].append(same.tokens / same.seconds)
+        result["single_http_tok_per_sec"] = statistics.median(http)
+        result["single_bare_tok_per_sec"] = statistics.median(rates[slots])
+        result["single_bare_one_slot_tok_per_sec"] = statistics.median(rates[1])
+        ratios = [a / b for a, b in zip(http, rates[slots], strict=True)]
+        result["http_to_bare"] = statistics.median(ratios)
+        del pairs
+
+        if s.cancels:
+            say(f"{s.cancels} requests, cancelled at random ...")
+            memory: list[tuple[int, int]] = []
+
+            def tick(done: int) -> None:
+                rss = server.rss()
+                if done % max(1, s.cancels // 50) == 0 and rss is not None:
+                    memory.append((done, rss))
+                if done % max(1, s.cancels // 5) == 0:
+                    say(f"  {done}/{s.cancels}" + ("" if rss is None else f", server holds {rss / 1e6:,.0f} MB"))
+
+            with HealthWatch(server.address) as watch:
+                work = cancel_many(server.address, s.cancels, 2 * slots, s.tokens, s.seed, tick)
+                result["cancel"] = go(work)
+            result["cancel"] |= go(settled(server.address))
+            result["cancel"]["health_p99_ms"] = 1e3 * percentile(watch.times, 99)
+            later = memory[len(memory) // 2 :]  # the first half fills caches
+            result["cancel"]["rss_bytes_per_request"] = slope([n for n, _ in later], [m for _, m in later])
+            (after,), _ = go(together(server.address, 1, s.tokens, numbers))
+            result["cancel"]["answers_afterwards"] = after.tokens > 0
+    return result
+
+
+def verdicts(r: dict[str, Any]) -> list[str]:
+    """Each target, the figure and whether it is reached."""
+    found = [
+        ("throughput, many/one", r["throughput_ratio"], 4.0, "at least"),
+        ("slowest/median stream", r["many_slowest_to_median"], 2.0, "at most"),
+        ("/health p99, ms", r["health_p99_ms"], 100.0, "at most"),
+        ("single stream, HTTP/bare", r["http_to_bare"], 0.85, "at least"),
+    ]
+    if "cancel" in r:
+        found += [("slots busy afterwards", r["cancel"]["busy"], 0.0, "at most")]
+        found += [("queued afterwards", r["cancel"]["queued"], 0.0, "at most")]
+    lines = []
+    for name, value, target, sense in found:
+        reached = value >= target if sense == "at least" else value <= target
+        lines.append(f"{name:<26} {value:>9.2f}   {sense} {target:g}: {'reached' if reached else 'MISSED'}")
+    if "cancel" in r:
+        lines.append(f"{'memory per request, bytes':<26} {r['cancel']['rss_bytes_per_request']:>9,.0f}")
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    s = cli.parse(Settings, argv, __doc__ or "", echo=False)
+    if s.run and s.depth:
+        print("error: --depth serves random weights, --run a trained model: give one of them", file=sys.stderr)
+        return 2
+    with contextlib.ExitStack() as stack:
+        run = s.run
+        if s.depth:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            cache = str(paths.base_dir() / "compile_cache")
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+            os.environ[paths.BASE_DIR_VARIABLE] = str(folder)
+            run = random_run(folder, s)
+        from nanochat_jax import devices
+
+        devices.prepare(s.device)
+        result = measure(s, run)
+    print("\n".join(verdicts(result)))
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
