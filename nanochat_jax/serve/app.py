@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from nanochat_jax.serve import legacy, metrics, openai, page, schemas
 from nanochat_jax.serve.errors import ApiError
-from nanochat_jax.serve.security import Guard
+from nanochat_jax.serve.security import TOO_LARGE, Guard
 from nanochat_jax.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -82,11 +82,12 @@ def create_app(service: Service, api_key: str | None = None, allow_origin: str |
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        if request.url.path in _LEGACY:
+        if request.url.path in _LEGACY and error.status_code != 413:
             return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
         message = {404: "there is nothing at this address", 405: "this address does not take this method"}
         text = message.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, text, headers=error.headers or {}).response()
+        code = TOO_LARGE if error.status_code == 413 else None
+        return ApiError(error.status_code, text, code=code, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -184,6 +184,8 @@ def make_server(app, worker):
         app,
         log_level="warning",
         access_log=False,
+        http="h11",  # whatever else is installed: this one has a limit on headers
+        ws="none",
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=int(GRACE_S) + 3,

@@ -12,11 +12,13 @@ import ipaddress
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat_jax.serve.errors import ApiError
 
 MAX_BODY = 1 << 20  # bytes
+TOO_LARGE = "body_too_large"
 OPEN_PATHS = ("/", "/health")  # need no key: neither says anything about anybody
 
 
@@ -72,6 +74,9 @@ class Guard:
             if started:
                 raise
             await error.response()(scope, receive, respond)
+        except Exception:
+            status = 500  # what the layer above answers
+            raise
         finally:
             route = scope.get("route")
             self._count(getattr(route, "path", "other"), status or 499)
@@ -116,12 +121,12 @@ async def _preflight(send: Send) -> None:
 
 
 def _limited(headers: Headers, receive: Receive) -> Receive:
-    """`receive`, refusing a body longer than MAX_BODY. Raises ApiError (413)."""
+    """`receive`, refusing a body longer than MAX_BODY: ApiError if it says so, HTTPException (413) if it does not."""
     message = f"the request's body is longer than {MAX_BODY:,} bytes"
-    error = ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+    closing = {"Connection": "close"}
     declared = headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > MAX_BODY:
-        raise error
+        raise ApiError(413, message, code=TOO_LARGE, headers=closing)
     total = 0
 
     async def limited() -> Message:
@@ -129,8 +134,8 @@ def _limited(headers: Headers, receive: Receive) -> Receive:
         received = await receive()
         if received["type"] == "http.request":
             total += len(received.get("body", b""))
-            if total > MAX_BODY:
-                raise error
+            if total > MAX_BODY:  # the application is reading: it lets only this kind of exception pass
+                raise HTTPException(413, message, closing)
         return received
 
     return limited

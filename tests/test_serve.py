@@ -1,0 +1,325 @@
+"""The server beside OpenAI's API: health, the reference's events, metrics, the page, failures, swaps, shutdown."""
+
+import dataclasses
+import itertools
+import json
+import re
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from nanochat_jax.serve import page
+from nanochat_jax.serve.main import make_server
+from nanochat_jax.serve.service import Answer
+from nanochat_jax.serve.worker import Update
+from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.serve_fixtures import BASE, CHAT, HI, Chain, scripted_engine, serving, tiny_engine
+from tests.tokenizer_fixtures import golden_tokenizer
+
+SPECIAL = golden_tokenizer().encode_special
+END = SPECIAL("<|assistant_end|>")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with serving(tiny_engine()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    with serving(scripted_engine()) as running:
+        yield running
+
+
+def events(response: httpx.Response) -> list[dict]:
+    lines = response.text.split("\n\n")
+    assert lines[-1] == "" and all(line.startswith("data: ") for line in lines[:-1])
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line != "data: [DONE]"]
+
+
+# --- the reference's endpoints --------------------------------------------------------------------
+
+
+def test_health_and_stats(tiny):
+    health = tiny.http.get("/health").json()
+    assert {k: health[k] for k in ("status", "ready", "num_gpus", "available_workers")} == {
+        "status": "ok", "ready": True, "num_gpus": 1, "available_workers": 4,
+    }  # fmt: skip
+    assert tiny.http.get("/stats").json() == {
+        "total_workers": 4,
+        "available_workers": 4,
+        "busy_workers": 0,
+        "workers": [{"gpu_id": 0, "device": "cpu"}] * 4,
+    }
+    stream = tiny.openai().chat.completions.create(
+        model="tiny", messages=HI, stream=True, max_tokens=240, n=6, temperature=1.0
+    )
+    tiny.until(lambda: tiny.http.get("/health").json()["waiting"] == 2)
+    assert tiny.http.get("/health").json()["running"] == 4 and tiny.http.get("/stats").json()["busy_workers"] == 4
+    stream.close()
+    tiny.idle()
+
+
+def test_the_references_event_stream(scripted):
+    text = "naïve 🚀 data: x"
+    scripted.tell([*text.encode(), END])
+    answer = scripted.post("/chat/completions", messages=HI, temperature=0.5, top_k=10, max_tokens=100)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *tokens, last = events(answer)
+    assert last == {"done": True} and "".join(e["token"] for e in tokens) == text
+    assert all(e["gpu"] == 0 for e in tokens) and "🚀" in answer.text, "not escaped"
+
+
+@pytest.mark.parametrize(
+    "body,detail",
+    [
+        (dict(messages=[]), "At least one message is required"),
+        (dict(messages=HI * 501), "Too many messages. Maximum 500 messages allowed per request"),
+        (dict(messages=[*HI, {"role": "assistant", "content": ""}]), "Message 1 has empty content"),
+        (
+            dict(messages=[{"role": "user", "content": "x" * 8001}]),
+            "Message 0 is too long. Maximum 8000 characters allowed per message",
+        ),
+        (
+            dict(messages=[{"role": "user", "content": "x" * 8000}] * 5),
+            "Total conversation is too long. Maximum 32000 characters allowed",
+        ),
+        (
+            dict(messages=[{"role": "system", "content": "x"}]),
+            "Message 0 has invalid role. Must be 'user', 'assistant', or 'system'",
+        ),
+        (dict(messages=HI, temperature=2.1), "Temperature must be between 0.0 and 2.0"),
+        (dict(messages=HI, top_k=0), "top_k must be between 1 and 200"),
+        (dict(messages=HI, max_tokens=4097), "max_tokens must be between 1 and 4096"),
+    ],
+)
+def test_the_references_complaints(tiny, body, detail):
+    answer = tiny.post("/chat/completions", **body)
+    assert answer.status_code == 400 and answer.json() == {"detail": detail}
+
+
+def test_its_clients_other_mistakes(tiny):
+    answer = tiny.post("/chat/completions", messages=[{"role": "user"}])
+    assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "messages", 0, "content"]
+    answer = tiny.post("/chat/completions", messages=[{"role": "user", "content": "word " * 300}])
+    assert answer.status_code == 400 and "256 tokens" in answer.json()["detail"]
+    assert tiny.http.get("/chat/completions").json() == {"detail": "Method Not Allowed"}
+    with serving(tiny_engine(), BASE) as base:
+        assert "base model" in base.post("/chat/completions", messages=HI).json()["detail"]
+
+
+# --- the rest of the surface ----------------------------------------------------------------------
+
+
+def test_metrics(tiny):
+    def value(name):
+        text = tiny.http.get("/metrics").text
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.M)[1])  # type: ignore[index]
+
+    tiny.post("/v1/completions", prompt="a", max_tokens=2, temperature=0)
+    names = ["nanochat_generated_tokens_total", "nanochat_time_to_first_token_seconds_count"]
+    names += ["nanochat_time_per_token_seconds_count", "nanochat_prompt_tokens_total"]
+    names += ['nanochat_requests_total{code="200",path="/v1/completions"}']
+    before = [value(name) for name in names]
+    usage = tiny.post("/v1/completions", prompt="abc", max_tokens=9, temperature=0).json()["usage"]
+    tiny.post("/nowhere/secret-path")
+    gained = [value(name) - old for name, old in zip(names, before, strict=True)]
+    assert gained == [9, 1, 9 - 4, usage["prompt_tokens"], 1]
+    assert value("nanochat_slots") == 4 and value("nanochat_queue_length") == 0 and value("nanochat_healthy") == 1
+    text = tiny.http.get("/metrics").text
+    assert "secret-path" not in text and 'path="other"' in text
+
+
+def test_the_page_may_run_its_own_script_only(tiny):
+    answer = tiny.http.get("/")
+    policy = answer.headers["content-security-policy"]
+    assert answer.headers["content-type"] == "text/html; charset=utf-8" and answer.content == page.load()[0]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert policy.count("'sha256-") == len(re.findall(r"<(?:script|style)\b", answer.text)) > 0
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_unknown_addresses_and_methods(tiny):
+    for answer, status in ((tiny.http.get("/v2"), 404), (tiny.http.get("/v1/completions"), 405)):
+        assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+    assert tiny.http.get("/docs").status_code == 404 and tiny.http.get("/openapi.json").status_code == 200
+
+
+def test_prompts_are_logged_only_if_asked(caplog):
+    caplog.set_level("DEBUG", logger="nanochat_jax")
+    for asked in (False, True):
+        with serving(scripted_engine(), log_prompts=asked) as running:
+            running.tell([*b"an answer", END])
+            running.post("/v1/chat/completions", messages=HI)
+        assert ("Hello" in caplog.text) == ("an answer" in caplog.text) == asked
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def test_every_split_of_characters_over_tokens():
+    """A tokenizer that has every part of this text as a token, and the text in each of its 512 spellings."""
+    data = "é日🚀!".encode()
+    parts = {data[i:j] for i in range(len(data)) for j in range(i + 2, len(data) + 1)}
+    ranks = [bytes([i]) for i in range(256)] + sorted(parts)
+    tokenizer = Tokenizer(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+    ids = {token: i for i, token in enumerate(ranks)}
+    spellings = []
+    for cuts in itertools.product([False, True], repeat=len(data) - 1):
+        at = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(data)]
+        spellings.append([ids[data[i:j]] for i, j in itertools.pairwise(at)])
+    assert len(spellings) == 512
+    for spelling in spellings:
+        answer, shown = Answer(tokenizer), []
+        for token in spelling:
+            shown += answer.push(Update(0, [token], None, CHAT))
+        shown += answer.push(Update(0, [tokenizer.bos_id], "end", CHAT))
+        texts = [text for text, _ in shown]
+        assert "".join(texts) == "é日🚀!" and not any("\ufffd" in text for text in texts)
+    with serving(scripted_engine(tokenizer=tokenizer)) as running:
+        for spelling in spellings[::64]:
+            running.tell([*spelling, tokenizer.bos_id])
+            body = dict(messages=HI, max_tokens=50, stream=True)
+            chunks = [
+                e["choices"][0]["delta"].get("content", "")
+                for e in events(running.post("/v1/chat/completions", **body))
+            ]
+            assert "".join(chunks) == "é日🚀!" and not any("\ufffd" in c for c in chunks)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def test_a_failing_step_is_told_to_everyone(caplog):
+    engine = tiny_engine()
+    with serving(engine) as running:
+        stream = running.openai().chat.completions.create(model="tiny", messages=HI, stream=True, max_tokens=200)
+        next(iter(stream))
+        engine.step = lambda: (_ for _ in ()).throw(RuntimeError("secret detail of the device"))
+        with pytest.raises(openai.APIError) as caught:
+            list(stream)
+        assert caught.value.code == "worker_failed" and "secret" not in caught.value.message
+        for path in ("/v1/chat/completions", "/chat/completions"):
+            answer = running.post(path, messages=HI)
+            assert answer.status_code == 500 and "secret" not in answer.text
+        health = running.http.get("/health")
+        assert health.status_code == 503 and health.json()["status"] == "error" and not health.json()["ready"]
+        assert "nanochat_healthy 0.0" in running.http.get("/metrics").text
+    assert "secret detail of the device" in caplog.text, "the log says why"
+
+
+def test_an_endpoint_that_breaks_says_nothing_of_the_inside(tiny, monkeypatch):
+    monkeypatch.setattr(tiny.worker, "submit", lambda *a: 1 / 0)
+    answer = tiny.post("/v1/completions", prompt="a")
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "Zero" not in answer.text and "division" not in answer.text
+
+
+def test_health_answers_while_a_step_takes_its_time():
+    engine = tiny_engine()
+    step, gate = engine.step, threading.Event()
+    engine.step = lambda: (gate.wait(), step())[1]
+    with serving(engine) as running:
+        threading.Thread(target=lambda: running.post("/v1/completions", prompt="a", max_tokens=3)).start()
+        running.until(lambda: running.http.get("/health").json()["waiting"] == 1)
+        times = []
+        for _ in range(50):
+            begin = time.monotonic()
+            assert running.http.get("/health").status_code == 200
+            times.append(time.monotonic() - begin)
+        gate.set()
+        running.idle()
+    assert sorted(times)[25] < 0.1
+
+
+# --- hanging up, swapping, stopping ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_slot(tiny, path, stream):
+    body = json.dumps({"messages": HI, "max_tokens": 240, **({"stream": stream} if "v1" in path else {})})
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    clients = [socket.create_connection(("127.0.0.1", tiny.port)) for _ in range(6)]
+    for client in clients:
+        client.sendall(f"{head}\r\n\r\n{body}".encode())
+    tiny.until(lambda: tiny.worker.running == 4 and tiny.worker.waiting == 2)
+    for client in clients:
+        client.close()
+    tiny.until(lambda: tiny.worker.engine.live == 0, 2)
+    tiny.idle()
+
+
+def test_parameters_are_swapped_between_requests(tiny):
+    def ask():
+        return tiny.post("/v1/completions", prompt="The sea", max_tokens=40, temperature=0).json()
+
+    old = ask()
+    newer = dataclasses.replace(CHAT, step=8)
+    running = tiny.openai().completions.create(
+        model="tiny", prompt="The sea", max_tokens=40, temperature=0, stream=True
+    )
+    chunks = [next(iter(running))]
+    tiny.worker.replace(Chain.params(1), newer)
+    new = ask()
+    chunks += list(running)
+    assert "".join(c.choices[0].text for c in chunks) == old["choices"][0]["text"] != new["choices"][0]["text"]
+    assert {c.system_fingerprint for c in chunks} == {"tiny-step-7"}, "it ended with what it began with"
+    assert new["system_fingerprint"] == "tiny-step-8" and tiny.http.get("/v1/models").json()["data"][0]["step"] == 8
+    tiny.worker.replace(Chain.params(0), CHAT)  # also while nothing runs
+    tiny.until(lambda: not tiny.worker.swapping)
+    assert ask()["choices"] == old["choices"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/chat/completions"])
+def test_shutdown_ends_streams_with_a_last_event(path, monkeypatch):
+    monkeypatch.setattr("nanochat_jax.serve.main.GRACE_S", 0.2)
+    engine = tiny_engine()
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.05), step())[1]
+    asked = {"prompt": "a", "stream": True, "n": 6} if "v1" in path else {"messages": HI}
+    with serving(engine) as running:
+        got: list[str] = []
+
+        def read():
+            with running.http.stream("POST", path, json={**asked, "max_tokens": 250}) as answer:
+                got.extend(answer.iter_text())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        running.until(lambda: len(got) > 2)
+        begin = time.monotonic()
+        running.server.should_exit = True
+        reader.join(10)
+        assert not reader.is_alive() and time.monotonic() - begin < 5
+        text = "".join(got)
+        assert "the server is shutting down" in text
+        assert text.endswith("data: [DONE]\n\n" if "v1" in path else 'data: {"done":true}\n\n')
+    assert not running.worker._thread.is_alive() and engine.live == 0
+
+
+def test_short_answers_are_finished_at_shutdown():
+    engine = tiny_engine()
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.05), step())[1]
+    with serving(engine) as running:
+        stream = running.openai().completions.create(
+            model="tiny", prompt="a", max_tokens=12, stream=True, temperature=0
+        )
+        first = next(iter(stream))
+        running.server.should_exit = True
+        rest = list(stream)
+        assert [c.choices[0].finish_reason for c in [first, *rest]][-1] == "length"
+
+
+def test_a_signal_is_not_raised_again():
+    server = make_server(None, None)
+    server.handle_exit(15, None)
+    assert server.should_exit and not server.force_exit and not server._captured_signals
+    server.handle_exit(2, None)
+    assert server.force_exit
