@@ -91,19 +91,18 @@ environment() {
   if [ "$plan_only" ]; then PY=${VENV:-.venv}/bin/python; else setup_environment "$1"; fi
 }
 
-# gpu_node DEPTH SHARDS TOKENIZER_CHARS: the reference's steps and sizes.
+# gpu_node DEPTH FIRST_SHARDS SHARDS TOKENIZER_CHARS: the reference's steps and sizes.
 gpu_node() {
-  local depth=$1 shards=$2 chars=$3
+  local depth=$1 first=$2 shards=$3 chars=$4 log download=
   environment cuda12
   if [ "$plan_only" ]; then plan_gpu_node "$depth"; fi
-  # the tokenizer is trained on the first shards while the rest arrive
-  step "download: first shards" "$PY" -m nanochat_jax.data.download -n 8
+  step "download: first shards" "$PY" -m nanochat_jax.data.download -n "$first"
+  # More arrive while the tokenizer is trained. Then training takes over: it fetches what it still lacks ahead of need.
   if [ "$plan_only" ]; then
-    step "download: all shards" "$PY" -m nanochat_jax.data.download -n "$shards"
+    step "download: further shards, meanwhile" "$PY" -m nanochat_jax.data.download -n "$shards"
   else
-    local log download
     log=$("$PY" -c 'from nanochat_jax.paths import data_dir; print(data_dir() / "download.log")')
-    echo "All $shards shards are being downloaded meanwhile; see $log"
+    echo "Up to $shards shards are downloaded meanwhile; see $log"
     "$PY" -m nanochat_jax.data.download -n "$shards" >"$log" 2>&1 &
     download=$!
     # shellcheck disable=SC2064  # the process of now
@@ -111,8 +110,9 @@ gpu_node() {
   fi
   step "tokenizer" "$PY" -m scripts.tok_train --max_chars="$chars" --vocab_size=65536
   step "tokenizer: compression" "$PY" -m scripts.tok_eval
-  if [ -z "$plan_only" ]; then
-    step "download: all shards" wait "$download" || { tail -n 20 "$log"; die "not all shards arrived; run this again to go on"; }
+  if [ "$download" ]; then
+    kill "$download" 2>/dev/null || true
+    wait "$download" || true # what has arrived is kept, to the byte
   fi
   train base --depth="$depth" --target_param_data_ratio=20 --total_batch_size=524288 --run_name="$run-base"
   evaluate base --source=base --run_name="$run-base"
@@ -148,8 +148,8 @@ case $PRESET in
       evaluate $stage --source=$stage --run_name="$run-$stage" "${cpu[@]}"
     done
     ;;
-  d20) gpu_node 20 240 2000000000 ;;
-  d32) gpu_node 32 800 4000000000 ;;
+  d20) gpu_node 20 8 240 2000000000 ;;
+  d32) gpu_node 32 16 800 4000000000 ;;
   *) die "PRESET=$PRESET is not known; use demo, d20 (or gpu) or d32" ;;
 esac
 step "report" "$PY" -m scripts.report --runs="$run-base,$run-mid,$run-sft,$run-rl" \

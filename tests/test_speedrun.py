@@ -62,15 +62,16 @@ def test_demo_commands(speedrun, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "depth", "shards", "chars"), [("d20", 20, 240, "2000000000"), ("d32", 32, 800, "4000000000")]
+    ("preset", "depth", "first", "shards", "chars"),
+    [("d20", 20, 8, 240, "2000000000"), ("d32", 32, 16, 800, "4000000000")],
 )
-def test_gpu_presets_have_the_references_sizes(speedrun, preset, depth, shards, chars):
+def test_gpu_presets_have_the_references_sizes(speedrun, preset, depth, first, shards, chars):
     done = speedrun(preset)
     assert done.returncode == 0, done.stderr
     base = f"--depth={depth} --target_param_data_ratio=20 --total_batch_size=524288 --run_name={preset}-base"
     assert commands(done.stdout) == [
         f"scripts.plan --depth={depth} --gpu=h100 --gpus=8",
-        "nanochat_jax.data.download -n 8",
+        f"nanochat_jax.data.download -n {first}",
         f"nanochat_jax.data.download -n {shards}",
         f"scripts.tok_train --max_chars={chars} --vocab_size=65536",
         "scripts.tok_eval",

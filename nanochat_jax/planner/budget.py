@@ -7,9 +7,10 @@ from nanochat_jax.plan import BasePlan, PlanError
 from nanochat_jax.planner.cards import Card
 from nanochat_jax.planner.roofline import seconds_at
 
-# What comes beside pretraining (tokenizer, evaluations, midtraining, finetuning), beyond a share of its time: for the
-# reference's speedrun, 2.8 h of pretraining within 3.85 h.
-REST_HOURS, REST_SHARE = 0.5, 0.15
+# What comes beside pretraining: hours that depend on no model (tokenizer, loading, questions answered word by word) and
+# as many tokens of training as midtraining, finetuning and the evaluations are worth. Both follow from the reference's
+# two documented runs on 8 H100s: 2.8 h of pretraining in 3.85 h at depth 20, 31.3 h in about 33 h at depth 32.
+REST_HOURS, REST_TOKENS = 0.8, 1.05e9
 DEEPEST = 64
 
 
@@ -24,9 +25,10 @@ class Cost:
 
 def cost(plan: BasePlan, card: Card, gpus: int, mfu: float, price: float) -> Cost:
     """At a share `mfu` of the peak and a price in dollars per GPU and hour."""
-    per_step = seconds_at(mfu, plan.flops_per_token * plan.total_batch_size, gpus, card)
-    base = plan.num_iterations * per_step / 3600
-    hours = base * (1 + REST_SHARE) + REST_HOURS
+    base, rest = (
+        seconds_at(mfu, plan.flops_per_token * n, gpus, card) / 3600 for n in (plan.total_tokens, REST_TOKENS)
+    )
+    hours = base + rest + REST_HOURS
     return Cost(base, hours, hours * price * gpus)
 
 

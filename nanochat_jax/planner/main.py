@@ -27,7 +27,7 @@ class PlanSettings:
     hours: float = flag(0.0, "propose the depth whose whole run takes at most so many hours")
     dollars: float = flag(0.0, "propose the depth whose whole run costs at most so many dollars")
     price: float = flag(0.0, "dollars per GPU and hour; 0: a typical price of the card")
-    mfu: float = flag(0.4, "share of the card's peak FLOP/s assumed for time and dollars")
+    mfu: float = flag(0.45, "share of the card's peak FLOP/s assumed for time and dollars")
     vocab_size: int = flag(65536, "vocabulary")
     max_seq_len: int = flag(2048, "context length in tokens")
     total_batch_size: int = flag(524288, "tokens per optimizer step")
@@ -301,7 +301,7 @@ def describe(facts: dict[str, Any]) -> str:
     rows += [
         (
             "step, bound",
-            f"at least {_seconds(line['bound'])} ({alone}); that would be {time['mfu_at_bound']:.0%} of the peak",
+            f"at least {_seconds(line['bound'])}, which would be {time['mfu_at_bound']:.0%} MFU ({alone})",
         ),
         (
             f"step, {time['mfu']:.0%} MFU",
@@ -310,8 +310,7 @@ def describe(facts: dict[str, Any]) -> str:
         ("pretraining", f"{time['base_hours']:.2f} h at that rate; never below {time['base_hours_bound']:.2f} h"),
         (
             "everything",
-            f"{time['hours']:.1f} h with {budget.REST_SHARE:.0%} and {budget.REST_HOURS:g} h for the tokenizer, the "
-            "evaluations and the later stages (what the reference's run took)",
+            f"{time['hours']:.1f} h with the tokenizer, later stages and evaluations, as the reference's runs took",
         ),
         ("dollars", f"{facts['dollars']:,.0f} at {facts['price_per_gpu_hour']:g} per GPU and hour (--price)"),
     ]
