@@ -315,7 +315,7 @@ def test_output_is_undecorated_unless_a_terminal_shows_it():
     for decorated in (False, True):
         chat = make(Scripted([65, END], [66] * 99), True, max_tokens=2)
         said = session(chat, "one", "two", decorated=decorated)
-        assert ("\033[" in said and "Goodbye" in said and "longest answer" in said) == decorated
+        assert ("\033[" in said and "Goodbye" in said and "cut at 2 tokens" in said) == decorated
         if not decorated:
             assert said == "oneA\ntwoBB\n"
 
@@ -334,7 +334,7 @@ def test_tool_calls_and_control_characters_on_a_terminal():
     chat, where = make(Scripted(answer, answer)), screen(True)
     assert ask(chat, where, "x")
     shown = where.out.getvalue()
-    assert re.sub(r"\033\[\d*m", "", shown).replace("\b", "") == "Assistant: ...   a␛[2J␍<6*7=42>b\n\tc␇\n"
+    assert re.sub(r"\033\[\d*m", "", shown).replace("\b", "") == "Assistant: ...   a␛[2J␍<6*7=42> b\n\tc␇\n"
     assert "\033[36m<6*7" in shown and "\033[2J" not in shown
     where = screen(False)
     assert ask(chat, where, "x") and where.out.getvalue() == "a\x1b[2J\r<6*7=42>b\n\tc\x07\n"

@@ -16,7 +16,8 @@ from nanochat_jax.terminal.console import Message, Screen, ask, converse, line_e
 from nanochat_jax.terminal.session import Chat, ChatSettings
 
 TRY_CHAT = """\
-Try:  Who are you?   What is 12 + 30?   How many r are in strawberry?   (<12+30=42> is the calculator's answer)
+Try:  Who are you?   What is 12 + 30?   How many r are in carrot?   What does a cow eat?
+      (<12+30=42> in an answer: the model asked the calculator, which said 42)
 Then: /regen for another answer, /temperature 0 for the likeliest one, Ctrl-C to stop a long one."""
 TRY_BASE = """\
 This is a base model: it continues whatever text you begin and has not learnt to answer questions.

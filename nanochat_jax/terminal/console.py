@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nanochat_jax import paths
-from nanochat_jax.answers import Piece, PlainText, Text
+from nanochat_jax.answers import Piece, PlainText, Text, ToolResult
 from nanochat_jax.terminal.commands import Leave, Regenerate, obey
 from nanochat_jax.terminal.session import Chat, Outcome
 
@@ -60,7 +60,7 @@ class Screen:
         self._begin()
 
     def _begin(self) -> None:
-        self._plain, self._waiting = PlainText(), False
+        self._plain, self._waiting, self._after_result = PlainText(), False, False
 
     def write(self, text: str) -> None:
         """As it is, at once."""
@@ -85,8 +85,12 @@ class Screen:
             text = self._plain.push([piece])
             if self.decorated:
                 closing, text = closing.translate(_HARMLESS), text.translate(_HARMLESS)
-                text = text if isinstance(piece, Text) else f"{CYAN}{text}{PLAIN}"
+                if not isinstance(piece, Text):
+                    text = f"{CYAN}{text}{PLAIN}"
+                elif self._after_result and not text[0].isspace():  # models often write on without a space
+                    text = " " + text
                 closing = closing and f"{CYAN}{closing}{PLAIN}"
+            self._after_result = isinstance(piece, ToolResult)
             self._came()
             self.out.write(closing + text)
         self.out.flush()
@@ -146,18 +150,20 @@ def ask(chat: Chat, screen: Screen, question: str | None) -> bool:
         screen.end()
         raise Leave from None
     screen.end()
-    remarks = "".join(f" {screen.dim(f'[{remark}]')}" for remark in _remarks(outcome) if screen.decorated)
+    remarks = "".join(f" {screen.dim(f'[{remark}]')}" for remark in _remarks(outcome, chat) if screen.decorated)
     screen.write(remarks + "\n")
     return True
 
 
-def _remarks(outcome: Outcome) -> Iterator[str]:
-    if outcome.reason == "length":
-        yield "the longest answer: /maxtokens N, or the context is full"
+def _remarks(outcome: Outcome, chat: Chat) -> Iterator[str]:
+    if outcome.reason == "length" and outcome.n_tokens >= chat.settings.max_tokens:
+        yield f"cut at {outcome.n_tokens} tokens; /maxtokens N for longer answers"
+    elif outcome.reason == "length":
+        yield f"cut: the model's context of {chat.engine.capacity} tokens is full"
     if outcome.reason == "cancelled":
         yield "stopped"
     if outcome.dropped:
-        yield f"the context is full: {outcome.dropped} old exchange{'s' if outcome.dropped > 1 else ''} left out"
+        yield f"to make room, {outcome.dropped} old exchange{'s' if outcome.dropped > 1 else ''} left out"
 
 
 def converse(chat: Chat, screen: Screen, read: Callable[[], Message]) -> bool:
