@@ -204,7 +204,7 @@ def grow_rows(
 def training_rows(
     documents: Documents, tokenizer: Tokenizer, T: int, rows: int, progress: Progress | None = None
 ) -> RowSet:
-    """``rows`` training rows of T+1 tokens, or all there are; from growing documents as soon as the first block is made.
+    """``rows`` training rows of T+1 tokens, or all there are; from growing documents once the first block is made.
 
     ``close`` them in the end. Raises as ``build_rows``, and FetchError.
     """

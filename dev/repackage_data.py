@@ -1,0 +1,52 @@
+"""Makes shuffled pretraining shards of any text: python dev/repackage_data.py --data=PATH --out=FOLDER; see --help."""
+
+import sys
+from dataclasses import dataclass
+
+from nanochat_jax.cli import flag, parse
+from nanochat_jax.data.readers import DataError
+from nanochat_jax.data.repackage import SHARD_CHARS, repackage
+from nanochat_jax.progress import ShareProgress
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags."""
+
+    data: str = flag("", "file or folder of text (parquet, jsonl, txt, md)")
+    out: str = flag("", "folder for the shards; train on them with --data=FOLDER")
+    text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
+    seed: int = flag(42, "decides the order of the documents, together with the input alone")
+    shard_chars: int = flag(SHARD_CHARS, "characters of a shard, about")
+    max_memory: int = flag(2048, "MiB that the whole process may take")
+
+
+def main() -> int:
+    s = parse(Settings, sys.argv[1:], "Makes shuffled pretraining shards of any text.")
+    if not s.data or not s.out:
+        print("error: give --data=PATH and --out=FOLDER", file=sys.stderr)
+        return 2
+    try:
+        with ShareProgress("repackaging") as progress:
+            made = repackage(
+                s.data,
+                s.out,
+                text_column=s.text_column,
+                seed=s.seed,
+                shard_chars=s.shard_chars,
+                max_memory=s.max_memory * 2**20,
+                progress=progress,
+            )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{made.documents:,} documents, {made.characters:,} characters in {len(made.listing.shards)} shards in "
+        f"{s.out}; {made.listing.val} is held out; {made.stats.invalid_utf8} invalid UTF-8 sequences replaced, "
+        f"{made.stats.bad_lines} lines left out"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
