@@ -17,9 +17,7 @@ a token for it. ``NANOCHAT_OFFLINE=1`` refuses to fetch.
 
 import json
 import logging
-import os
 import re
-import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_jax.data.download import DEFAULT_ENDPOINT
-from nanochat_jax.data.fetch import FetchError, OfflineError, fetch_file
+from nanochat_jax.data.fetch import Wanted, fetch_file
 from nanochat_jax.data.readers import DataError
+from nanochat_jax.data.shards import check_parquet, endpoint, token_for
+from nanochat_jax.data.web import FetchError, OfflineError, fetch_json
 from nanochat_jax.paths import OFFLINE_VARIABLE, base_dir, lock_file, offline, sha256_file, write_atomic
 from tasks.common import Conversation, Task, TaskError, shuffled_order
 from tasks.rows import Row, Rows
@@ -220,43 +219,40 @@ def fetch_rows(source: Source, split: str, wait: float = 1.0) -> list[Path]:
 
 
 def _fetch_into(directory: Path, source: Source, split: str, wait: float) -> None:
-    endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
-    token = os.environ.get("HF_TOKEN") or None
-    # Never from an earlier attempt: the split may have changed on the hub since.
-    listing = directory / LISTING
-    for old in (listing, directory / f"{LISTING}.part", directory / f"{LISTING}.part.json"):
-        old.unlink(missing_ok=True)
-    fetch_file(f"{endpoint}/api/datasets/{source.repo}/parquet/{source.subset}/{split}", listing, token, wait=wait)
-    urls = _urls(listing)
+    address = f"{endpoint()}/api/datasets/{source.repo}/parquet/{source.subset}/{split}"
+    urls, _ = fetch_json(address, token_for(address), wait)
+    if not isinstance(urls, list) or not urls or not all(isinstance(url, str) and "://" in url for url in urls):
+        raise FetchError(f"the hub's list of files is no list of addresses: {str(urls)[:200]}")
+    _forget_another_list(directory, urls)
     files = []
     for number, url in enumerate(urls):
         path = directory / f"{number:05d}.parquet"
         if not path.is_file():
             logger.info("fetching %s %s, file %d of %d", source.repo, split, number + 1, len(urls))
             # The token is for the endpoint; a listing may name files anywhere.
-            same_host = urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(endpoint).netloc
-            fetch_file(url, path, token if same_host else None, wait=wait)
-        try:
-            rows = pq.ParquetFile(path).metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
-            path.unlink()
-            raise FetchError(
-                f"what {url} sent is no parquet file ({error}); check HF_ENDPOINT and your proxy"
-            ) from error
+            fetch_file(url, path, token_for(url), wait=wait, wanted=Wanted(check=_check))
+        rows = pq.ParquetFile(path).metadata.num_rows
         files.append({"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path), "rows": rows})
     content = {"repo": source.repo, "subset": source.subset, "split": split, "files": files}
     write_atomic(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
-    listing.unlink()
+    (directory / LISTING).unlink()
 
 
-def _urls(listing: Path) -> list[str]:
+def _forget_another_list(directory: Path, urls: list[str]) -> None:
+    """Removes what an earlier attempt fetched by another list: the split may have changed on the hub since."""
+    listing, content = directory / LISTING, json.dumps(urls)
+    if not listing.is_file() or listing.read_text(encoding="utf-8") != content:
+        for old in directory.glob("*.parquet*"):
+            old.unlink()
+        write_atomic(listing, content)
+
+
+def _check(path: Path) -> None:
+    check_parquet(path)
     try:
-        urls = json.loads(listing.read_bytes())
-    except ValueError as error:
-        raise FetchError("the hub's list of files is no JSON; check HF_ENDPOINT and your proxy") from error
-    if not isinstance(urls, list) or not urls or not all(isinstance(url, str) and "://" in url for url in urls):
-        raise FetchError(f"the hub's list of files is no list of addresses: {str(urls)[:200]}")
-    return urls
+        pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise FetchError(f"what the server sent is no readable parquet file ({error})") from error
 
 
 def _verified(directory: Path) -> list[Path]:

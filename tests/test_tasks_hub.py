@@ -1,8 +1,8 @@
 """Where rows come from: local folders in the documented layout, and the hub's parquet files over HTTP."""
 
 import gzip
-import http.server
 import json
+import socket
 import threading
 
 import pyarrow as pa
@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import tasks
-from nanochat_jax.data.fetch import FetchError, OfflineError
 from nanochat_jax.data.readers import DataError
+from nanochat_jax.data.web import FetchError, OfflineError
 from tasks import hub, spelling
 from tasks.hub import Source, fetch_rows, find_local, load_rows, task_data_dir
 from tasks.rows import Rows
+from tests.web_server import WebServer
 
 GSM8K = Source("openai/gsm8k", "main", ("question", "answer"), ("gsm8k",))
 ROWS = [{"question": f"q{i}", "answer": f"a #### {i}"} for i in range(7)]
@@ -159,52 +160,16 @@ def test_fingerprints_follow_the_content(tmp_path):
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-class Hub:
-    """A hub on this machine: answers by path, some of them cut short, and what was asked of it."""
-
-    def __init__(self):
-        self.answers: dict[str, bytes] = {}
-        self.cut_after: dict[str, int] = {}
-        self.asked: list[tuple[str, dict[str, str]]] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.asked.append((self.path, dict(self.headers)))
-                body = outer.answers.get(self.path)
-                if body is None:
-                    self.send_error(404)
-                    return
-                start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-                self.send_response(206 if start else 200)
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-                self.send_header("Content-Length", str(len(body) - start))
-                self.end_headers()
-                self.wfile.write(body[start : start + outer.cut_after.pop(self.path, len(body))])
-                self.close_connection = True
-
-            def log_message(self, format, *args):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02})
-        self.thread.start()
+class Hub(WebServer):
+    """A hub on this machine."""
 
     def publish(self, split, parts, tmp_path):
         """Rows of GSM8K's main subset as so many files."""
         paths = [f"/files/{split}/{i}.parquet" for i in range(len(parts))]
         for path, rows in zip(paths, parts, strict=True):
-            self.answers[path] = write(tmp_path / "published.parquet", rows).read_bytes()
-        listing = json.dumps([self.url + path for path in paths]).encode()
-        self.answers[f"/api/datasets/openai/gsm8k/parquet/main/{split}"] = listing
+            self.files[path] = write(tmp_path / "published.parquet", rows).read_bytes()
+        self.publish_json(f"/api/datasets/openai/gsm8k/parquet/main/{split}", [self.url + path for path in paths])
         return paths
-
-    def close(self):
-        self.http.shutdown()
-        self.thread.join()
-        self.http.server_close()
 
 
 @pytest.fixture
@@ -223,14 +188,14 @@ def test_fetching_a_split(server, tmp_path, monkeypatch):
     paths = server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
     rows = load_rows(GSM8K, "train")
     assert [rows[i] for i in range(7)] == ROWS
-    assert [path for path, _ in server.asked] == ["/api/datasets/openai/gsm8k/parquet/main/train", *paths]
+    assert [path for path, _ in server.requests] == ["/api/datasets/openai/gsm8k/parquet/main/train", *paths]
     manifest = json.loads((fetched() / "manifest.json").read_text())
     assert [(entry["name"], entry["rows"]) for entry in manifest["files"]] == [
         ("00000.parquet", 3),
         ("00001.parquet", 4),
     ]
     assert [entry["sha256"] for entry in manifest["files"]] == rows.sha256
-    assert [entry["size"] for entry in manifest["files"]] == [len(server.answers[path]) for path in paths]
+    assert [entry["size"] for entry in manifest["files"]] == [len(server.files[path]) for path in paths]
     assert sorted(path.name for path in fetched().iterdir()) == [
         ".lock",
         "00000.parquet",
@@ -238,10 +203,10 @@ def test_fetching_a_split(server, tmp_path, monkeypatch):
         "manifest.json",
     ]
     # From now on nothing is asked of the network, and a copy of the folder serves as --task_data.
-    server.asked.clear()
+    server.requests.clear()
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
     task = tasks.load("GSM8K", "train")
-    assert len(task) == 7 and not server.asked
+    assert len(task) == 7 and not server.requests
     assert tasks.load("GSM8K", "train", task_data_dir()).fingerprint() == task.fingerprint()
 
 
@@ -250,31 +215,53 @@ def test_the_token_goes_to_the_endpoint_only(server, tmp_path, monkeypatch):
     other = Hub()
     try:
         server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
-        other.answers["/elsewhere.parquet"] = server.answers["/files/train/1.parquet"]
+        other.files["/elsewhere.parquet"] = server.files["/files/train/1.parquet"]
         listing = [server.url + "/files/train/0.parquet", other.url + "/elsewhere.parquet"]
-        server.answers["/api/datasets/openai/gsm8k/parquet/main/train"] = json.dumps(listing).encode()
+        server.files["/api/datasets/openai/gsm8k/parquet/main/train"] = json.dumps(listing).encode()
         assert len(load_rows(GSM8K, "train")) == 7
-        assert [headers.get("Authorization") for _, headers in server.asked] == ["Bearer secret"] * 2
-        assert [headers.get("Authorization") for _, headers in other.asked] == [None]
+        assert [headers.get("Authorization") for _, headers in server.requests] == ["Bearer secret"] * 2
+        assert [headers.get("Authorization") for _, headers in other.requests] == [None]
     finally:
         other.close()
 
 
 def test_an_interrupted_fetch_goes_on(server, tmp_path):
     paths = server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
-    second = server.answers.pop(paths[1])
+    second = server.files.pop(paths[1])
     with pytest.raises(FetchError, match="train split of openai/gsm8k .main. cannot be fetched: .*404.*--task_data="):
         fetch_rows(GSM8K, "train", wait=0)
     assert not (fetched() / "manifest.json").exists()
     with pytest.raises(DataError, match="is an unfinished download"):
         load_rows(GSM8K, "train", task_data_dir())  # never a part of a split as if it were all of it
-    server.answers[paths[1]] = second
-    server.cut_after[paths[1]] = 500
-    server.asked.clear()
+    server.files[paths[1]] = second
+    server.plan = [{}, {"cut": 500}]
+    server.requests.clear()
     assert fetch_rows(GSM8K, "train", wait=0) == [fetched() / "00000.parquet", fetched() / "00001.parquet"]
-    assert [path for path, _ in server.asked][1:] == [paths[1]] * 2, "the first file was fetched again"
-    assert server.asked[-1][1]["Range"] == "bytes=500-"
+    assert [path for path, _ in server.requests][1:] == [paths[1]] * 2, "the first file was fetched again"
+    assert server.requests[-1][1]["Range"] == "bytes=500-"
     assert (fetched() / "00001.parquet").read_bytes() == second
+
+
+def test_a_split_that_changes_between_attempts_is_fetched_anew(server, tmp_path):
+    paths = server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
+    server.plan = [{}, {}, {"status": 404}]
+    with pytest.raises(FetchError, match="404"):
+        fetch_rows(GSM8K, "train", wait=0)
+    assert (fetched() / "00000.parquet").is_file()
+    server.publish("train", [ROWS[:2], ROWS[2:5], ROWS[5:]], tmp_path)
+    rows = load_rows(GSM8K, "train")
+    assert [rows[i] for i in range(7)] == ROWS and server.paths().count(paths[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "odd", [{"cut": 100}, {"reset": 300}, {"status": 429}, {"ranges": False, "cut": 50}, {"length": 9999}]
+)
+def test_a_server_in_trouble(server, tmp_path, monkeypatch, odd):
+    monkeypatch.setattr("nanochat_jax.data.web._sleep", lambda seconds, stop: None)
+    server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
+    server.plan = [{"status": 503}, {"cut": 3}, {}, odd, odd, {"status": 500}]
+    rows = load_rows(GSM8K, "train")
+    assert [rows[i] for i in range(7)] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -282,21 +269,21 @@ def test_an_interrupted_fetch_goes_on(server, tmp_path):
     [
         ("/api/datasets/openai/gsm8k/parquet/main/train", b"[]", "no list of addresses"),
         ("/api/datasets/openai/gsm8k/parquet/main/train", b'{"error": "gone"}', "no list of addresses: .*gone"),
-        ("/api/datasets/openai/gsm8k/parquet/main/train", b"<html>", "list of files is no JSON; check HF_ENDPOINT"),
+        ("/api/datasets/openai/gsm8k/parquet/main/train", b"<html>", r"sent no JSON .a web page.; check HF_ENDPOINT"),
         (
             "/files/train/0.parquet",
             b"<html>please log in</html>",
-            "0.parquet sent is no parquet file .*check HF_ENDPOINT",
+            "0.parquet: what the server sent is no parquet file but a web page; check HF_ENDPOINT",
         ),
     ],
 )
 def test_answers_that_are_something_else(server, tmp_path, path, answer, reason):
     server.publish("train", [ROWS], tmp_path)
-    good, server.answers[path] = server.answers[path], answer
+    good, server.files[path] = server.files[path], answer
     with pytest.raises(FetchError, match=reason):
         fetch_rows(GSM8K, "train", wait=0)
     assert not (fetched() / "manifest.json").exists()
-    server.answers[path] = good
+    server.files[path] = good
     assert len(load_rows(GSM8K, "train")) == 7  # the bad answer is not kept
 
 
@@ -330,22 +317,23 @@ def test_several_processes_fetch_once(server, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [7] * 4 and len(server.asked) == 2
+    assert found == [7] * 4 and len(server.requests) == 2
 
 
 def test_offline_says_how_to_get_the_data(server, tmp_path, monkeypatch):
     server.publish("train", [ROWS], tmp_path)
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
+    monkeypatch.setattr(socket, "socket", None)  # whoever makes one fails otherwise than by OfflineError
     with pytest.raises(OfflineError, match="NANOCHAT_OFFLINE is set and the train split of openai/gsm8k.*--task_data"):
         load_rows(GSM8K, "train")
-    assert not server.asked and not fetched().exists()
+    assert not server.requests and not fetched().exists()
 
 
 def test_every_source_asks_for_the_right_address(server):
     for name, split in zip(tasks.NAMES[:6], ("train", "test", "train", "train", "test", "test"), strict=True):
         with pytest.raises(FetchError, match="404"):
             tasks.load(name, split)
-    assert [path.removeprefix("/api/datasets/") for path, _ in server.asked] == [
+    assert [path.removeprefix("/api/datasets/") for path, _ in server.requests] == [
         "allenai/ai2_arc/parquet/ARC-Easy/train",
         "allenai/ai2_arc/parquet/ARC-Challenge/test",
         "cais/mmlu/parquet/all/auxiliary_train",
@@ -359,19 +347,19 @@ def test_the_default_endpoint(monkeypatch):
     monkeypatch.delenv("HF_ENDPOINT")
     asked = []
 
-    def refuse(url, path, token=None, **_):
+    def refuse(url, *_):
         asked.append(url)
         raise FetchError("no")
 
-    monkeypatch.setattr(hub, "fetch_file", refuse)
+    monkeypatch.setattr(hub, "fetch_json", refuse)
     with pytest.raises(FetchError):
         load_rows(GSM8K, "test")
     assert asked == ["https://huggingface.co/api/datasets/openai/gsm8k/parquet/main/test"]
 
 
 def test_words_are_fetched_once(server, monkeypatch):
-    server.answers["/words_alpha.txt"] = b"cat\r\ndog\r\n"
+    server.files["/words_alpha.txt"] = b"cat\r\ndog\r\n"
     monkeypatch.setattr(spelling, "WORDS_URL", server.url + "/words_alpha.txt")
     for _ in range(2):
         assert tasks.load("SpellingBee", "train", size=2).words == ["cat", "dog"]  # pyright: ignore
-    assert [path for path, _ in server.asked] == ["/words_alpha.txt"]
+    assert [path for path, _ in server.requests] == ["/words_alpha.txt"]
