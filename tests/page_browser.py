@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, 
 
 from tests.page_stub import Stub
 
-expect.set_options(timeout=8000)
+expect.set_options(timeout=20000)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,359 @@
+"""The chat page when the server misbehaves, goes away and comes back; and together with the real server."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import expect
+
+from tests.page_stub import Die, Fail, Gate
+
+pytest_plugins = ["tests.page_browser"]
+
+ROOT = Path(__file__).parent.parent
+BACK = "The server is back."
+GONE = "The server does not answer."
+BROKEN_OFF = "The connection to the server broke off here. What had arrived is kept."
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_told_in_the_servers_words_and_can_be_tried_again(chat, stub):
+    stub.script(Fail(400, "messages.0: <b>too odd</b>"))
+    chat.talk("Odd")
+    expect(chat.note).to_contain_text("Messages.0: <b>too odd</b>.")
+    chat.button("Try again").click()
+    expect(chat.answer).to_have_text("An answer.")
+    chat.done()
+    expect(chat.answers).to_have_count(1)
+    stub.script(Fail(500, ""))
+    chat.talk("More")
+    expect(chat.note).to_contain_text("The server reported an error.")
+
+
+def test_an_error_in_the_middle_keeps_what_came(chat, stub):
+    stub.script("Half an ", Fail(0, "the model stopped working", "worker_failed"))
+    chat.talk("Go")
+    expect(chat.answer).to_have_text("Half an")
+    expect(chat.note).to_contain_text("The model stopped working.")
+    stub.script("Half an ", Fail(0, "the server is shutting down", "shutting_down"))
+    chat.talk("Go")
+    expect(chat.note).to_contain_text("The server was stopped here. What had arrived is kept.")
+
+
+@pytest.mark.parametrize("came", ["Half an ", ""])
+def test_a_connection_that_breaks_off_keeps_what_came(chat, stub, came):
+    gate = Gate()
+    stub.script(came, gate, Die())
+    chat.ask("Go")
+    expect(chat.answer).to_have_text(came.strip())
+    gate.open()
+    chat.done()
+    expect(chat.answer).to_have_text(came.strip())
+    expect(chat.note).to_contain_text(BROKEN_OFF if came else "The server does not answer. Your message is kept.")
+    assert chat.stored()[0]["messages"][1]["end"] == "lost"
+    expect(chat.banner).to_be_hidden()  # the server itself is well
+    chat.talk("Next")
+    expect(chat.answer).to_have_text("An answer.")
+
+
+def test_a_full_queue_is_waited_for(chat, stub):
+    stub.script(Fail(429, "all slots are busy", "queue_full", {"Retry-After": "1"}))
+    chat.ask("Go")
+    expect(chat.note).to_have_text("The server is busy. Next try in 1 s.")
+    expect(chat.answer).to_have_text("An answer.")
+    chat.done()
+    assert len(stub.requests) == 2
+    stub.script(Fail(429, "all slots are busy", "queue_full", {"Retry-After": "30"}))
+    chat.ask("Again")
+    expect(chat.note).to_have_text("The server is busy. Next try in 30 s.")
+    chat.button("Stop").click()
+    expect(chat.note).to_have_text("Stopped.")
+    assert len(stub.requests) == 3
+
+
+def test_a_reload_in_the_middle_of_an_answer_keeps_what_came(chat, stub):
+    stub.script("Half an ", Gate())
+    chat.ask("Go")
+    expect(chat.answer).to_have_text("Half an")
+    chat.page.reload()
+    expect(chat.answer).to_have_text("Half an")
+    expect(chat.note).to_contain_text("The page was closed before this answer was complete.")
+    chat.button("Try again").click()
+    expect(chat.answer).to_have_text("An answer.")
+
+
+# --- the API key ------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_asked_for_and_kept_for_the_tab(window, stub):
+    stub.api_key = "right"
+    chat = window()
+    dialog = chat.page.get_by_role("dialog", name="This server asks for a key")
+    field = dialog.get_by_label("API key")
+    expect(field).to_be_focused()
+    field.fill("wrong")
+    field.press("Enter")
+    expect(dialog.get_by_role("alert")).to_have_text("The server did not accept this key.")
+    field.fill("right")
+    chat.button("Continue").click()
+    chat.ready()
+    chat.talk("Hello")
+    chat.page.reload()
+    chat.ready()
+    expect(dialog).to_be_hidden()
+    assert chat.page.evaluate("[JSON.stringify(localStorage).includes('right'), sessionStorage['nanochat.key']]") == [
+        False,
+        "right",
+    ]
+
+
+def test_a_key_that_is_changed_meanwhile_does_not_lose_the_question(chat, stub):
+    stub.api_key = "new"
+    chat.ask("Hello")
+    dialog = chat.page.get_by_role("dialog")
+    dialog.get_by_label("API key").press("Escape")
+    expect(chat.note).to_contain_text("The server needs an API key.")
+    chat.button("Try again").click()
+    dialog.get_by_label("API key").fill("new")
+    dialog.get_by_label("API key").press("Enter")
+    expect(chat.answer).to_have_text("An answer.")
+
+
+# --- away and back ----------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """The scripted server as a process of its own, on a port that stays the same."""
+
+    def __init__(self):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "tests.page_stub", str(self.port)]
+        self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        httpx.Client(transport=httpx.HTTPTransport(retries=8)).get(f"{self.url}/health", timeout=20)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def process():
+    process = Process()
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def talking(process, browser):
+    """A chat in the middle of an answer of a server that can be killed."""
+    from tests.page_browser import Chat
+
+    chat = Chat(browser, process.url).ready()
+    chat.page.evaluate("window.marker = 'not reloaded'")
+    chat.ask("Count")
+    expect(chat.answer).to_contain_text("0 1 2 3")
+    yield chat
+    chat.close()
+
+
+def test_a_server_killed_in_the_middle_of_an_answer_and_started_again(talking, process):
+    chat = talking
+    process.kill()
+    expect(chat.note).to_contain_text(BROKEN_OFF)
+    expect(chat.answer).to_contain_text("0 1 2 3")
+    expect(chat.banner).to_contain_text(GONE)
+    expect(chat.banner).to_contain_text("Next try in")
+    expect(chat.page.locator("#model")).to_have_text("not connected")
+    expect(chat.input).to_be_enabled()
+    expect(chat.button("Stop")).to_be_hidden()
+    chat.ask("Is anybody there?")
+    expect(chat.note).to_contain_text("The server does not answer. Your message is kept.")
+    process.start()
+    expect(chat.banner).to_contain_text(BACK, timeout=20000)
+    expect(chat.page.locator("#model")).to_have_text("tiny-sft")
+    chat.button("Try again", chat.answers.last).click()
+    expect(chat.answer).to_contain_text("0 1 2 3")
+    expect(chat.banner).to_be_hidden()
+    chat.button("Stop").click()
+    assert chat.page.evaluate("window.marker") == "not reloaded"
+    assert [m["role"] for m in chat.stored()[0]["messages"]] == ["user", "assistant"] * 2
+
+
+@pytest.mark.slow
+def test_a_server_that_falls_silent_is_noticed(talking, process):
+    chat = talking
+    process.process.send_signal(signal.SIGSTOP)
+    chat.page.evaluate("dispatchEvent(new Event('online'))")  # looks at once, not in up to ten seconds
+    expect(chat.banner).to_contain_text(GONE, timeout=10000)
+    expect(chat.note).to_contain_text(BROKEN_OFF, timeout=20000)
+    process.process.send_signal(signal.SIGCONT)
+    expect(chat.banner).to_contain_text(BACK, timeout=20000)
+
+
+def test_looks_grow_rarer_while_the_server_is_away(chat, stub):
+    chat.page.clock.install()
+    tries = []
+    chat.page.on("request", lambda request: tries.append(request.url) if request.url.endswith("/health") else None)
+    stub.health = 503
+    chat.page.evaluate("dispatchEvent(new Event('online'))")
+    expect(chat.banner).to_contain_text("The server is there, but its model is not working.")
+    for wait in (1, 2, 4, 8, 15, 15):
+        n = len(tries)
+        expect(chat.page.locator("#countdown")).to_have_text(f"Next try in {wait} s.")
+        chat.page.clock.run_for((wait - 1) * 1000)
+        assert len(tries) == n
+        with chat.page.expect_response("**/health"):
+            chat.page.clock.run_for(1000)
+        assert len(tries) == n + 1
+    stub.health = 200
+    chat.button("Try now").click()
+    expect(chat.banner).to_contain_text(BACK)
+
+
+def test_another_model_after_a_restart_is_noticed(chat, stub):
+    stub.model |= {"step": 400, "context_length": 512}
+    chat.page.evaluate("dispatchEvent(new Event('online'))")
+    expect(chat.page.get_by_role("meter")).to_have_text("0 of 512 tokens")
+    expect(chat.page.locator("#model")).to_have_attribute("title", "sft, step 400")
+
+
+# --- the real server --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real():
+    """`serving(engine, model, ...)` of the server's own tests: the real application and engine."""
+    from tests import serve_fixtures
+
+    return serve_fixtures
+
+
+@pytest.fixture
+def visit(browser):
+    from tests.page_browser import Chat
+
+    opened = []
+
+    def visit(running) -> Chat:
+        opened.append(Chat(browser, running.url))
+        return opened[-1]
+
+    yield visit
+    for chat in opened:
+        chat.close()
+
+
+def tool_answer(*parts: str) -> list[int]:
+    """Token ids of text and, where a part is in angle brackets, of a call of the calculator."""
+    from tests.tokenizer_fixtures import golden_tokenizer
+
+    tokenizer = golden_tokenizer()
+    special, ids = tokenizer.encode_special, []
+    for part in parts:
+        call = part.startswith("<")
+        text = tokenizer.encode_text(part.strip("<>"))
+        ids += [special("<|python_start|>"), *text, special("<|python_end|>")] if call else text
+    return [*ids, special("<|assistant_end|>")]
+
+
+def test_with_the_real_server_tool_calls_and_history(real, visit):
+    hi = [{"role": "user", "content": "What is 34 + 27?"}]
+    with real.serving(real.scripted_engine()) as running:
+        chat = visit(running).ready()
+        running.tell(tool_answer("So 🙂 ", "<34+27>"), hi)
+        expect(chat.page.locator("#model")).to_have_text("tiny")
+        chat.talk(hi[0]["content"])
+        expect(chat.answer.locator(".prose")).to_have_text("So 🙂")
+        expect(chat.answer.locator(".tool summary code")).to_have_text("34+27 = 61")
+        expect(chat.answers.last.locator(".stats")).to_contain_text("tokens/s")
+        (kept,) = chat.stored()
+        content = kept["messages"][1]["content"]
+        assert content[-2:] == [{"type": "python", "text": "34+27"}, {"type": "python_output", "text": "61"}]
+        answer = kept["messages"][1]
+        used = answer["prompt_tokens"] + answer["completion_tokens"]
+        expect(chat.page.get_by_role("meter")).to_have_text(f"{used} of 256 tokens")
+        thanks = {"role": "user", "content": "Thanks"}
+        running.tell(tool_answer("<1/0>", "You are welcome."), [*hi, {"role": "assistant", "content": content}, thanks])
+        chat.talk("Thanks")  # takes the parts back: the prompt is as long as the script expects
+        expect(chat.answer.locator(".prose")).to_have_text("You are welcome.")
+        expect(chat.answer.locator(".tool summary code")).to_have_text("1/0")
+        running.idle()
+
+
+def test_with_the_real_server_streaming_stop_settings_and_overflow(real, visit):
+    with real.serving(real.tiny_engine()) as running:
+        chat = visit(running).ready()
+        for command in ("/maxtokens 200", "/seed 1", "/topp 0.99", "/temperature 1"):
+            chat.ask(command)
+        chat.ask("Hello")
+        chat.done()
+        first = chat.answer.inner_text()
+        chat.button("Regenerate").click()
+        chat.done()
+        assert chat.answer.inner_text() == first  # the same seed
+        for _ in range(6):
+            if chat.note.get_by_role("button", name="Leave out the oldest turns").count():
+                break
+            chat.talk("Tell me more about it, please. " * 3)
+        expect(chat.note).to_contain_text("256")
+        chat.button("Leave out the oldest turns").click()
+        chat.done()
+        expect(chat.answers.last.locator(".stats")).to_be_visible()
+        running.idle()
+
+
+def test_with_the_real_server_base_model_and_key(real, visit):
+    with real.serving(real.tiny_engine(), real.BASE, key="secret") as running:
+        chat = visit(running)
+        chat.page.get_by_label("API key").fill("secret")
+        chat.page.get_by_label("API key").press("Enter")
+        chat.ready()
+        chat.ask("/maxtokens 20")
+        chat.ask("Once upon a time")
+        made = chat.page.locator(".passage .made")
+        chat.done()
+        before = made.text_content()
+        assert before
+        chat.button("Continue the text").click()
+        chat.done()
+        assert made.text_content().startswith(before) and len(made.text_content()) > len(before)
+        running.idle()
+
+
+def test_with_the_real_server_stop_frees_the_slot(real, visit):
+    with real.serving(real.scripted_engine()) as running:
+        chat = visit(running).ready()
+        running.tell(tool_answer("la " * 200)[:220], [{"role": "user", "content": "Sing"}])
+        step = running.worker.engine.step
+        running.worker.engine.step = lambda: (__import__("time").sleep(0.05), step())[1]
+        chat.ask("Sing")
+        expect(chat.answer).to_contain_text("la la")
+        chat.button("Stop").click()
+        expect(chat.note).to_have_text("Stopped.")
+        running.idle()
+        assert 0 < len(chat.stored()[0]["messages"][1]["content"]) < 600
+
+
+def test_with_the_real_server_that_is_stopped_in_the_middle(real, visit):
+    with real.serving(real.scripted_engine()) as running:
+        chat = visit(running).ready()
+        running.tell(tool_answer("la " * 200)[:220], [{"role": "user", "content": "Sing"}])
+        step = running.worker.engine.step
+        running.worker.engine.step = lambda: (__import__("time").sleep(0.5), step())[1]
+        chat.ask("Sing")
+        expect(chat.answer).to_contain_text("la")
+        running.server.should_exit = True
+        expect(chat.note).to_contain_text("What had arrived is kept.", timeout=15000)
+        expect(chat.banner).to_contain_text(GONE, timeout=15000)
