@@ -9,8 +9,9 @@ Starts `python -m scripts.serve` in a process of its own and talks to it over HT
 * a single stream over HTTP against the same engine stepped in this process, in turn (within 15 %);
 * requests cancelled at random: slots and queue empty afterwards, and how the server's memory grows.
 
-Streams are completions of `--tokens` tokens; where a trained model ends earlier, times are compared per token. Needs
-httpx (`pip install '.[dev]'`). The last line of the output is one JSON object.
+Streams are completions of `--tokens` tokens. A trained model may end some of them earlier; only whole ones are compared
+with each other (if fewer than three are, all of them, by their time per token). Needs httpx (`pip install '.[dev]'`).
+The last line of the output is one JSON object.
 """
 
 import asyncio
@@ -99,13 +100,16 @@ def events(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def load_figures(streams: Sequence[Stream], wall: float) -> dict[str, float]:
     """Throughput and fairness of streams that ran together for `wall` seconds."""
-    per_token = [s.per_token for s in streams]
+    longest = max(s.tokens for s in streams)
+    whole = [s.seconds for s in streams if s.tokens == longest]
+    times = whole if len(whole) >= 3 else [s.per_token for s in streams]
     return {
         "tok_per_sec": sum(s.tokens for s in streams) / wall,
         "first_median_sec": statistics.median(s.first for s in streams),
         "first_max_sec": max(s.first for s in streams),
-        "slowest_to_median": max(per_token) / statistics.median(per_token),
-        "tokens_min": min(s.tokens for s in streams),
+        "stream_median_sec": statistics.median(s.seconds for s in streams),
+        "slowest_to_median": max(times) / statistics.median(times),
+        "whole_streams": len(whole),
     }
 
 
@@ -245,18 +249,21 @@ async def together(address: str, n: int, tokens: int, numbers: Iterator[int]) ->
         return streams, time.perf_counter() - began
 
 
-async def cancel_many(address: str, count: int, at_once: int, tokens: int, seed: int, tick: Callable[[int], None]):
-    """`count` requests, most of them dropped after a random time: while queued, while prefilling, while streaming."""
+async def cancel_many(
+    address: str, count: int, at_once: int, tokens: int, patience: float, seed: int, tick: Callable[[int], None]
+) -> dict[str, int]:
+    """`count` requests, most of them dropped after a random time of at most `patience` seconds: while they wait, while
+    their prompt is read, while they stream. Some are short enough to end. Returns how many did what."""
     rng = random.Random(seed)
-    patience = [rng.uniform(0.0, 1.0) ** 2 for _ in range(count)]
-    left, done = iter(enumerate(patience)), 0
+    plan = [(rng.choice((4, tokens, tokens)), patience * rng.uniform(0, 1) ** 2) for _ in range(count)]
+    left, done = iter(enumerate(plan)), 0
     ended = {"cancelled": 0, "finished": 0}
 
     async def client_loop(client: httpx.AsyncClient) -> None:
         nonlocal done
-        for number, seconds in left:
+        for number, (length, seconds) in left:
             try:
-                await asyncio.wait_for(stream(client, number, tokens), seconds)
+                await asyncio.wait_for(stream(client, number, length), seconds)
                 ended["finished"] += 1
             except TimeoutError:
                 ended["cancelled"] += 1
@@ -348,7 +355,7 @@ def measure(s: Settings, run: str | None) -> dict[str, Any]:
         for bare in pairs.values():
             bare.stream(next(numbers), s.tokens)  # compiles
         http, rates = [], {n: [] for n in pairs}
-        for _ in range(max(3, s.rounds)):
+        for _ in range(max(5, s.rounds)):
             number = next(numbers)
             (one,), _ = go(together(server.address, 1, s.tokens, iter([number])))
             http.append(one.tokens / one.seconds)
@@ -374,7 +381,8 @@ def measure(s: Settings, run: str | None) -> dict[str, Any]:
                     say(f"  {done}/{s.cancels}" + ("" if rss is None else f", server holds {rss / 1e6:,.0f} MB"))
 
             with HealthWatch(server.address) as watch:
-                work = cancel_many(server.address, s.cancels, 2 * slots, s.tokens, s.seed, tick)
+                patience = 1.5 * result["many_stream_median_sec"]
+                work = cancel_many(server.address, s.cancels, 2 * slots, s.tokens, patience, s.seed, tick)
                 result["cancel"] = go(work)
             result["cancel"] |= go(settled(server.address))
             result["cancel"]["health_p99_ms"] = 1e3 * percentile(watch.times, 99)

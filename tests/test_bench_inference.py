@@ -132,8 +132,9 @@ def test_load_figures_and_verdicts():
     streams = [serve_load.Stream(0.1 * i, 2.0, 20, "length") for i in range(1, 4)]
     streams.append(serve_load.Stream(0.4, 3.0, 10, "stop"))
     figures = serve_load.load_figures(streams, wall=3.5)
-    assert figures["tok_per_sec"] == 70 / 3.5 and figures["slowest_to_median"] == pytest.approx(3)
-    assert figures["first_max_sec"] == 0.4 and figures["tokens_min"] == 10
+    assert figures["tok_per_sec"] == 70 / 3.5 and figures["first_max_sec"] == 0.4
+    assert figures["slowest_to_median"] == 1.0 and figures["whole_streams"] == 3, "whole streams only"
+    assert serve_load.load_figures(streams[1:], wall=3.5)["slowest_to_median"] == pytest.approx(3), "per token"
     result = {"throughput_ratio": 4.0, "many_slowest_to_median": 2.1, "health_p99_ms": 3.0, "http_to_bare": 0.8}
     said = serve_load.verdicts({**result, "cancel": {"busy": 0.0, "queued": 1.0, "rss_bytes_per_request": 3.2}})
     assert [line.split()[-1] for line in said[:6]] == ["reached", "MISSED", "reached", "MISSED", "reached", "MISSED"]
