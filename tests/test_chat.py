@@ -383,6 +383,32 @@ def test_messages_of_several_lines(lines, text, verbatim):
     assert asked == ["", *["..."] * (len(lines) - 1)]
 
 
+@pytest.mark.parametrize("lines,text", [(['"""one', "two"], "one\ntwo"), (["one\\"], "one"), (['"""'], "")])
+def test_the_end_of_the_input_ends_a_message(lines, text):
+    remaining = iter(lines)
+
+    def read_line(continuing):
+        for line in remaining:
+            return line
+        raise EOFError
+
+    assert read_message(read_line).text == text
+    with pytest.raises(EOFError):
+        read_message(read_line)
+
+
+def test_commands_are_completed():
+    assert [console._complete("/t", n) for n in range(4)] == ["/temperature", "/topk", "/topp", None]
+    assert console._complete("t", 0) is None and console._complete("/RE", 0) == "/regen"
+
+
+def test_no_color(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    where = screen(True)
+    assert ask(make(Scripted([*CALL, 65, END])), where, "x")
+    assert "\033" not in where.out.getvalue() and "<6*7=42> A" in where.out.getvalue()
+
+
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(engine):
     chat, where, written = make(engine, max_tokens=100, temperature=1.0), screen(), []
 
@@ -474,7 +500,7 @@ def test_a_person_at_a_terminal(base_dir):
     one.process.send_signal(signal.SIGINT)
     one.expect("[stopped]")
     one.expect("User: ")
-    one.type("/undo\n")
+    one.type("/und\t\n")
     one.expect("Forgotten: long")
     one.expect("User: ")
     one.type("half a li")

@@ -65,7 +65,7 @@ def _run(settings: ChatSettings) -> int:
     try:
         devices.prepare()
         config, params, tokenizer, meta = load_model(settings.run or settings.model_tag, settings.stage, settings.step)
-    except (ValueError, CheckpointError, devices.DeviceError, FileNotFoundError, NotADirectoryError) as error:
+    except (ValueError, OSError, CheckpointError, devices.DeviceError) as error:
         print("\r" * talking + f"error: {error}", file=sys.stderr)
         return 1
     engine = Engine(config, params, tokenizer, slots=1)

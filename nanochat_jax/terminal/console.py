@@ -12,7 +12,7 @@ from typing import TextIO
 
 from nanochat_jax import paths
 from nanochat_jax.answers import Piece, PlainText, Text, ToolResult
-from nanochat_jax.terminal.commands import Leave, Regenerate, obey
+from nanochat_jax.terminal.commands import NAMES, Leave, Regenerate, obey
 from nanochat_jax.terminal.session import Chat, Outcome
 
 HISTORY_LINES = 2000
@@ -36,27 +36,27 @@ def read_message(read_line: Callable[[str], str]) -> Message:
     """One message: a line, lines that end in a backslash and the one after, or everything between triple quotes.
 
     read_line(continuing): gives the next line without its end; "" is passed for the first line, "..." for others.
-    Raises what read_line raises (EOFError, KeyboardInterrupt).
+    Raises what read_line raises (KeyboardInterrupt, and EOFError where there is no first line).
     """
     line = read_line("")
-    if line.lstrip().startswith('"""'):
-        text = line.lstrip()[3:]
-        while not text.rstrip().endswith('"""'):
-            text += "\n" + read_line("...")
-        return Message(text.rstrip()[:-3].strip("\n"), verbatim=True)
-    lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(read_line("..."))
-    return Message("\n".join(lines).strip())
+    verbatim = line.lstrip().startswith('"""')
+    text = line.lstrip()[3:] if verbatim else line
+    with contextlib.suppress(EOFError):  # the end of the input ends the message
+        while not text.rstrip().endswith('"""') if verbatim else text.endswith("\\"):
+            text = (text if verbatim else text[:-1]) + "\n"
+            text += read_line("...")
+    if verbatim:
+        return Message(text.rstrip().removesuffix('"""').strip("\n"), verbatim)
+    return Message(text.strip())
 
 
 class Screen:
-    """Where answers go. decorated: someone watches a terminal, so tool calls are coloured and control characters shown
-    as pictures; otherwise the text alone, as the model wrote it."""
+    """Where answers go. decorated: someone watches a terminal, so tool calls are coloured (unless NO_COLOR is set) and
+    control characters shown as pictures; otherwise the text alone, as the model wrote it."""
 
     def __init__(self, out: TextIO, decorated: bool):
         self.out, self.decorated = out, decorated
+        self._coloured = decorated and not os.environ.get("NO_COLOR")
         self._begin()
 
     def _begin(self) -> None:
@@ -67,15 +67,15 @@ class Screen:
         self.out.write(text)
         self.out.flush()
 
-    def dim(self, text: str) -> str:
-        """A remark beside the text; nothing where nobody watches."""
-        return f"{DIM}{text}{PLAIN}" if self.decorated else ""
+    def styled(self, code: str, text: str) -> str:
+        """The text as BOLD, DIM or CYAN, where there are colours."""
+        return f"{code}{text}{PLAIN}" if text and self._coloured else text
 
     def wait(self) -> None:
         """Shows that an answer is being prepared, until it comes."""
         self._begin()
         if self.decorated:
-            self.write(self.dim(_WAITING))
+            self.write(self.styled(DIM, _WAITING))
             self._waiting = True
 
     def pieces(self, pieces: Sequence[Piece]) -> None:
@@ -86,10 +86,10 @@ class Screen:
             if self.decorated:
                 closing, text = closing.translate(_HARMLESS), text.translate(_HARMLESS)
                 if not isinstance(piece, Text):
-                    text = f"{CYAN}{text}{PLAIN}"
+                    text = self.styled(CYAN, text)
                 elif self._after_result and not text[0].isspace():  # models often write on without a space
                     text = " " + text
-                closing = closing and f"{CYAN}{closing}{PLAIN}"
+                closing = self.styled(CYAN, closing)
             self._after_result = isinstance(piece, ToolResult)
             self._came()
             self.out.write(closing + text)
@@ -137,7 +137,7 @@ def ask(chat: Chat, screen: Screen, question: str | None) -> bool:
         with interrupts(chat):
             if chat.completing:
                 shown = chat.asked if question is None else question
-                screen.write(f"{BOLD}{shown.translate(_HARMLESS)}{PLAIN}" if screen.decorated else shown)
+                screen.write(screen.styled(BOLD, shown.translate(_HARMLESS) if screen.decorated else shown))
             elif screen.decorated:
                 screen.write("Assistant: ")
             screen.wait()
@@ -150,8 +150,8 @@ def ask(chat: Chat, screen: Screen, question: str | None) -> bool:
         screen.end()
         raise Leave from None
     screen.end()
-    remarks = "".join(f" {screen.dim(f'[{remark}]')}" for remark in _remarks(outcome, chat) if screen.decorated)
-    screen.write(remarks + "\n")
+    remarks = _remarks(outcome, chat) if screen.decorated else ()
+    screen.write("".join(f" {screen.styled(DIM, f'[{remark}]')}" for remark in remarks) + "\n")
     return True
 
 
@@ -189,7 +189,7 @@ def converse(chat: Chat, screen: Screen, read: Callable[[], Message]) -> bool:
             if warned or not screen.decorated:
                 break
             warned = True
-            screen.write("\n" + screen.dim("[Ctrl-C again, or /quit, leaves]") + "\n")
+            screen.write("\n" + screen.styled(DIM, "[Ctrl-C again, or /quit, leaves]") + "\n")
     screen.write("\nGoodbye!\n" if screen.decorated else "")
     return fine
 
@@ -201,9 +201,10 @@ def history_path() -> Path:
 
 @contextlib.contextmanager
 def line_editing() -> Iterator[bool]:
-    """Arrow keys and a history that outlives the session, for its owner's eyes only. Yields whether this is the first.
+    """Arrow keys, Tab for commands, and a history that outlives the session, for its owner's eyes only.
 
-    Where Python lacks readline, or the file cannot be used, input works without.
+    Yields whether this is the first session. Where Python lacks readline, or the file cannot be used, input works
+    without.
     """
     path = history_path()
     first = not path.exists()
@@ -212,6 +213,10 @@ def line_editing() -> Iterator[bool]:
     except ImportError:
         yield first
         return
+    gnu = hasattr(readline, "append_history_file")  # macOS has libedit under this name, which lacks it
+    readline.set_completer_delims(" ")
+    readline.set_completer(_complete)
+    readline.parse_and_bind("tab: complete" if gnu else "bind ^I rl_complete")
     with contextlib.suppress(OSError):
         os.close(os.open(path, os.O_CREAT | os.O_RDONLY, 0o600))
         os.chmod(path, 0o600)
@@ -220,9 +225,19 @@ def line_editing() -> Iterator[bool]:
     try:
         yield first
     finally:
-        with contextlib.suppress(OSError):  # appended: two chats at once do not overwrite each other
-            readline.append_history_file(readline.get_current_history_length() - before, path)
-            _shorten(path)
+        with contextlib.suppress(OSError):
+            if gnu:  # appended: two chats at once do not overwrite each other
+                readline.append_history_file(readline.get_current_history_length() - before, path)
+                _shorten(path)
+            else:
+                readline.set_history_length(HISTORY_LINES)
+                readline.write_history_file(path)
+
+
+def _complete(word: str, n: int) -> str | None:
+    """The n-th command that begins with a word."""
+    found = [f"/{name}" for name in NAMES if word.startswith("/") and f"/{name}".startswith(word.lower())]
+    return found[n] if n < len(found) else None
 
 
 def _shorten(path: Path) -> None:
