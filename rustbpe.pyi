@@ -1,6 +1,6 @@
 """Byte-pair encoding in Rust: train on a stream of texts, encode to lists or straight into NumPy arrays.
 
-And one function that has nothing to do with it: this is the project's only compiled module.
+And two kernels that have nothing to do with it: this is the project's only compiled module.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,6 +20,13 @@ def skinny_matmul() -> object | None:
 
 def skinny_rows() -> int:
     """Up to how many rows `skinny_matmul` is faster than XLA here: 32 with AVX-512, 8 with AVX2, else 0."""
+
+def decode_attention() -> object | None:
+    """The custom call `decode_attention`: one token per row against its own valid keys and values, all float32.
+
+    Arguments q (n, H, D), old keys and values (n, S, D), new keys and values (n, R, D), int32 start (b,), filled (),
+    window () (negative: none); result (n, H, D). None where the processor has no AVX2.
+    """
 
 class Tokenizer:
     """A byte-level BPE vocabulary with its split pattern. A new one has the 256 single bytes and `DEFAULT_PATTERN`.

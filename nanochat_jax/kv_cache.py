@@ -10,11 +10,14 @@ on CPU runs as a loop over rows, and where it reads all of what was just written
 on 2 cores, one row of 2 heads of 128: 1.25 ms a layer and token at 2048 positions, of which 0.15 ms are attention).
 """
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+
+from nanochat_jax import cpu_kernels
 
 
 @jax.tree_util.register_dataclass
@@ -158,7 +161,10 @@ def cached_attention(
     """Attention of T new tokens per row against the cached ones and themselves, causal by absolute position.
 
     q (b, T, H, D), k and v (b, T, G, D); returns (b, T, H, D) and the layer's updated buffers (keys, values). Query t
-    of row r sits at position p = cache.position[r] + t and sees keys max(0, p - window) .. p.
+    of row r sits at position p = cache.position[r] + t and sees keys max(0, p - window) .. p. One token per row in
+    float32 on CPU is left to a kernel of our own (`rustbpe/src/attend.rs`): XLA multiplies a row's tiny matrices one
+    after the other and looks at every place there is (0.15 ms a layer for 32 rows of 2 heads and 128 tokens, of which
+    the kernel needs a tenth).
     """
     b, T, H, D = q.shape
     G = k.shape[2]
@@ -170,6 +176,31 @@ def cached_attention(
 
     new_keys, new_values = append(cache.new_keys[layer], k), append(cache.new_values[layer], v)
     q = q.reshape(b, T, G, H // G, D).swapaxes(1, 2).reshape(b * G, T * H // G, D)
+    old = (
+        None if cache.old_keys is None or cache.old_values is None else (cache.old_keys[layer], cache.old_values[layer])
+    )
+    arguments = q, old, (new_keys, new_values), cache.start, cache.filled
+    formula = functools.partial(_attend, (b, T, H, G, D), window)
+    if T == 1 and q.dtype == dtype == jnp.float32 and cpu_kernels.available("decode_attention"):
+        y = jax.lax.platform_dependent(*arguments, cpu=functools.partial(_kernel, window), default=formula)
+    else:
+        y = formula(*arguments)
+    return y.reshape(b, G, T, H // G, D).swapaxes(1, 2).reshape(b, T, H, D), (new_keys, new_values)
+
+
+def _kernel(window: int | None, q, old, new, start, filled) -> jax.Array:
+    """The same as `_attend` for one token per row, as a custom call."""
+    if old is None:
+        old, start = new, jnp.zeros_like(start)  # none of it is valid
+    width = jnp.int32(-1 if window is None else window)
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    return jax.ffi.ffi_call("decode_attention", out)(q, *old, *new, start, filled, width)
+
+
+def _attend(sizes, window: int | None, q, old, new, start, filled) -> jax.Array:
+    """q (b * G, T * H / G, D) against old keys and values (b * G, S, D) and the call's buffers: the shape of q."""
+    b, T, H, G, D = sizes
+    new_keys, new_values = new
 
     def score(keys, visible):  # visible (b or 1, T, S), per row and query
         s = jax.lax.dot_general(q, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
@@ -181,22 +212,22 @@ def cached_attention(
         return jax.lax.dot_general(weights, values, (((2,), (1,)), ((0,), (0,))))
 
     # the buffer: column j holds the j-th token of this call, in every row
-    query = cache.filled + jnp.arange(T)[:, None]
+    query = filled + jnp.arange(T)[:, None]
     column = jnp.arange(new_keys.shape[1])[None]
     visible = column <= query
     if window is not None:
         visible &= column >= query - window
     scores = score(new_keys, visible[None])
     n_old = 0
-    if cache.old_keys is not None:
-        n_old = cache.old_keys[layer].shape[1]
+    if old is not None:
+        n_old = old[0].shape[1]
         column = jnp.arange(n_old)[None, None]
-        visible = jnp.broadcast_to(column < cache.start[:, None, None], (b, T, n_old))
+        visible = jnp.broadcast_to(column < start[:, None, None], (b, T, n_old))
         if window is not None:
-            visible &= column >= cache.position[:, None, None] + jnp.arange(T)[None, :, None] - window
-        scores = jnp.concatenate([score(cache.old_keys[layer], visible), scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+            visible &= column >= (start + filled)[:, None, None] + jnp.arange(T)[None, :, None] - window
+        scores = jnp.concatenate([score(old[0], visible), scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(new_values.dtype)
     y = combine(weights[..., n_old:], new_values)
-    if cache.old_values is not None:
-        y += combine(weights[..., :n_old], cache.old_values[layer])
-    return y.reshape(b, G, T, H // G, D).swapaxes(1, 2).reshape(b, T, H, D), (new_keys, new_values)
+    if old is not None:
+        y += combine(weights[..., :n_old], old[1])
+    return y

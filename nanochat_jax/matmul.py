@@ -5,16 +5,13 @@ over (`rustbpe/src/skinny.rs`), for float32. Everywhere else this is `jnp.matmul
 Sharded arrays would be gathered for the kernel (right, but slow); so few rows are sharded nowhere but in tests.
 """
 
-import functools
-import logging
 import math
 
 import jax
 import jax.numpy as jnp
 
 import rustbpe
-
-logger = logging.getLogger(__name__)
+from nanochat_jax import cpu_kernels
 
 LARGE = 1 << 18  # entries of a matrix from which on the kernel is faster; smaller ones stay in the cache
 
@@ -33,7 +30,7 @@ def _product(x, kernel):
     rows = math.prod(x.shape[:-1])
     # one row is a product with a vector, which XLA does at full speed
     eligible = rows > 1 and kernel.size >= LARGE and x.dtype == kernel.dtype == jnp.float32
-    if eligible and skinny_available() and rows <= rustbpe.skinny_rows():
+    if eligible and cpu_kernels.available("skinny_matmul") and rows <= rustbpe.skinny_rows():
         flat = x.reshape(rows, x.shape[-1])
         y = jax.lax.platform_dependent(flat, kernel, cpu=_skinny, default=jnp.matmul)
         return y.reshape(*x.shape[:-1], kernel.shape[1])
@@ -56,27 +53,3 @@ def _project_bwd(residuals, d_out):
 
 
 project.defvjp(_project_fwd, _project_bwd)
-
-
-@functools.cache
-def skinny_available() -> bool:
-    """Whether the kernel can run here. Registers it with XLA, or tells the log why it is not used."""
-    why_not = _register()
-    if why_not:
-        logger.info("Products of a few rows use jnp.matmul instead of rustbpe's kernel: %s", why_not)
-    return not why_not
-
-
-def _register() -> str | None:
-    """Registers the kernel. Returns the reason if that is not possible."""
-    if not hasattr(rustbpe, "skinny_rows"):
-        return "rustbpe was built from older sources; build it again with `pip install .`."
-    handler = rustbpe.skinny_matmul()
-    if handler is None:
-        return "this processor has neither AVX2 nor AVX-512."
-    try:
-        jax.local_devices(backend="cpu")  # before the backend starts, XLA only takes note, and objects when it does
-        jax.ffi.register_ffi_target("skinny_matmul", handler, platform="cpu")
-    except Exception as error:  # whatever XLA objects to, such as our version of its interface
-        return f"XLA does not take it: {error}"
-    return None

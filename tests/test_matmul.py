@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import rustbpe
-from nanochat_jax import matmul
+from nanochat_jax import cpu_kernels, matmul
 
 needs_kernel = pytest.mark.skipif(rustbpe.skinny_matmul() is None, reason="this processor has no AVX2")
 
@@ -32,9 +32,9 @@ def any_size(monkeypatch):
 @pytest.fixture
 def undecided():
     """Whether the kernel can run is decided in the test, and again after it."""
-    matmul.skinny_available.cache_clear()
+    cpu_kernels.available.cache_clear()
     yield
-    matmul.skinny_available.cache_clear()
+    cpu_kernels.available.cache_clear()
 
 
 def project(x, kernel):
@@ -127,12 +127,12 @@ def test_gradient_and_vmap(any_size, rows):
 def falls_back(caplog, reason: str, rows: int) -> None:
     """Checks that the product is a plain one, and that the log says why, once."""
     x, kernel = arrays((rows, 256), (256, 1024))
-    with caplog.at_level(logging.INFO, "nanochat_jax.matmul"):
+    with caplog.at_level(logging.INFO, "nanochat_jax.cpu_kernels"):
         for _ in range(2):
             assert not custom_calls(lambda x, kernel: matmul.project(x, kernel), x, kernel)
             np.testing.assert_array_equal(project(x, kernel), jax.jit(jnp.matmul)(x, kernel))
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "nanochat_jax.matmul"]
-    assert "jnp.matmul" in message and reason in message
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "nanochat_jax.cpu_kernels"]
+    assert "skinny_matmul" in message and reason in message
 
 
 def test_without_the_kernel_an_old_build(undecided, monkeypatch, caplog):
@@ -159,7 +159,7 @@ REFUSED = """
 import ctypes, logging
 import jax, jax.numpy as jnp
 import rustbpe
-from nanochat_jax import matmul
+from nanochat_jax import cpu_kernels, matmul
 
 @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 def handler(frame):  # answers XLA's question for the version of its interface with 0.99
@@ -179,7 +179,7 @@ def test_without_the_kernel_xla_has_another_interface():
     done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 8 * 256 * 1024
-    (message,) = [line for line in done.stderr.splitlines() if line.startswith("nanochat_jax.matmul")]
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("nanochat_jax.cpu_kernels")]
     assert "does not take it" in message and "0.99" in message
 
 
@@ -230,6 +230,7 @@ DECLARED = {
 CONSTANTS = {
     "Extension_Metadata": 1,
     "ExecutionStage_EXECUTE": 3,
+    "DataType_S32": 4,
     "DataType_F32": 11,
     "Error_Code_INVALID_ARGUMENT": 3,
 }

@@ -16,12 +16,13 @@ use pyo3::types::{PyBytes, PyCapsule, PyIterator, PyString};
 use crate::corpus::{Batch, count_pieces};
 use crate::encode::{Pool, TokenId, concatenate, encode_all};
 use crate::error::Error;
-use crate::skinny::Isa;
 use crate::split::{DEFAULT_PATTERN, Splitter};
 use crate::train::Trainer;
+use crate::vector::Isa;
 use crate::vocab::Vocab;
 use crate::words::{MAX_IDS, Words};
-use crate::xla;
+use crate::xla::{self, CallFrame};
+use crate::{custom_calls, skinny};
 
 /// Least time between two calls of a progress callback.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -375,27 +376,41 @@ fn threads(asked: usize) -> usize {
     if asked > 0 { asked } else { available_parallelism().map_or(1, NonZero::get) }
 }
 
-/// `skinny_matmul` for `jax.ffi.register_ffi_target`, or None on a processor without AVX2.
-#[pyfunction]
-fn skinny_matmul(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
+/// A custom call for `jax.ffi.register_ffi_target`, or None on a processor without AVX2.
+fn custom_call(
+    py: Python<'_>,
+    handler: unsafe extern "C" fn(*mut CallFrame) -> xla::Error,
+) -> PyResult<Option<Bound<'_, PyCapsule>>> {
     if Isa::detect().is_none() {
         return Ok(None);
     }
-    let handler = NonNull::new(xla::skinny_matmul as *mut c_void).expect("a function has an address");
+    let handler = NonNull::new(handler as *mut c_void).expect("a function has an address");
     // SAFETY: a function is there as long as the module, which Python never unloads.
     Ok(Some(unsafe { PyCapsule::new_with_pointer(py, handler, c"xla._CUSTOM_CALL_TARGET") }?))
+}
+
+#[pyfunction]
+fn skinny_matmul(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
+    custom_call(py, custom_calls::skinny_matmul)
 }
 
 /// Up to how many rows `skinny_matmul` is worthwhile on this processor.
 #[pyfunction]
 fn skinny_rows() -> usize {
-    Isa::detect().map_or(0, Isa::rows)
+    Isa::detect().map_or(0, skinny::rows)
+}
+
+#[pyfunction]
+fn decode_attention(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
+    custom_call(py, custom_calls::decode_attention)
 }
 
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
     use super::Tokenizer;
+    #[pymodule_export]
+    use super::decode_attention;
     #[pymodule_export]
     use super::skinny_matmul;
     #[pymodule_export]

@@ -8,7 +8,8 @@
 //! Every sum runs over k in order, whatever the number of rows and threads, so the result for a row depends neither on
 //! its company nor on the machine's load.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use crate::parts::{Job, Parts};
+pub use crate::vector::Isa;
 
 pub const MAX_ROWS: usize = 32;
 
@@ -25,36 +26,11 @@ const STEP: usize = 32;
 const WIDE: usize = 8192;
 const AHEAD: usize = 128;
 
-/// How the products are computed: the processor's vector instructions.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Isa {
-    Avx512,
-    Avx2,
-}
-
-impl Isa {
-    /// The best this processor has, if any.
-    pub fn detect() -> Option<Isa> {
-        [Isa::Avx512, Isa::Avx2].into_iter().find(|isa| isa.available())
-    }
-
-    /// Up to how many rows the product is faster with it than a general one (measured against XLA's).
-    pub fn rows(self) -> usize {
-        match self {
-            Isa::Avx512 => MAX_ROWS,
-            Isa::Avx2 => 8,
-        }
-    }
-
-    /// Whether this processor has it.
-    pub fn available(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            avx2 && (self == Isa::Avx2 || is_x86_feature_detected!("avx512f"))
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        false
+/// Up to how many rows the product is faster than a general one (measured against XLA's).
+pub fn rows(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx512 => MAX_ROWS,
+        Isa::Avx2 => 8,
     }
 }
 
@@ -71,10 +47,8 @@ pub struct Product {
     k: usize,
     n: usize,
     columns: usize,
-    blocks: usize,
     threads: usize,
-    next: AtomicUsize,
-    done: AtomicUsize,
+    blocks: Parts,
 }
 
 // SAFETY: x and w are only read; every block of y is written by the one thread that took it.
@@ -96,40 +70,8 @@ impl Product {
         assert!(m <= MAX_ROWS, "at most {MAX_ROWS} rows, got {m}");
         let most = (MAX_SUMS / m.max(1) / STEP * STEP).min(MAX_COLUMNS);
         let columns = n.div_ceil(4 * threads).next_multiple_of(STEP).clamp(MIN_COLUMNS, most);
-        let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let blocks = n.div_ceil(columns);
-        Product { isa, x, w, y, m, k, n, columns, blocks, threads: threads.min(blocks), next, done }
-    }
-
-    /// How many of the threads planned for find something to do.
-    pub fn threads(&self) -> usize {
-        self.threads
-    }
-
-    /// Computes blocks until none is left to take.
-    pub fn work(&self) {
-        loop {
-            let block = self.next.fetch_add(1, Ordering::Relaxed);
-            if block >= self.blocks {
-                return;
-            }
-            let start = block * self.columns;
-            self.block(start, self.columns.min(self.n - start));
-            self.done.fetch_add(1, Ordering::Release);
-        }
-    }
-
-    /// Waits for the blocks that other threads have taken. Call it after `work`.
-    pub fn wait(&self) {
-        let mut spins = 0;
-        while self.done.load(Ordering::Acquire) < self.blocks {
-            spins += 1;
-            if spins < 2000 {
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now(); // the other thread has lost its core
-            }
-        }
+        Product { isa, x, w, y, m, k, n, columns, threads: threads.min(blocks), blocks: Parts::new(blocks) }
     }
 
     fn block(&self, start: usize, width: usize) {
@@ -146,9 +88,27 @@ impl Product {
     }
 }
 
+impl Job for Product {
+    fn threads(&self) -> usize {
+        self.threads
+    }
+
+    fn work(&self) {
+        self.blocks.work(|block| {
+            let start = block * self.columns;
+            self.block(start, self.columns.min(self.n - start));
+        });
+    }
+
+    fn wait(&self) {
+        self.blocks.wait();
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::*;
+    use crate::vector::Vector;
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
@@ -161,44 +121,6 @@ mod x86 {
     pub unsafe fn block_avx2(p: &Product, start: usize, width: usize) {
         unsafe { block::<__m256>(p, start, width) }
     }
-
-    /// A vector register. Everything is inlined into the two functions above, which switch the instructions on.
-    trait Vector: Copy {
-        const LANES: usize;
-        /// Rows of x whose sums (two vectors each) fit the registers together.
-        const ROWS: usize;
-        unsafe fn splat(value: f32) -> Self;
-        unsafe fn load(from: *const f32) -> Self;
-        unsafe fn store(self, to: *mut f32);
-        unsafe fn add_product(self, a: Self, b: Self) -> Self;
-    }
-
-    macro_rules! vector {
-        ($type:ty, $lanes:literal, $rows:literal, $splat:ident, $load:ident, $store:ident, $fma:ident) => {
-            impl Vector for $type {
-                const LANES: usize = $lanes;
-                const ROWS: usize = $rows;
-                #[inline(always)]
-                unsafe fn splat(value: f32) -> Self {
-                    unsafe { $splat(value) }
-                }
-                #[inline(always)]
-                unsafe fn load(from: *const f32) -> Self {
-                    unsafe { $load(from) }
-                }
-                #[inline(always)]
-                unsafe fn store(self, to: *mut f32) {
-                    unsafe { $store(to, self) }
-                }
-                #[inline(always)]
-                unsafe fn add_product(self, a: Self, b: Self) -> Self {
-                    unsafe { $fma(a, b, self) }
-                }
-            }
-        };
-    }
-    vector!(__m512, 16, 8, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps);
-    vector!(__m256, 8, 4, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps);
 
     /// The sums of a block, row by row, aligned for the cache.
     #[repr(align(64))]

@@ -1,11 +1,11 @@
-//! `skinny` as a custom call of XLA on CPU.
+//! What a custom call of XLA on CPU is made of (the calls themselves: `custom_calls`).
 //!
-//! XLA calls `skinny_matmul` with a frame of pointers: its typed FFI, whose C structures are declared here as far as
+//! XLA calls a handler with a frame of pointers: its typed FFI, whose C structures are declared here as far as
 //! they are used (`xla/ffi/api/c_api.h`, version 0.3, in the folder that `jax.ffi.include_dir()` names). XLA takes a
 //! handler only if it still supports the version the handler reports, and we report one only if XLA's structures reach
 //! as far as ours. `tests/test_matmul.py` compares the declarations with the header of the XLA in use. The work is shared with XLA's own threads, so there are never more than it would use itself.
 
-use crate::skinny::{Isa, MAX_ROWS, Product};
+use crate::parts::Job;
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::offset_of;
 use std::ptr::null_mut;
@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 const METADATA: i32 = 1; // XLA_FFI_Extension_Metadata
 const EXECUTE: i32 = 3; // XLA_FFI_ExecutionStage_EXECUTE
+const S32: i32 = 4; // XLA_FFI_DataType_S32
 const F32: i32 = 11; // XLA_FFI_DataType_F32
 const INVALID_ARGUMENT: i32 = 3;
 const VERSION: (i32, i32) = (0, 3);
@@ -92,7 +93,7 @@ struct Buffer {
     dims: *const i64,
 }
 
-type Error = *mut c_void; // null = none
+pub type Error = *mut c_void; // null = none
 
 #[repr(C)]
 struct Api {
@@ -156,11 +157,11 @@ const _: () = {
     assert!(offset_of!(NumThreads, context) == 16 && offset_of!(NumThreads, threads) == 24);
 };
 
-/// The handler: arguments x (m, k) and w (k, n), result y (m, n), float32, m at most `MAX_ROWS`.
+/// What a handler does with a frame: answers XLA's question about the version, or does the job that `make` reads off it.
 ///
 /// # Safety
-/// For XLA alone to call, with a frame of its own making, and only where `Isa::detect` finds something.
-pub unsafe extern "C" fn skinny_matmul(frame: *mut CallFrame) -> Error {
+/// For handlers that XLA alone calls, with a frame of its own making; `make` checks what it takes from it.
+pub unsafe fn handle<J: Job>(frame: *mut CallFrame, make: fn(&CallFrame) -> Result<J, &'static CStr>) -> Error {
     unsafe {
         let frame = &*frame;
         if let Some(extension) = frame.head.extension.as_ref()
@@ -172,9 +173,9 @@ pub unsafe extern "C" fn skinny_matmul(frame: *mut CallFrame) -> Error {
         if frame.stage != EXECUTE {
             return null_mut();
         }
-        match product(frame) {
-            Ok(product) => {
-                run(frame, product);
+        match make(frame) {
+            Ok(job) => {
+                run(frame, job);
                 null_mut()
             }
             Err(message) => {
@@ -183,6 +184,57 @@ pub unsafe extern "C" fn skinny_matmul(frame: *mut CallFrame) -> Error {
                 ((*frame.api).error_create)(&mut error)
             }
         }
+    }
+}
+
+/// An element type of arrays.
+pub trait Element {
+    const DTYPE: i32;
+}
+
+impl Element for f32 {
+    const DTYPE: i32 = F32;
+}
+
+impl Element for i32 {
+    const DTYPE: i32 = S32;
+}
+
+impl CallFrame {
+    /// How many arrays are passed and returned; None from an XLA with shorter structures.
+    pub fn arity(&self) -> Option<(i64, i64)> {
+        let known = [&self.arguments, &self.results].into_iter().all(|buffers| buffers.head.reaches::<Buffers>());
+        known.then_some((self.arguments.size, self.results.size))
+    }
+
+    /// Data and dimensions of an argument, if it has this type and rank. `index` is below the arity.
+    pub fn argument<T: Element, const RANK: usize>(&self, index: usize) -> Option<(*const T, [usize; RANK])> {
+        assert!((index as i64) < self.arguments.size);
+        let (data, dims): (*mut T, _) = unsafe { array(*self.arguments.items.add(index)) }?;
+        Some((data.cast_const(), dims))
+    }
+
+    /// The same of a result.
+    pub fn result<T: Element, const RANK: usize>(&self, index: usize) -> Option<(*mut T, [usize; RANK])> {
+        assert!((index as i64) < self.results.size);
+        unsafe { array(*self.results.items.add(index)) }
+    }
+
+    /// How many threads XLA has.
+    pub fn threads(&self) -> usize {
+        let mut threads = 0;
+        let head = Head::of::<NumThreads>();
+        let mut ask = NumThreads { head, context: self.context, threads: &mut threads };
+        let known = none(self, unsafe { ((*self.api).num_threads)(&mut ask) });
+        if known { threads.max(1) as usize } else { 1 }
+    }
+}
+
+unsafe fn array<T: Element, const RANK: usize>(buffer: *const Buffer) -> Option<(*mut T, [usize; RANK])> {
+    unsafe {
+        let buffer = &*buffer;
+        let fits = buffer.head.reaches::<Buffer>() && buffer.dtype == T::DTYPE && buffer.rank == RANK as i64;
+        fits.then(|| (buffer.data.cast(), std::array::from_fn(|axis| *buffer.dims.add(axis) as usize)))
     }
 }
 
@@ -203,53 +255,23 @@ unsafe fn introduce(frame: &CallFrame, extension: &Extension) {
     }
 }
 
-unsafe fn product(frame: &CallFrame) -> Result<Product, &'static CStr> {
-    let isa = Isa::detect().ok_or(c"skinny_matmul: this processor has neither AVX-512 nor AVX2")?;
-    if ![&frame.arguments, &frame.results].into_iter().all(|buffers| buffers.head.reaches::<Buffers>()) {
-        return Err(c"skinny_matmul was built for another version of XLA");
-    }
-    if (frame.arguments.size, frame.results.size) != (2, 1) {
-        return Err(c"skinny_matmul takes two arrays and returns one");
-    }
-    let wrong = c"skinny_matmul wants float32 x (m, k), w (k, n) and y (m, n) with m at most 32";
-    unsafe {
-        let matrix = |buffer: *const Buffer| {
-            let buffer = &*buffer;
-            let fits = buffer.head.reaches::<Buffer>() && buffer.dtype == F32 && buffer.rank == 2;
-            fits.then(|| (buffer.data, *buffer.dims as usize, *buffer.dims.add(1) as usize)).ok_or(wrong)
-        };
-        let (x, m, k) = matrix(*frame.arguments.items)?;
-        let (w, k_of_w, n) = matrix(*frame.arguments.items.add(1))?;
-        let (y, m_of_y, n_of_y) = matrix(*frame.results.items)?;
-        if m > MAX_ROWS || (k_of_w, m_of_y, n_of_y) != (k, m, n) {
-            return Err(wrong);
-        }
-        let mut threads = 0;
-        let head = Head::of::<NumThreads>();
-        let mut ask = NumThreads { head, context: frame.context, threads: &mut threads };
-        let known = none(frame, ((*frame.api).num_threads)(&mut ask));
-        let threads = if known { threads.max(1) as usize } else { 1 };
-        Ok(Product::new(isa, (x.cast(), w.cast(), y.cast()), (m, k, n), threads))
-    }
-}
-
-/// Computes the product together with XLA's other threads, as far as they come in time.
-unsafe fn run(frame: &CallFrame, product: Product) {
-    let product = Arc::new(product);
-    for _ in 1..product.threads() {
-        let data = Arc::into_raw(product.clone()).cast_mut().cast();
-        let mut schedule = Schedule { head: Head::of::<Schedule>(), context: frame.context, task: help, data };
+/// Does the work together with XLA's other threads, as far as they come in time.
+unsafe fn run<J: Job>(frame: &CallFrame, job: J) {
+    let job = Arc::new(job);
+    for _ in 1..job.threads() {
+        let (task, data) = (help::<J> as _, Arc::into_raw(job.clone()).cast_mut().cast());
+        let mut schedule = Schedule { head: Head::of::<Schedule>(), context: frame.context, task, data };
         if !none(frame, unsafe { ((*frame.api).schedule)(&mut schedule) }) {
-            drop(unsafe { Arc::from_raw(data.cast::<Product>()) });
+            drop(unsafe { Arc::from_raw(data.cast::<J>()) });
             break;
         }
     }
-    product.work();
-    product.wait();
+    job.work();
+    job.wait();
 }
 
-unsafe extern "C" fn help(product: *mut c_void) {
-    unsafe { Arc::from_raw(product.cast::<Product>()) }.work();
+unsafe extern "C" fn help<J: Job>(job: *mut c_void) {
+    unsafe { Arc::from_raw(job.cast::<J>()) }.work();
 }
 
 /// Whether there is no error; frees it if there is one.

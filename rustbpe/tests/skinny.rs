@@ -1,15 +1,10 @@
 //! The product of a few rows with a matrix, against a plain loop in double precision.
 
+use rustbpe::parts::Job;
 use rustbpe::skinny::{Isa, MAX_ROWS, Product};
 
-/// Numbers between -1 and 1 that repeat late (a linear congruential generator).
-fn numbers(count: usize, mut state: u32) -> Vec<f32> {
-    let mut draw = || {
-        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
-        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| draw()).collect()
-}
+mod numbers;
+use numbers::numbers;
 
 fn product(isa: Isa, x: &[f32], w: &[f32], (m, k, n): (usize, usize, usize), threads: usize) -> Vec<f32> {
     assert_eq!((x.len(), w.len()), (m * k, k * n));

@@ -1,0 +1,73 @@
+//! The kernels as custom calls of XLA on CPU: what arrays each takes.
+
+use crate::attend::Attention;
+use crate::skinny::{MAX_ROWS, Product};
+use crate::vector::Isa;
+use crate::xla::{CallFrame, Error, handle};
+use std::ffi::CStr;
+
+const NO_VECTORS: &CStr = c"this processor has neither AVX-512 nor AVX2";
+const OTHER_XLA: &CStr = c"rustbpe was built for another version of XLA";
+
+/// Arguments x (m, k) and w (k, n), result y (m, n), float32, m at most `MAX_ROWS`.
+///
+/// # Safety
+/// For XLA alone to call.
+pub unsafe extern "C" fn skinny_matmul(frame: *mut CallFrame) -> Error {
+    unsafe { handle(frame, product) }
+}
+
+fn product(frame: &CallFrame) -> Result<Product, &'static CStr> {
+    let isa = Isa::detect().ok_or(NO_VECTORS)?;
+    let wrong = c"skinny_matmul wants float32 x (m, k), w (k, n) and y (m, n) with m at most 32";
+    if frame.arity().ok_or(OTHER_XLA)? != (2, 1) {
+        return Err(wrong);
+    }
+    let (x, [m, k]) = frame.argument(0).ok_or(wrong)?;
+    let (w, [k_of_w, n]) = frame.argument(1).ok_or(wrong)?;
+    let (y, y_shape) = frame.result(0).ok_or(wrong)?;
+    if m > MAX_ROWS || k_of_w != k || y_shape != [m, n] {
+        return Err(wrong);
+    }
+    // SAFETY: XLA's arrays have the shapes it says and live until the call returns, and so until `wait` has.
+    Ok(unsafe { Product::new(isa, (x, w, y), (m, k, n), frame.threads()) })
+}
+
+/// Arguments q (n, H, D), old keys and values (n, S, D), new keys and values (n, R, D), all float32, start (b,), filled
+/// and window (scalars), all int32; result (n, H, D). See `attend`.
+///
+/// # Safety
+/// For XLA alone to call.
+pub unsafe extern "C" fn decode_attention(frame: *mut CallFrame) -> Error {
+    unsafe { handle(frame, attention) }
+}
+
+fn attention(frame: &CallFrame) -> Result<Attention, &'static CStr> {
+    let isa = Isa::detect().ok_or(NO_VECTORS)?;
+    let wrong =
+        c"decode_attention wants float32 q (n, H, D), old keys and values (n, S, D), new ones (n, R, D), int32 \
+                  start (b,), filled (), window (), b dividing n";
+    if frame.arity().ok_or(OTHER_XLA)? != (8, 1) {
+        return Err(wrong);
+    }
+    let (q, [n, heads, dim]) = frame.argument(0).ok_or(wrong)?;
+    let (old_keys, [n_old, old, dim_old]) = frame.argument(1).ok_or(wrong)?;
+    let (old_values, old_shape) = frame.argument(2).ok_or(wrong)?;
+    let (new_keys, [n_new, new, dim_new]) = frame.argument(3).ok_or(wrong)?;
+    let (new_values, new_shape) = frame.argument(4).ok_or(wrong)?;
+    let (start, [rows]) = frame.argument::<i32, 1>(5).ok_or(wrong)?;
+    let (filled, []) = frame.argument::<i32, 0>(6).ok_or(wrong)?;
+    let (window, []) = frame.argument::<i32, 0>(7).ok_or(wrong)?;
+    let (y, y_shape) = frame.result(0).ok_or(wrong)?;
+    let shapes = [n_old, n_new] == [n, n] && [dim_old, dim_new] == [dim, dim] && y_shape == [n, heads, dim];
+    if !shapes || old_shape != [n, old, dim] || new_shape != [n, new, dim] || !n.is_multiple_of(rows.max(1)) {
+        return Err(wrong);
+    }
+    // SAFETY: XLA's arrays have the shapes it says and live until the call returns, and so until `wait` has.
+    unsafe {
+        let start = std::slice::from_raw_parts(start, rows).to_vec();
+        let arrays = (q, old_keys, old_values, new_keys, new_values, y);
+        Attention::new(isa, arrays, (n, heads, dim, old, new), start, *filled, *window, frame.threads())
+            .ok_or(c"decode_attention: more tokens are said to be valid than the arrays hold")
+    }
+}

@@ -1,0 +1,157 @@
+//! Attention of one token per row, against the formula in double precision.
+
+use rustbpe::attend::Attention;
+use rustbpe::parts::Job;
+use rustbpe::vector::Isa;
+
+mod numbers;
+use numbers::numbers;
+
+struct Case {
+    groups: usize,
+    heads: usize,
+    dim: usize,
+    old: usize,
+    new: usize,
+    start: Vec<i32>,
+    filled: usize,
+    window: i32,
+}
+
+impl Case {
+    fn n(&self) -> usize {
+        self.start.len() * self.groups
+    }
+
+    /// q, old keys, old values, new keys, new values
+    fn arrays(&self) -> [Vec<f32>; 5] {
+        let sizes = [self.heads, self.old, self.old, self.new, self.new];
+        std::array::from_fn(|i| numbers(self.n() * sizes[i] * self.dim, i as u32 + 1))
+    }
+
+    fn compute(&self, isa: Isa, arrays: &[Vec<f32>; 5], threads: usize) -> Vec<f32> {
+        let mut y = vec![f32::NAN; self.n() * self.heads * self.dim];
+        let [q, old_keys, old_values, new_keys, new_values] = arrays.each_ref().map(|array| array.as_ptr());
+        let sizes = (self.n(), self.heads, self.dim, self.old, self.new);
+        // SAFETY: the lengths are right and outlive `wait`; only available instructions are asked for.
+        let job = unsafe {
+            let arrays = (q, old_keys, old_values, new_keys, new_values, y.as_mut_ptr());
+            Attention::new(isa, arrays, sizes, self.start.clone(), self.filled as i32, self.window, threads).unwrap()
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..job.threads() {
+                scope.spawn(|| job.work());
+            }
+            job.work();
+            job.wait();
+        });
+        y
+    }
+
+    fn exact(
+        &self,
+        [q, old_keys, old_values, new_keys, new_values]: &[Vec<f32>; 5],
+        problem: usize,
+        head: usize,
+    ) -> Vec<f64> {
+        let start = self.start[problem / self.groups] as usize;
+        let position = start + self.filled;
+        let first = if self.window < 0 { 0 } else { position.saturating_sub(self.window as usize) };
+        let token = |old: &[f32], new: &[f32], p: usize| -> Vec<f64> {
+            let (array, row) =
+                if p < start { (old, problem * self.old + p) } else { (new, problem * self.new + p - start) };
+            array[row * self.dim..][..self.dim].iter().map(|&x| x as f64).collect()
+        };
+        let q = &q[(problem * self.heads + head) * self.dim..][..self.dim];
+        let scores: Vec<f64> = (first..=position)
+            .map(|p| token(old_keys, new_keys, p).iter().zip(q).map(|(k, &q)| k * q as f64).sum::<f64>())
+            .map(|dot| dot / (self.dim as f64).sqrt())
+            .collect();
+        let most = scores.iter().cloned().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().map(|s| (s - most).exp()).sum();
+        let mut y = vec![0.0; self.dim];
+        for (p, s) in (first..=position).zip(&scores) {
+            for (y, v) in y.iter_mut().zip(token(old_values, new_values, p)) {
+                *y += (s - most).exp() / total * v;
+            }
+        }
+        y
+    }
+}
+
+fn isas() -> impl Iterator<Item = Isa> {
+    [Isa::Avx512, Isa::Avx2].into_iter().filter(|isa| isa.available())
+}
+
+#[test]
+fn it_is_attention_for_every_shape() {
+    for (groups, heads, dim) in [(1, 1, 1), (2, 1, 128), (1, 4, 64), (2, 3, 24), (1, 2, 200), (3, 1, 17), (1, 1, 256)] {
+        for (old, new, start, filled) in
+            [(64, 8, vec![0, 5, 64], 3), (0, 4, vec![0, 0], 0), (300, 1, vec![299, 1, 130], 0)]
+        {
+            for window in [-1, 0, 2, 7, 128, 1000] {
+                let case = Case { groups, heads, dim, old, new, start: start.clone(), filled, window };
+                let arrays = case.arrays();
+                for isa in isas() {
+                    let y = case.compute(isa, &arrays, 3);
+                    for (i, y) in y.chunks(dim).enumerate() {
+                        for (y, exact) in y.iter().zip(case.exact(&arrays, i / heads, i % heads)) {
+                            let error = (*y as f64 - exact).abs();
+                            assert!(error < 2e-6, "{isa:?} {groups} {heads} {dim} {old} {window}: {error}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn large_scores_do_not_overflow() {
+    let case = Case { groups: 1, heads: 1, dim: 32, old: 16, new: 2, start: vec![16], filled: 0, window: -1 };
+    let mut arrays = case.arrays();
+    arrays[0].iter_mut().for_each(|q| *q *= 1e4);
+    for isa in isas() {
+        assert!(case.compute(isa, &arrays, 1).iter().all(|y| y.is_finite() && y.abs() <= 1.0));
+    }
+}
+
+#[test]
+fn a_row_depends_neither_on_its_company_nor_on_the_threads() {
+    let case = |start| Case { groups: 2, heads: 2, dim: 64, old: 500, new: 8, start, filled: 5, window: -1 };
+    for isa in isas() {
+        let all = case(vec![500, 3, 77, 250]);
+        let arrays = all.arrays();
+        let together = all.compute(isa, &arrays, 4);
+        assert_eq!(together, all.compute(isa, &arrays, 1));
+        for row in 0..4 {
+            let alone = case(vec![all.start[row]]);
+            let own = arrays.each_ref().map(|array| array[row * array.len() / 4..][..array.len() / 4].to_vec());
+            assert_eq!(alone.compute(isa, &own, 1), together[row * together.len() / 4..][..together.len() / 4]);
+        }
+    }
+}
+
+#[test]
+fn a_row_said_to_be_longer_than_what_is_in_view_attends_to_that() {
+    let case =
+        |start| Case { groups: 1, heads: 1, dim: 16, old: 10, new: 2, start: vec![start], filled: 1, window: -1 };
+    for isa in isas() {
+        let arrays = case(10).arrays();
+        assert_eq!(case(1000).compute(isa, &arrays, 1), case(10).compute(isa, &arrays, 1));
+        let too_many = unsafe {
+            let at = arrays.each_ref().map(|array| array.as_ptr());
+            let mut y = [0f32; 16];
+            Attention::new(
+                isa,
+                (at[0], at[1], at[2], at[3], at[4], y.as_mut_ptr()),
+                (1, 1, 16, 10, 2),
+                vec![3],
+                2,
+                -1,
+                1,
+            )
+        };
+        assert!(too_many.is_none());
+    }
+}
