@@ -1,0 +1,170 @@
+"""The choice of the device batch size: on invented memory, on real compilations, and that the mathematics stays."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax import auto_batch, sharding
+from nanochat_jax.auto_batch import MARGIN, DoesNotFit, bytes_needed, choose, halved, is_out_of_memory, sizes
+from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.optim import OptimHyper, make_optimizer
+from nanochat_jax.train_step import init_state, make_train_step
+
+GIB = 2**30
+
+
+def test_sizes_are_the_powers_of_two_that_divide():
+    assert sizes(32) == [1, 2, 4, 8, 16, 32]
+    assert sizes(12) == [1, 2, 4]
+    assert sizes(7) == [1]
+    with pytest.raises(ValueError, match="--total_batch_size"):
+        sizes(0)
+
+
+def test_aliased_results_count_once():
+    fake = SimpleNamespace(
+        argument_size_in_bytes=100, output_size_in_bytes=90, alias_size_in_bytes=80, temp_size_in_bytes=1000,
+        generated_code_size_in_bytes=5,
+    )  # fmt: skip
+    assert bytes_needed(fake) == 100 + 90 - 80 + 1000 + 5
+
+
+class Measured:
+    """A device on which `rows` need fixed + rows * each bytes; remembers what was asked."""
+
+    def __init__(self, fixed: float, each: float, dies_from: int = 10**9):
+        self.fixed, self.each, self.dies_from, self.asked = fixed, each, dies_from, []
+
+    def __call__(self, rows: int) -> int | None:
+        self.asked.append(rows)
+        return None if rows >= self.dies_from else int(self.fixed + rows * self.each)
+
+
+@pytest.mark.parametrize("guess", [None, lambda r: 0.0, lambda r: 1e18, lambda r: 3 * GIB + r * 2 * GIB])
+@pytest.mark.parametrize("limit", range(6, 80, 7))
+def test_the_largest_that_fits_with_its_margin(guess, limit):
+    device = Measured(3 * GIB, 2 * GIB)
+    choice = choose(64, device, limit * GIB, guess)
+    allowed = limit * GIB * (1 - MARGIN)
+    assert 3 * GIB + choice.rows * 2 * GIB <= allowed
+    assert choice.rows == 64 or 3 * GIB + 2 * choice.rows * 2 * GIB > allowed
+    assert len(device.asked) == len(set(device.asked))  # nothing is compiled twice
+
+
+def test_a_good_guess_saves_compilations():
+    device = Measured(3 * GIB, 2 * GIB)
+    assert choose(64, device, 40 * GIB, lambda r: 3 * GIB + r * 2 * GIB).rows == 16
+    assert device.asked == [16, 32]
+    device = Measured(3 * GIB, 2 * GIB)
+    assert choose(64, device, 40 * GIB).rows == 16
+    assert device.asked == [64, 32, 16]  # without one: from the top
+
+
+def test_a_compiler_that_runs_out_of_memory_is_an_answer():
+    device = Measured(0, 1, dies_from=8)
+    choice = choose(32, device, 10**6)
+    assert choice.rows == 4 and choice.needed[8] is None
+    assert "8 runs out of memory" in choice.describe(32)
+
+
+def test_nothing_fits():
+    with pytest.raises(DoesNotFit, match=r"5\.0 GiB.*--remat=block.*--fsdp.*--max_seq_len.*--depth"):
+        choose(8, Measured(4 * GIB, GIB), 5 * GIB)
+
+
+def test_description_names_choice_accumulation_and_limit():
+    text = choose(64, Measured(3 * GIB, 2 * GIB), 40 * GIB, lambda r: 3 * GIB + r * 2 * GIB).describe(64)
+    assert text == (
+        "device batch size: 16 rows x 4 accumulated "
+        "(16 needs 35.0 GiB, 32 needs 67.0 GiB of 40.0 GiB, 3% of it kept free)"
+    )
+
+
+def test_halving():
+    assert halved(8) == 4
+    with pytest.raises(DoesNotFit, match="--remat=block"):
+        halved(1)
+
+
+def test_out_of_memory_errors_are_told_apart():
+    out = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8589934592 bytes.")
+    assert is_out_of_memory(out)
+    assert not is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
+    assert not is_out_of_memory(ValueError("RESOURCE_EXHAUSTED"))
+
+
+def test_free_memory():
+    stats = {"bytes_limit": 100, "bytes_in_use": 30}
+    assert auto_batch.free_memory(SimpleNamespace(memory_stats=lambda: stats)) == 70
+    assert auto_batch.free_memory(SimpleNamespace(memory_stats=lambda: None)) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real programs, on the simulated devices
+
+
+CONFIG = GPTConfig.from_depth(1, 128, 32)
+OPTIMIZER = make_optimizer(OptimHyper(), 10, CONFIG.n_embd)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def step(mesh):
+    return make_train_step(CONFIG, OPTIMIZER, mesh)
+
+
+def test_real_steps_are_measured_and_chosen_among(mesh, step):
+    needed = {}
+
+    def measure(rows):
+        needed[rows] = auto_batch.measured(
+            lambda: auto_batch.lower_step(step, CONFIG, OPTIMIZER, mesh, rows, 8 // rows, 32)
+        )
+        return needed[rows]
+
+    assert measure(8) > measure(2) > 0
+    between = int((needed[8] + needed[2]) / 2 / (1 - MARGIN))
+    assert choose(8, lambda rows: needed.get(rows, needed[8]), between).rows == 2
+
+
+def test_every_choice_is_the_same_step(mesh, step):
+    """Tokens per step stay, so do the loss and the parameters after it."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 128, (16, 33), dtype=np.int32)
+    results = []
+    for per_device in (1, 8):
+        shape = 8 // per_device, 2 * per_device, 32
+        x, y = rows[:, :-1].reshape(shape), rows[:, 1:].reshape(shape)
+        state = init_state(CONFIG, OPTIMIZER, mesh, jax.random.key(0))
+        state, numbers = step(state, x, y, np.ones(shape, np.float32))
+        results.append((float(numbers["loss"]), np.asarray(state.params["wte"]["embedding"])))
+    for loss, embedding in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-6)
+        np.testing.assert_allclose(embedding, results[0][1], atol=2e-5)
+
+
+def test_the_lowered_step_is_the_one_that_runs(mesh, step):
+    """Same shapes, same program: the compilation cache then serves the run."""
+    lowered = auto_batch.lower_step(step, CONFIG, OPTIMIZER, mesh, 2, 4, 32)
+    state = init_state(CONFIG, OPTIMIZER, mesh, jax.random.key(0))
+    tokens = np.zeros((4, 4, 32), np.int32)
+    real = step.lower(state, tokens, tokens, np.zeros((4, 4, 32), np.float32))
+    assert lowered.as_text() == real.as_text()
+
+
+def test_other_programs_compile_and_are_checked(mesh):
+    programs = [
+        ("evaluation", lambda: auto_batch.lower_evaluation(CONFIG, mesh, 2, 32), 0),
+        ("sampling", lambda: auto_batch.lower_sampling(CONFIG, jax.devices()[0], 4, 64), 10 * GIB),
+    ]
+    assert auto_batch.check_all(programs, 20 * GIB) == []
+    [line] = auto_batch.check_all(programs, 10 * GIB)
+    assert line.startswith("sampling needs 10.0 GiB") and "10.0 GiB" in line
+    assert math.isfinite(auto_batch.measured(programs[0][1]) or math.inf)
