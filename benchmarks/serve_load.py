@@ -414,7 +414,7 @@ def verdicts(r: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    s = cli.parse(Settings, argv, __doc__ or "", echo=False)
+    s = cli.parse(Settings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
     if s.run and s.depth:
         print("error: --depth serves random weights, --run a trained model: give one of them", file=sys.stderr)
         return 2

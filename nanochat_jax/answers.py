@@ -247,11 +247,12 @@ class ContextOverflow(ValueError):
     """A prompt of `n_tokens` with room for an answer of `reserve` tokens does not fit `capacity` positions."""
 
     def __init__(self, n_tokens: int, capacity: int, reserve: int = 0):
-        asked = f" and {reserve} for the answer" if reserve else ""
-        super().__init__(
-            f"this model's context is {capacity} tokens, but {n_tokens + reserve} are needed: {n_tokens} in the "
-            f"messages{asked}; shorten the messages or ask for a shorter answer"
-        )
+        if reserve:
+            needed = f"{n_tokens + reserve} are needed: {n_tokens} in the messages and {reserve} for the answer"
+            remedy = "shorten the messages or ask for a shorter answer"
+        else:
+            needed, remedy = f"there are {n_tokens} in the messages", "shorten the messages"
+        super().__init__(f"this model's context is {capacity} tokens, but {needed}; {remedy}")
         self.n_tokens, self.capacity, self.reserve = n_tokens, capacity, reserve
 
 

@@ -383,7 +383,7 @@ def json_line(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 fine, 1 no such model or device, 2 bad flags)."""
     try:
-        settings = cli.parse(BenchSettings, argv, __doc__ or "", echo=False)
+        settings = cli.parse(BenchSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

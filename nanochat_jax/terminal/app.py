@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 fine, 1 no model or a prompt that does not fit, 2 bad flags,
     130 interrupted)."""
     try:
-        settings = cli.parse(ChatSettings, argv, __doc__ or "", echo=False)
+        settings = cli.parse(ChatSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
         settings = _with_prompt(settings)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
