@@ -1,7 +1,8 @@
 """The run's numbers: `metrics.jsonl` always, other sinks on request.
 
 Kinds of records: "session" (a process began or went on training: when, on what, with which versions), "train" (one a
-step), "eval", "sample", "transcripts" (of rollouts). All have the step; a resumed run drops what it will write again.
+step), "skip" (instead, for a step that was not learnt from), "eval", "sample", "transcripts" (of rollouts). All have
+the step; a resumed run drops what it will write again.
 
 A sink can be slow, hang or raise without stopping or slowing the run: records go through a bounded queue to a daemon
 thread, and a sink that fails is reported once and dropped.
@@ -9,6 +10,7 @@ thread, and a sink that fails is reported once and dropped.
 
 import json
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -22,11 +24,13 @@ Sink = Callable[[dict], None]
 
 
 class MetricsLog:
-    """Appends one JSON object per line to `path` and hands each to the optional sinks."""
+    """Appends one JSON object per line to `path` and hands each to the optional sinks; writes nothing without a path
+    (in all but one of several processes)."""
 
-    def __init__(self, path: Path, sinks: dict[str, Sink] | None = None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+    def __init__(self, path: Path | None, sinks: dict[str, Sink] | None = None):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._sinks = [_BackgroundSink(name, sink) for name, sink in (sinks or {}).items()]
 
     def write(self, record: dict) -> None:
@@ -97,7 +101,7 @@ def rewind(path: Path, step: int, keep_eval: bool) -> None:
     def kept(record):
         if record["kind"] == "session" or record["step"] < step:
             return True
-        return keep_eval and record["step"] == step and record["kind"] not in ("train", "transcripts")
+        return keep_eval and record["step"] == step and record["kind"] not in ("train", "skip", "transcripts")
 
     lines = [json.dumps(r) + "\n" for r in read(path) if kept(r)]
     if path.exists():

@@ -3,8 +3,12 @@
 Step k of a run is: evaluate, sample, save (all before the update, so that a checkpoint of step k holds k updates), then
 one update. The host stays one step ahead of the device: step k is dispatched before the numbers of step k - 1 are read
 (except where a batch is made by the model itself, as in reinforcement learning).
+
+A step that must not be learnt from (see `incidents.py`) leaves the state as it was; the step dispatched after it is
+held back by the device itself, so that the state is still the same when the host sees what happened.
 """
 
+import os
 import signal
 import statistics
 import time
@@ -16,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from nanochat_jax import checkpoint, devices, metrics
+from nanochat_jax import checkpoint, devices, distributed, incidents, metrics
 from nanochat_jax.progress import Progress
+from nanochat_jax.saving import Saver
 from nanochat_jax.train_step import TrainState
+from nanochat_jax.watchdog import HungError, Watchdog
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, weights: (A, B, T)
 
@@ -52,12 +60,12 @@ class Job:
     """What a stage gives the loop. Callables keep `fit` free of data sets, models and flags.
 
     Batches come from `batches` (from a step on; a pure function of the step) or from `rollout` (a pure function of the
-    parameters and the step).
+    parameters and the step). With several processes, `batches` gives each its own rows, `rollout` all rows.
     """
 
     run: Path
     num_iterations: int
-    train_step: Any  # the jitted step of `train_step.make_train_step`
+    train_step: Any  # the jitted, guarded step of `train_step.make_train_step`
     meta: dict  # saved with every checkpoint: stage, config, tokenizer_hash, settings
     tokens_per_step: int
     batches: Callable[[int], Iterator[Batch]] | None = None
@@ -70,9 +78,16 @@ class Job:
     sample_at_start: bool = False  # also before the first update: there is a model already
     save_every: int = 0
     keep: int = 2
+    keep_every: int = 0
+    save_in_background: bool = True
+    spike: float = 10.0  # see `incidents.Level`
+    max_skips: int = 5  # steps skipped in a row that end the run
+    hang_timeout: float = 0.0  # see `watchdog.Watchdog`
     sinks: dict[str, metrics.Sink] = field(default_factory=dict)
     schedule: Callable[[int], dict[str, float]] = lambda step: {}  # shown and logged beside the loss
     to_saved: Callable[[TrainState], Any] = lambda state: state  # device-independent form of the state
+    place: Callable[[Batch], Any] = lambda batch: batch  # on the devices, with several processes
+    local: Callable[[Any], Any] = lambda params: params  # as evaluations, samples and rollouts see the parameters
 
 
 @dataclass
@@ -86,77 +101,211 @@ def fit(job: Job, state: TrainState, evaluated: bool = False) -> Outcome:
     """Runs the job from the state's step to its end.
 
     Ctrl-C and SIGTERM save and return with `finished` False; a second Ctrl-C stops at once. `evaluated` says that the
-    evaluation of the first step was already done and recorded (a resumed run). Raises TrainingError when the loss is no
-    longer finite.
+    evaluation of the first step was already done and recorded (a resumed run). Raises TrainingError when `max_skips`
+    steps in a row had to be skipped, CheckpointError when saving fails, HungError when a step hangs.
     """
-    start, n = int(state.step), job.num_iterations
-    metrics.rewind(job.run / "metrics.jsonl", start, keep_eval=evaluated)
-    log = metrics.MetricsLog(job.run / "metrics.jsonl", job.sinks)
-    earlier = metrics.read(job.run / "metrics.jsonl")
-    results = _last_results(earlier)
-    smooth = _Smoothed([r["loss"] for r in earlier if r["kind"] == "train"])
-    batches: Iterator[Batch] | None = None
-    try:
-        with stop_on_signals() as stop, Progress(n, start) as progress:
-            compiled = None
-            pending: _Pending | None = None
-            clock = _Clock()
-            if start < n:
-                log.write({"kind": "session", "step": start, **devices.session()})
-            for step in range(start, n + 1):
-                last, resumed = step == n, step == start and evaluated
-                evals_now = [] if resumed else [e for e in job.evaluations if last or _eval_due(step, e)]
-                before = step == 0 and job.sample_at_start
-                sample_now = not resumed and (last or before or (step > 0 and _due(step, job.sample_every)))
-                save_now = last or (step > start and _due(step, job.save_every))
-                # all of them, and a rollout, need the numbers of the step before
-                if stop or evals_now or sample_now or save_now or job.rollout is not None:
-                    pending = _finish(pending, job, log, smooth, progress, clock)
-                if stop:
-                    _save(job, state, step, evaluated=resumed)
-                    progress.say(f"stopped by {stop[0]} at step {step}; saved. The same command goes on from here.")
-                    return Outcome(state, False, results)
-                if evals_now:
-                    began = time.perf_counter()
-                    new = {k: v for e in evals_now for k, v in e.measure(state.params).items()}
-                    results = {**results, **new}
-                    log.write({"kind": "eval", "step": step, **new, "seconds": time.perf_counter() - began})
-                    progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in new.items()))
-                if sample_now and job.sample is not None:
-                    texts = job.sample(state.params)
-                    log.write({"kind": "sample", "step": step, "texts": texts})
-                    progress.say("\n".join(f"  {text!r}" for text in texts))
-                if save_now and not (resumed and last):
-                    _save(job, state, step, evaluated=True)
-                if last:
-                    break
-                extra: dict[str, float] = {}
-                if job.rollout is not None:
-                    clock.restart()
-                    rollout = job.rollout(state.params, step)
-                    batch, extra = rollout.batch, rollout.numbers
-                    if rollout.transcripts:
-                        log.write({"kind": "transcripts", "step": step, "samples": rollout.transcripts})
-                else:
-                    assert job.batches is not None, "a job has either batches or rollouts"
-                    if batches is None:
-                        batches = job.batches(step)
-                    clock.wait_begins()
-                    batch = next(batches)
-                    clock.wait_ends()
-                if compiled is None:  # once, ahead of time: a changed shape later is an error, not a silent recompile
-                    compiled = _compile(job, state, batch, progress)
-                    if job.rollout is None:
-                        clock.restart()
-                state, numbers = compiled(state, *batch)
-                if job.rollout is None:
-                    pending = _finish(pending, job, log, smooth, progress, clock)
-                pending = _Pending(step, numbers, extra)
-        return Outcome(state, True, results)
-    finally:
-        if batches is not None and hasattr(batches, "close"):
-            batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-        log.close()
+    return _Loop(job, state, evaluated).run()
+
+
+class _Loop:
+    """One run of `fit`: the state, the step whose numbers are still on the device, and those who watch."""
+
+    def __init__(self, job: Job, state: TrainState, evaluated: bool):
+        self.job, self.state, self.start, self.evaluated = job, state, int(state.step), evaluated
+        log, main = job.run / "metrics.jsonl", distributed.is_main()
+        if main:
+            metrics.rewind(log, self.start, keep_eval=evaluated)
+        distributed.barrier("metrics")
+        earlier = metrics.read(log)
+        self.results = _last_results(earlier)
+        self.level = incidents.Level(job.spike, earlier)
+        self.skips = incidents.skipped_in_a_row(earlier)
+        self.smooth = _Smoothed([r["loss"] for r in earlier if r["kind"] == "train"])
+        self.log = metrics.MetricsLog(log, job.sinks) if main else metrics.MetricsLog(None)
+        self.saver = Saver(job.run, job.keep, job.keep_every, job.save_in_background)
+        self.clock = _Clock()
+        self.pending: _Pending | None = None
+        self.compiled: Any = None
+
+    def run(self) -> Outcome:
+        job, n = self.job, self.job.num_iterations
+        batches: Iterator[Batch] | None = None
+        try:
+            with (
+                stop_on_signals() as stop,
+                Progress(n, self.start) as self.progress,
+                Watchdog(job.hang_timeout) as self.watchdog,
+            ):
+                if self.start < n:
+                    self.log.write({"kind": "session", "step": self.start, **devices.session()})
+                for step in range(self.start, n + 1):
+                    self.saver.check()
+                    self.watchdog.step_begins(step)
+                    try:
+                        if not self._between_steps(step, stop):
+                            break
+                        if batches is None and job.batches is not None:
+                            batches = job.batches(step)
+                        self._one_step(step, batches)
+                    except HungError as error:
+                        self._save_what_is_left(step)
+                        raise HungError(f"{error}; {self._last_good()}. The same command goes on from there.") from None
+                self.watchdog.step_begins(n)
+                with self.watchdog.busy():
+                    self.saver.close()
+                return Outcome(self.state, not stop or int(self.state.step) == n, self.results)
+        except Exception:
+            self.saver.give_up()
+            raise
+        finally:
+            if batches is not None and hasattr(batches, "close"):
+                batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+            self.log.close()
+
+    def _between_steps(self, step: int, stop: list[str]) -> bool:
+        """Evaluates, samples and saves what is due before the update of `step`; False if there is to be none."""
+        job, last, resumed = self.job, step == self.job.num_iterations, step == self.start and self.evaluated
+        evals_now = [] if resumed else [e for e in job.evaluations if last or _eval_due(step, e)]
+        before = step == 0 and job.sample_at_start
+        sample_now = not resumed and (last or before or (step > 0 and _due(step, job.sample_every)))
+        save_now = last or (step > self.start and _due(step, job.save_every))
+        stopped = stop_requested(stop, step)
+        # all of them, and a rollout, need the numbers of the step before
+        if stopped or evals_now or sample_now or save_now or job.rollout is not None:
+            self._settle()
+        if stopped:
+            with self.watchdog.busy():
+                self._save(step, evaluated=resumed)
+                self.saver.close()
+            self.progress.say(f"stopped by {stopped} at step {step}; saved. The same command goes on from here.")
+            return False
+        if evals_now:
+            began = time.perf_counter()
+            with self.watchdog.busy():
+                params = job.local(self.state.params)
+                new = {k: v for e in evals_now for k, v in e.measure(params).items()}
+            self.results = {**self.results, **new}
+            self.log.write({"kind": "eval", "step": step, **new, "seconds": time.perf_counter() - began})
+            self.progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in new.items()))
+        if sample_now and job.sample is not None:
+            with self.watchdog.busy():
+                texts = job.sample(job.local(self.state.params))
+            self.log.write({"kind": "sample", "step": step, "texts": texts})
+            self.progress.say("\n".join(f"  {text!r}" for text in texts))
+        if save_now and not (resumed and last):
+            with self.watchdog.busy():
+                self._save(step, evaluated=True)
+        return not last
+
+    def _one_step(self, step: int, batches: Iterator[Batch] | None) -> None:
+        job = self.job
+        extra: dict[str, float] = {}
+        if job.rollout is not None:
+            self.clock.restart()
+            rollout = job.rollout(job.local(self.state.params), step)
+            batch, extra = rollout.batch, rollout.numbers
+            if rollout.transcripts:
+                self.log.write({"kind": "transcripts", "step": step, "samples": rollout.transcripts})
+        else:
+            assert batches is not None, "a job has either batches or rollouts"
+            self.clock.wait_begins()
+            batch = next(batches)
+            self.clock.wait_ends()
+        placed, limits = job.place(batch), self.level.limits(step)
+        if self.compiled is None:  # once, ahead of time: a changed shape later is an error, not a silent recompile
+            with self.watchdog.busy():
+                self.compiled = _compile(job, self.state, placed, limits, self.progress)
+            if job.rollout is None:
+                self.clock.restart()
+        given = limits if self.pending is None else _limits_if_kept(self.pending.numbers["kept"], limits)
+        self.state, numbers = self.compiled(self.state, *placed, given)
+        if self._settle():  # then this step was held back: the same again
+            self.state, numbers = self.compiled(self.state, *placed, limits)
+        self.pending = _Pending(step, numbers, extra, placed, limits)
+
+    def _settle(self) -> bool:
+        """Reads the numbers of the dispatched step (waiting for it), logs and shows them; whether it was skipped."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            self.clock.restart()
+            return False
+        job, step = self.job, pending.step
+        loss, grad_norm, kept = (float(pending.numbers[k]) for k in ("loss", "grad_norm", "kept"))
+        seconds, waited = self.clock.lap()
+        self.watchdog.step_done()
+        if not kept:
+            self._skip(pending, loss, grad_norm)
+            return True
+        self.skips = 0
+        self.level.add(step, loss, grad_norm)
+        record = {
+            "kind": "train",
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            **pending.extra,
+            **job.schedule(step),
+            "seconds": seconds,
+            "tok_per_sec": job.tokens_per_step / seconds,
+            "data_wait": waited / seconds,
+        }
+        if job.peak_flops:
+            record["mfu"] = job.flops_per_token * record["tok_per_sec"] / job.peak_flops
+        self.log.write(record)
+        left = statistics.median(self.clock.seconds) * (job.num_iterations - step - 1)
+        self.progress.step(record, self.smooth.add(loss), left)
+        return False
+
+    def _skip(self, pending: "_Pending", loss: float, grad_norm: float) -> None:
+        """Keeps what a skipped step was made of; ends the run when there are too many in a row."""
+        job, step = self.job, pending.step
+        self.skips += 1
+        why = incidents.reason(loss, grad_norm, pending.limits)
+        numbers = {"loss": incidents.plain(loss), "grad_norm": incidents.plain(grad_norm)}
+        limits = [incidents.plain(float(x)) for x in pending.limits]
+        facts = {**numbers, "limits": limits, "reason": why, "backend": jax.default_backend(), "meta": job.meta}
+        with self.watchdog.busy():
+            batch = distributed.whole_batch(pending.batch)
+            kept = incidents.keep(job.run, step, batch, self.state.params, facts, self.skips)
+        self.log.write({"kind": "skip", "step": step, **numbers, "reason": why, **pending.extra})
+        replay = f"python -m scripts.replay {job.run.name} {step}"
+        self.progress.say(f"step {step} skipped: {why}; its batch is kept in {kept} (`{replay}`)")
+        if self.skips >= job.max_skips:
+            raise TrainingError(
+                f"{self.skips} steps in a row up to step {step} had to be skipped, the last one with {why}: training "
+                f"cannot go on ({self._last_good()}). `{replay}` shows what happened in it. Lower the learning rates "
+                "(--matrix_lr, --embedding_lr, --unembedding_lr), or look at the data."
+            )
+        self.clock.restart()
+
+    def _save(self, step: int, evaluated: bool) -> None:
+        self.saver.save(step, self.job.to_saved(self.state), {**self.job.meta, "evaluated": evaluated})
+
+    def _save_what_is_left(self, step: int) -> None:
+        """After a hang: a checkpoint, if the devices still answer (if not, the watchdog ends the process)."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            return
+        self._settle()
+        self._save(int(self.state.step), evaluated=False)
+        self.saver.close()
+
+    def _last_good(self) -> str:
+        self.saver.close()
+        done = checkpoint.steps(self.job.run)
+        return f"the last good checkpoint is step {done[-1]}" if done else "no checkpoint was written yet"
+
+
+@jax.jit
+def _limits_if_kept(kept: jax.Array, limits: jax.Array) -> jax.Array:
+    """Limits that nothing passes if the step before was not kept."""
+    return jnp.where(kept > 0, limits, incidents.HELD)
+
+
+def stop_requested(stop: list[str], step: int) -> str:
+    """The signal that asks all processes to stop before this step, or ""."""
+    if not distributed.several():
+        return stop[0] if stop else ""
+    return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
 
 
 def _eval_due(step: int, evaluation: Evaluation) -> bool:
@@ -172,6 +321,8 @@ class _Pending:
     step: int
     numbers: dict[str, jax.Array]
     extra: dict[str, float]  # of the rollout that the step learnt from
+    batch: Any  # as placed on the devices
+    limits: np.ndarray
 
 
 class _Smoothed:
@@ -214,49 +365,13 @@ class _Clock:
         return seconds, min(waited, seconds)
 
 
-def _finish(pending: _Pending | None, job: Job, log, smooth: _Smoothed, progress: Progress, clock: _Clock) -> None:
-    """Reads the numbers of a dispatched step (waiting for it), logs and shows them."""
-    if pending is None:
-        clock.restart()
-        return
-    loss, grad_norm = float(pending.numbers["loss"]), float(pending.numbers["grad_norm"])
-    seconds, waited = clock.lap()
-    if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-        done = checkpoint.steps(job.run)
-        where = f"the last good checkpoint is step {done[-1]}" if done else "no checkpoint was written yet"
-        raise TrainingError(
-            f"loss {loss}, gradient norm {grad_norm} at step {pending.step}: training cannot go on ({where}). "
-            "Lower the learning rates (--matrix_lr, --embedding_lr, --unembedding_lr) or look at the data of this step."
-        )
-    record = {
-        "kind": "train",
-        "step": pending.step,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        **pending.extra,
-        **job.schedule(pending.step),
-        "seconds": seconds,
-        "tok_per_sec": job.tokens_per_step / seconds,
-        "data_wait": waited / seconds,
-    }
-    if job.peak_flops:
-        record["mfu"] = job.flops_per_token * record["tok_per_sec"] / job.peak_flops
-    log.write(record)
-    left = statistics.median(clock.seconds) * (job.num_iterations - pending.step - 1)
-    progress.step(record, smooth.add(loss), left)
-
-
-def _compile(job: Job, state: TrainState, batch: Batch, progress: Progress):
+def _compile(job: Job, state: TrainState, batch: Batch, limits: np.ndarray, progress: Progress):
     began = time.perf_counter()
-    compiled = job.train_step.lower(state, *batch).compile()
+    compiled = job.train_step.lower(state, *batch, limits).compile()
     memory = compiled.memory_analysis()
     peak = f", {memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries per device" if memory else ""
     progress.say(f"train step compiled in {time.perf_counter() - began:.1f} s{peak}")
     return compiled
-
-
-def _save(job: Job, state: TrainState, step: int, evaluated: bool) -> None:
-    checkpoint.save(job.run, step, job.to_saved(state), {**job.meta, "evaluated": evaluated}, keep=job.keep)
 
 
 def _last_results(records: list[dict]) -> dict[str, float]:
@@ -270,17 +385,22 @@ def _last_results(records: list[dict]) -> dict[str, float]:
 
 @contextmanager
 def stop_on_signals():
-    """A list that becomes non-empty (the signal's name) on SIGTERM or the first Ctrl-C; the second Ctrl-C raises."""
+    """A list that becomes non-empty (the signal's name) on SIGTERM or the first Ctrl-C; the second Ctrl-C raises.
+
+    With several processes, JAX listens to SIGTERM and brings all of them to the same step; Ctrl-C is sent on to it.
+    """
     stop: list[str] = []
 
     def request(number, frame):
         if stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.append(signal.Signals(number).name)
+        if distributed.several():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     previous = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT,) if distributed.several() else (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, request)
     except ValueError:  # not the main thread: signals are the caller's business
         pass

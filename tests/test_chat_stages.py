@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nanochat_jax import checkpoint, metrics
+from nanochat_jax.saving import Saver
 from nanochat_jax.stages.launch import main
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
@@ -84,14 +85,15 @@ def numbers(run):
 
 def cut_off_after_first_save(name, **changes):
     """Starts a stage and ends it, without any clean-up, when its first checkpoint is there."""
-    save = checkpoint.save
+    save = Saver.save
 
-    def then_power_cut(*args, **kwargs):
-        save(*args, **kwargs)
+    def then_power_cut(saver, *args):
+        save(saver, *args)
+        saver.close()
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", then_power_cut)
+        patch.setattr(Saver, "save", then_power_cut)
         with pytest.raises(KeyboardInterrupt):
             stage(name, **changes)
 

@@ -70,11 +70,19 @@ def test_only_the_newest_are_kept(base, tokenizer):
     assert checkpoint.steps(run) == [3, 4]
 
 
+def test_every_so_many_steps_one_stays_for_good(base, tokenizer):
+    run = checkpoint.run_dir("r")
+    for step in range(1, 8):
+        checkpoint.save(run, step, {"w": np.zeros(2)}, meta(tokenizer), keep=2, keep_every=3)
+    assert checkpoint.steps(run) == [3, 6, 7]
+
+
 def test_unfinished_saves_are_never_seen_and_are_cleaned_up(base, tokenizer):
     run = saved_run(tokenizer, steps=(1,))
     complete = checkpoint.step_dir(run, 1)
     shutil.copytree(complete, complete.with_name(".00000002.writing"))  # killed just before the rename
     (run / "checkpoints" / "00000003").mkdir()  # a folder without meta.json
+    shutil.copytree(complete, complete.with_name(".00000000.removing"))  # killed while an old one was removed
     assert checkpoint.steps(run) == [1]
     checkpoint.save(run, 4, state(4), meta(tokenizer))
     assert not list((run / "checkpoints").glob(".*"))
@@ -88,7 +96,7 @@ def test_a_failing_save_names_the_last_good_one_and_leaves_it(base, tokenizer, m
         (Path(path) / "half").write_bytes(b"x" * 100)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.ocp, "save", full)
+    monkeypatch.setattr(checkpoint.ocp, "save_async", full)
     with pytest.raises(CheckpointError, match=r"No space left.*last good checkpoint is .*00000001"):
         checkpoint.save(run, 2, state(2), meta(tokenizer))
     assert checkpoint.steps(run) == [1] and not list((run / "checkpoints").glob(".*"))
@@ -110,6 +118,30 @@ def test_damage_is_found_and_the_previous_checkpoint_offered(base, tokenizer):
     victim.write_bytes(victim.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match=r"damaged.*previous checkpoint is step 1"):
         checkpoint.load_meta(run)
+
+
+def test_a_single_changed_bit_is_found(base, tokenizer):
+    """Same size, one bit: only a checksum sees it. Loading the parameters alone looks at every file, too."""
+    run = saved_run(tokenizer, steps=(1, 2))
+    files = [p for p in (checkpoint.step_dir(run, 2) / "state").rglob("*") if p.is_file() and p.stat().st_size > 100]
+    for victim in (min(files, key=lambda p: p.stat().st_size), max(files, key=lambda p: p.stat().st_size)):
+        good = victim.read_bytes()
+        victim.write_bytes(good[:50] + bytes([good[50] ^ 4]) + good[51:])
+        with pytest.raises(
+            CheckpointError, match=rf"{victim.name} is missing or damaged.*previous checkpoint is step 1"
+        ):
+            checkpoint.load_model("r")
+        victim.write_bytes(good)
+    checkpoint.load_model("r")
+
+
+def test_checkpoints_from_before_checksums_are_read(base, tokenizer):
+    run = saved_run(tokenizer, steps=(1,))
+    path = checkpoint.step_dir(run, 1) / "meta.json"
+    saved = json.loads(path.read_text())
+    saved["files"] = {name: facts["size"] for name, facts in saved["files"].items()}
+    path.write_text(json.dumps(saved))
+    checkpoint.load_model("r")
 
 
 def test_foreign_tokenizer_is_refused_by_both_hashes(base, tokenizer):

@@ -3,22 +3,30 @@ its processes killed in test_kill.py."""
 
 import os
 import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, metrics
+from nanochat_jax import checkpoint, incidents, metrics
 from nanochat_jax.train import Evaluation, Job, Rollout, TrainingError, fit
 from nanochat_jax.train_step import TrainState
+from nanochat_jax.watchdog import HungError
 
 
 @jax.jit
-def toy_step(state: TrainState, x, y, w):
+def toy_step(state: TrainState, x, y, w, limits):
     gradient = jnp.mean(x * w)
     params = {"a": state.params["a"] * 0.9 + gradient}
-    return TrainState(params, state.opt_state, state.step + 1), {"loss": jnp.sum(params["a"]), "grad_norm": gradient}
+    loss = jnp.sum(params["a"])
+    kept = jnp.isfinite(gradient) & (loss <= limits[0]) & (gradient <= limits[1])
+    params = {"a": jnp.where(kept, params["a"], state.params["a"])}
+    step = jnp.where(limits[0] == -jnp.inf, state.step, state.step + 1)
+    numbers = {"loss": loss, "grad_norm": gradient, "kept": kept.astype(jnp.float32)}
+    return TrainState(params, state.opt_state, step), numbers
 
 
 def batches(start):
@@ -52,11 +60,14 @@ def bpb(params) -> dict[str, float]:
     return {"val_bpb": float(params["a"][0])}
 
 
+def target():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), fresh())
+
+
 def resumed(run) -> tuple[TrainState, bool]:
     meta = checkpoint.load_meta(run)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), fresh())
-    return checkpoint.restore(run, meta["step"], target), meta["evaluated"]
+    return checkpoint.restore(run, meta["step"], target()), meta["evaluated"]
 
 
 def numbers(run):
@@ -136,14 +147,148 @@ def test_a_finished_run_does_nothing_when_started_again(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    def poisoned(start):
+def poisoned(*steps, by=np.nan):
+    def make(start):
         for i, (x, y, w) in enumerate(batches(start)):
-            yield (x * np.nan if start + i == 7 else x), y, w
+            yield (x * np.float32(by) if start + i in steps else x), y, w
 
-    with pytest.raises(TrainingError, match=r"step 7.*last good checkpoint is step 6.*--matrix_lr"):
-        fit(job(tmp_path, batches=poisoned), fresh())
-    assert checkpoint.steps(tmp_path)[-1] == 6
+    return make
+
+
+@pytest.mark.parametrize("at", [[7], [4, 5], [0], [9]])  # 4 and 9: their numbers are read before an evaluation, a save
+def test_a_bad_step_is_skipped_and_changes_nothing(tmp_path, at):
+    outcome = fit(job(tmp_path, batches=poisoned(*at)), fresh())
+    a = np.ones(3, np.float32)
+    for step, (x, _, _) in zip(range(10), batches(0), strict=False):
+        a = a if step in at else a * np.float32(0.9) + x.mean()
+    np.testing.assert_allclose(outcome.state.params["a"], a, rtol=1e-6)
+    assert int(outcome.state.step) == 10
+    records = numbers(tmp_path)
+    assert [r["step"] for r in records if r["kind"] == "train"] == [s for s in range(10) if s not in at]
+    assert [(r["step"], r["loss"]) for r in records if r["kind"] == "skip"] == [(s, "nan") for s in at]
+    assert incidents.steps(tmp_path) == at
+    for step in at:
+        kept = np.load(incidents.folder(tmp_path, step) / "batch.npz")
+        assert np.isnan(kept["inputs"]).all() and kept["inputs"].shape == (1, 2, 3)
+
+
+def test_a_spike_is_skipped_once_the_usual_level_is_known(tmp_path):
+    spikes = poisoned(5, 50, by=1000)
+    whole = fit(job(tmp_path / "whole", n=60, batches=spikes, save_every=10), fresh())
+    assert incidents.steps(tmp_path / "whole") == [50], "before there is a level, only what is not finite is skipped"
+    record = next(r for r in numbers(tmp_path / "whole") if r["kind"] == "skip")
+    assert "where at most" in record["reason"]
+    off = fit(job(tmp_path / "off", n=60, batches=spikes, spike=0), fresh())
+    assert incidents.steps(tmp_path / "off") == []
+    assert float(off.state.params["a"][0]) > 2 * float(whole.state.params["a"][0])
+
+
+@pytest.mark.parametrize("cut", [49, 50, 51])
+def test_a_resumed_run_skips_the_same_steps(tmp_path, cut):
+    spikes = poisoned(48, 50, 51, by=30)
+    whole = fit(job(tmp_path / "whole", n=60, batches=spikes, save_every=1), fresh())
+    assert incidents.steps(tmp_path / "whole")
+
+    def breaks(start):
+        for i, batch in enumerate(spikes(start)):
+            if start + i == cut:
+                raise OSError("power cut")
+            yield batch
+
+    with pytest.raises(OSError, match="power cut"):
+        fit(job(tmp_path / "cut", n=60, batches=breaks, save_every=1), fresh())
+    state, evaluated = resumed(tmp_path / "cut")
+    again = fit(job(tmp_path / "cut", n=60, batches=spikes, save_every=1), state, evaluated)
+    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
+def test_too_many_skips_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(TrainingError, match=r"3 steps in a row up to step 9.*last good.*step 9.*replay.*--matrix_lr"):
+        fit(job(tmp_path, n=12, batches=poisoned(7, 8, 9), max_skips=3), fresh())
+    assert checkpoint.steps(tmp_path)[-1] == 9 and incidents.steps(tmp_path) == [7, 8, 9]
+    assert [p.parent.name for p in (tmp_path / "incidents").glob("*/params")] == ["00000007"], "one copy is enough"
+    state, evaluated = resumed(tmp_path)
+    with pytest.raises(TrainingError, match="3 steps in a row up to step 9"):  # the ones before are remembered
+        fit(job(tmp_path, n=12, batches=poisoned(7, 8, 9), max_skips=3), state, evaluated)
+
+
+def test_incidents_do_not_fill_the_disk(tmp_path):
+    fit(job(tmp_path, n=30, batches=poisoned(*range(1, 30, 2))), fresh())
+    assert len(incidents.steps(tmp_path)) == incidents.KEPT and incidents.steps(tmp_path)[-1] == 29
+
+
+def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    publish, saved = checkpoint._publish, []
+
+    def full(run, step, temporary, meta):
+        if step == 6:
+            raise OSError(28, "No space left on device")
+        publish(run, step, temporary, meta)
+        saved.append(step)
+
+    monkeypatch.setattr(checkpoint, "_publish", full)
+
+    def slowly(start):
+        for batch in batches(start):
+            time.sleep(0.05)
+            yield batch
+
+    with pytest.raises(checkpoint.CheckpointError, match=r"saving step 6.*No space left.*last good checkpoint is .*03"):
+        fit(job(tmp_path, n=100, batches=slowly), fresh())
+    assert saved == [3]
+    steps = [r["step"] for r in numbers(tmp_path) if r["kind"] == "train"]
+    assert steps[-1] < 90, "not only at the end"
+
+
+def test_a_failing_last_save_is_no_success(tmp_path, monkeypatch):
+    def full(run, step, temporary, meta):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_publish", full)
+    with pytest.raises(checkpoint.CheckpointError, match="saving step 3"):
+        fit(job(tmp_path, n=3), fresh())
+
+
+def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is written is the state at the time of the call, whatever the loop does to its buffers meanwhile."""
+    publish, during = checkpoint._publish, []
+
+    def slow(run, step, temporary, meta):
+        time.sleep(0.5)
+        during.append(len(numbers(tmp_path)))
+        publish(run, step, temporary, meta)
+
+    monkeypatch.setattr(checkpoint, "_publish", slow)
+    donating = jax.jit(toy_step, donate_argnums=0)
+    fit(job(tmp_path, n=40, train_step=donating, evaluations=(), save_every=20, keep=0), fresh())
+    assert during[0] > 25, "the loop waited for the disk"
+    a = np.ones(3, np.float32)
+    for _, (x, _, _) in zip(range(20), batches(0), strict=False):
+        a = a * np.float32(0.9) + x.mean()
+    np.testing.assert_allclose(checkpoint.restore(tmp_path, 20, target()).params["a"], a, rtol=1e-5)
+
+
+def test_a_step_that_hangs_leaves_a_checkpoint_and_says_where_it_hangs(tmp_path, capfd):
+    waiting = threading.Event()
+
+    def stuck(start):
+        for i, batch in enumerate(batches(start)):
+            if start + i == 7:
+                waiting.wait(60)
+            yield batch
+
+    began = time.monotonic()
+    with pytest.raises(HungError, match="step 7 hangs; the last good checkpoint is step 7"):
+        fit(job(tmp_path, batches=stuck, hang_timeout=1.0), fresh())
+    assert time.monotonic() - began < 30
+    shown = capfd.readouterr().err
+    assert "--hang_timeout" in shown and "in stuck" in shown and "watchdog" in shown
+    state, evaluated = resumed(tmp_path)
+    again = fit(job(tmp_path), state, evaluated)
+    whole = fit(job(tmp_path / "whole"), fresh())
+    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
+    assert [r["step"] for r in numbers(tmp_path) if r["kind"] == "train"] == list(range(10))
 
 
 def test_errors_of_the_data_reach_the_caller_and_nothing_saved_is_lost(tmp_path):

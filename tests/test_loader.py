@@ -104,7 +104,8 @@ def test_the_global_batch_does_not_depend_on_processes(processes):
     rows = FakeRows(50, masked=True)
     loader = RowLoader(rows, 16, seed=5)
     whole = loader.rows_for(9)
-    parts = [loader.batch_for(9, index, processes) for index in range(processes)]
+    each = 16 // processes
+    parts = [loader.batch_for(9, range(index * each, (index + 1) * each)) for index in range(processes)]
     assert (np.concatenate([part[0] for part in parts]) == whole[:, :-1]).all()
     assert (np.concatenate([part[1] for part in parts]) == whole[:, 1:]).all()
     masks = np.stack([rows.a_mask(i) for i in loader.indices_for(9)])
@@ -114,10 +115,23 @@ def test_the_global_batch_does_not_depend_on_processes(processes):
 @pytest.mark.parametrize("start", [0, 7, 123_456])
 def test_iterating_from_anywhere(start):
     loader = RowLoader(FakeRows(50), 6, seed=5)
-    with loader.iterate(start, process_index=1, process_count=3) as batches:
+    with loader.iterate(start, part=[3, 5]) as batches:
         for step in range(start, start + 20):
-            for got, wanted in zip(next(batches), loader.batch_for(step, 1, 3), strict=True):
+            for got, wanted in zip(next(batches), loader.batch_for(step, [3, 5]), strict=True):
                 assert got.dtype == wanted.dtype and (got == wanted).all()
+
+
+def test_only_the_own_part_is_read():
+    read = set()
+
+    class Noting(FakeRows):
+        def __getitem__(self, index):
+            read.add(index)
+            return super().__getitem__(index)
+
+    loader = RowLoader(Noting(64), 8, seed=1)
+    loader.batch_for(3, range(2, 4))
+    assert read == set(loader.indices_for(3)[2:4])
 
 
 def test_errors_in_the_reading_thread_surface():
@@ -165,10 +179,8 @@ def test_bad_sizes():
     with pytest.raises(ValueError, match="no rows"):
         RowLoader(FakeRows(0), 2)
     loader = RowLoader(rows, 6)
-    with pytest.raises(ValueError, match="6 rows.*4 processes.*--total_batch_size"):
-        loader.iterate(0, 0, 4)
-    with pytest.raises(ValueError, match="process_index 2"):
-        loader.batch_for(0, 2, 2)
+    with pytest.raises(ValueError, match="6 rows; part .* others"):
+        loader.iterate(0, [5, 6])
     with pytest.raises(ValueError, match="start_step"):
         loader.iterate(-1)
 

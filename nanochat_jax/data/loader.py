@@ -5,7 +5,7 @@ batch, each its own slice of it.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -61,50 +61,41 @@ class RowLoader:
         """Steps in which every row is used once."""
         return len(self.rows) / self.global_batch
 
-    def indices_for(self, step: int, process_index: int = 0, process_count: int = 1) -> list[int]:
-        """Row numbers of a process's slice of the batch of ``step``."""
-        local = self._local_batch(process_index, process_count)
-        first = step * self.global_batch + process_index * local
-        return [int(self._order[position]) for position in range(first, first + local)]
+    def indices_for(self, step: int, part: Sequence[int] | None = None) -> list[int]:
+        """Row numbers of the batch of ``step``, or of some places in it."""
+        first = step * self.global_batch
+        return [int(self._order[first + place]) for place in (range(self.global_batch) if part is None else part)]
 
     def rows_for(self, step: int) -> np.ndarray:
         """The global batch of ``step``: (global_batch, T+1) int32. Pure."""
         return np.stack([self.rows[i] for i in self.indices_for(step)]).astype(np.int32)
 
-    def batch_for(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """Inputs, targets (int32) and weights (float32) of a process's slice, each (global_batch / processes, T). Pure.
+    def batch_for(self, step: int, part: Sequence[int] | None = None) -> Batch:
+        """Inputs, targets (int32) and weights (float32), each (global_batch, T), or only some places of them. Pure.
 
         A weight is the target's mask, or 1 where rows carry none.
         """
-        return _as_batch(self.rows, self.indices_for(step, process_index, process_count))
+        return _as_batch(self.rows, self.indices_for(step, part))
 
-    def iterate(self, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> "BatchIterator":
+    def iterate(self, start_step: int = 0, part: Sequence[int] | None = None) -> "BatchIterator":
         """Endless batches from ``start_step`` on, made ahead of need in a thread; ``close()`` it in the end.
 
-        Whatever goes wrong in the thread is raised by ``next``.
+        part: the places of every batch that this process works on; rows of the others are not read. Whatever goes
+        wrong in the thread is raised by ``next``.
         """
-        self._local_batch(process_index, process_count)
         if start_step < 0:
             raise LoaderError(f"start_step is {start_step}; it must be 0 or more")
-        return BatchIterator(self, start_step, process_index, process_count)
-
-    def _local_batch(self, process_index: int, process_count: int) -> int:
-        if self.global_batch % process_count:
-            raise LoaderError(
-                f"a global batch of {self.global_batch} rows cannot be divided among {process_count} processes; change "
-                "--total_batch_size or --device_batch_size"
-            )
-        if not 0 <= process_index < process_count:
-            raise LoaderError(f"process_index {process_index} is not among {process_count} processes")
-        return self.global_batch // process_count
+        if part is not None and not all(0 <= place < self.global_batch for place in part):
+            raise LoaderError(f"a batch has {self.global_batch} rows; part {part} names others")
+        return BatchIterator(self, start_step, part)
 
 
 class BatchIterator(Iterator[Batch]):
     """Iterator over the batches of a loader; a context manager that stops its thread on leaving."""
 
-    def __init__(self, loader: RowLoader, start_step: int, process_index: int, process_count: int):
+    def __init__(self, loader: RowLoader, start_step: int, part: Sequence[int] | None):
         steps = grain.MapDataset.range(start_step, sys.maxsize)
-        batches = steps.map(lambda step: loader.batch_for(int(step), process_index, process_count))
+        batches = steps.map(lambda step: loader.batch_for(int(step), part))
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BUFFERED)
         self._iterator: Any = iter(batches.to_iter_dataset(options))
 

@@ -5,7 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import checkpoint, devices, sharding
+from nanochat_jax import checkpoint, sharding
 from nanochat_jax.cli import flag
 from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
@@ -14,7 +14,16 @@ from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.optim import lr_schedule
 from nanochat_jax.plan import BasePlan
 from nanochat_jax.progress import RowsProgress
-from nanochat_jax.stages.common import Recipe, StageSettings, greedy_sampler, held_out, micro_batches, open_run, train
+from nanochat_jax.stages.common import (
+    Recipe,
+    StageSettings,
+    greedy_sampler,
+    held_out,
+    micro_batches,
+    open_devices,
+    open_run,
+    train,
+)
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Evaluation, Outcome
 
@@ -66,11 +75,9 @@ class DemoSettings(BaseSettings):
 
 def run(settings: BaseSettings) -> Outcome:
     """Pretrains, or goes on pretraining, one model. Returns what `fit` returns; prints as it goes."""
-    devices.prepare(settings.device)
-    print(f"device: {devices.check(settings.device)}")
+    mesh = open_devices(settings)
     tokenizer = Tokenizer.load()
-    mesh = sharding.make_mesh()
-    plan = BasePlan.from_settings(settings, vocab_size=tokenizer.vocab_size, devices=mesh.size)
+    plan = BasePlan.from_settings(settings, vocab_size=tokenizer.vocab_size, devices=sharding.row_shards(mesh))
     config = dataclasses.replace(plan.config, remat=settings.remat)
     print(plan.describe())
     source = text_source(settings.data, settings.demo, settings.text_column, plan.total_tokens)
@@ -94,7 +101,9 @@ def _train(settings: BaseSettings, folder: Path, tokenizer: Tokenizer, plan: Bas
         tokens_per_step=plan.total_batch_size,
         # content decides, not where it lies; the horizon's flags have decided num_iterations
         identity={"rows": train_rows.key, **dict.fromkeys(_DECIDED)},
-        batches=lambda step: micro_batches(RowLoader(train_rows, rows_per_step, settings.seed), step, plan.grad_accum),
+        batches=lambda step: micro_batches(
+            RowLoader(train_rows, rows_per_step, settings.seed), step, plan.grad_accum, mesh
+        ),
         evaluations=(Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, settings.eval_every),),
         sample=greedy_sampler(
             config, tokenizer, [tokenizer.encode(text, prepend=tokenizer.bos_id) for text in PROMPTS], 24

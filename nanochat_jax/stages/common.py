@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from nanochat_jax import checkpoint, devices, metrics
+from nanochat_jax import checkpoint, cluster, devices, distributed, metrics, paths, sharding
 from nanochat_jax.cli import flag
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.rows import RowSet
@@ -51,10 +53,22 @@ class StageSettings:
     sample_every: int = flag(2000, "steps between samples; 0: only at the end")
     save_every: int = flag(1000, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
     keep: int = flag(2, "newest checkpoints kept; 0: all")
+    keep_every: int = flag(0, "checkpoints of every so many steps are kept for good; 0: none")
+    async_save: bool = flag(True, "write checkpoints in the background while training goes on")
+    spike: float = flag(
+        10.0, "skip a step whose gradient norm is this many times the usual, or whose loss is that far off; 0: never"
+    )
+    max_skips: int = flag(5, "end the run after so many skipped steps in a row")
+    hang_timeout: float = flag(
+        600.0, "seconds without a finished step (or 20 median steps, if longer) after which the run ends; 0: never"
+    )
     resume: bool = flag(True, "go on with an existing run; False sets the old folder aside and starts anew")
     seed: int = flag(42, "seed of initialisation, data order and sampling")
     remat: str = flag("none", "activations recomputed in the backward pass", choices=("none", "mlp", "block"))
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
+    distributed: str = flag("auto", "where the processes of a job are described", choices=cluster.MODES)
+    fsdp: int = flag(1, "devices over which parameters are cut, too")
+    tensor: int = flag(1, "devices over which heads, hidden units and vocabulary are cut")
     sinks: str = flag("", "further metric sinks, comma-separated: wandb, tensorboard (metrics.jsonl is always written)")
     demo: bool = flag(False, "the embedded demo world, with small defaults (they change with this flag)")
 
@@ -63,8 +77,17 @@ class StageSettings:
 # What derives from them (num_iterations) or is identified by its content (the rows) is compared instead.
 FREE = {
     "run_name", "device_batch_size", "eval_every", "eval_tokens", "sample_every", "save_every", "keep", "resume",
-    "remat", "device", "sinks", "num_iterations", "source", "source_step",
+    "remat", "device", "sinks", "num_iterations", "source", "source_step", "keep_every", "async_save", "max_skips",
+    "hang_timeout", "distributed", "fsdp", "tensor",
 }  # fmt: skip
+
+
+def open_devices(settings: StageSettings) -> Mesh:
+    """Readies JAX, brings the processes of the job together and returns the mesh over all their devices."""
+    devices.prepare(settings.device)
+    cluster.start(settings.distributed)
+    print(f"device: {devices.check(settings.device)}")
+    return sharding.make_mesh(fsdp=settings.fsdp, tensor=settings.tensor)
 
 
 @dataclass(frozen=True)
@@ -154,13 +177,15 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
     }
     identity = {k: v for k, v in identity.items() if v is not None}
     state, evaluated = _start_or_resume(folder, recipe, identity, optimizer, mesh)
-    peak, peak_source = devices.peak_flops()
-    print(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s per device ({peak_source})")
+    peak = 0.0
+    if distributed.is_main():
+        peak, peak_source = devices.peak_flops()
+        print(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s per device ({peak_source})")
     unpadded = abstract_state(config, optimizer, mesh, padded=False)
     job = Job(
         run=folder,
         num_iterations=recipe.num_iterations,
-        train_step=make_train_step(config, optimizer, mesh, settings.grad_clip, recipe.normalize),
+        train_step=make_train_step(config, optimizer, mesh, settings.grad_clip, recipe.normalize, guarded=True),
         batches=recipe.batches,
         rollout=recipe.rollout,
         meta={
@@ -169,6 +194,7 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
             "tokenizer_hash": recipe.tokenizer.hash,
             "identity": identity,
             "settings": flags,
+            "normalize": recipe.normalize,
             **({"parent": recipe.parent.meta} if recipe.parent else {}),
         },
         tokens_per_step=recipe.tokens_per_step,
@@ -180,9 +206,16 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
         sample_at_start=recipe.parent is not None,
         save_every=settings.save_every,
         keep=settings.keep,
-        sinks=metrics.open_sinks(settings.sinks, folder.name, folder, flags),
+        keep_every=settings.keep_every,
+        save_in_background=settings.async_save,
+        spike=settings.spike,
+        max_skips=settings.max_skips,
+        hang_timeout=settings.hang_timeout,
+        sinks=metrics.open_sinks(settings.sinks, folder.name, folder, flags) if distributed.is_main() else {},
         schedule=lambda step: {"lr_multiplier": recipe.schedule(step)},
         to_saved=lambda s: strip_padding(s, unpadded),
+        place=lambda batch: distributed.place_batch(mesh, batch, whole=recipe.rollout is not None),
+        local=lambda params: distributed.local(params, mesh),
     )
     outcome = fit(job, state, evaluated)
     if outcome.finished:
@@ -196,15 +229,23 @@ _NAMES = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}
 
 def open_run(folder: Path, settings: StageSettings, tokenizer: Tokenizer) -> None:
     """Makes the folder with its own copy of the tokenizer; an old run is set aside if it is not to be resumed."""
-    if folder.exists() and not settings.resume:
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
-            number += 1
-        os.rename(folder, aside)
-        print(f"the earlier run is kept as {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not checkpoint.steps(folder):
-        tokenizer.save(folder)
+    distributed.barrier("before the run's folder")
+    if distributed.is_main():
+        if folder.exists() and not settings.resume:
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+                number += 1
+            os.rename(folder, aside)
+            print(f"the earlier run is kept as {aside}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not checkpoint.steps(folder):
+            tokenizer.save(folder)
+    distributed.barrier("the run's folder")
+    if not folder.is_dir():
+        raise cluster.DistributedError(
+            f"process 0 made {folder}, but it is not seen on {socket.gethostname()}: {paths.BASE_DIR_VARIABLE} must be "
+            "a folder that all hosts share"
+        )
 
 
 def _start_or_resume(folder: Path, recipe: Recipe, identity, optimizer, mesh) -> tuple[TrainState, bool]:
@@ -225,7 +266,12 @@ def _start_or_resume(folder: Path, recipe: Recipe, identity, optimizer, mesh) ->
         raise checkpoint.CheckpointError(
             f"{folder} holds a {meta['stage']} run; choose another --run_name for this {recipe.stage} run"
         )
-    changed = [k for k in {**identity, **meta["identity"]} if identity.get(k) != meta["identity"].get(k)]
+    then_unknown = {k for k in identity if k not in meta["identity"] and k not in meta["settings"]}  # newer flags
+    changed = [
+        k
+        for k in {**identity, **meta["identity"]}
+        if identity.get(k) != meta["identity"].get(k) and k not in then_unknown
+    ]
     if changed:
         details = ", ".join(f"{k}: {meta['identity'].get(k)} -> {identity.get(k)}" for k in changed)
         raise checkpoint.CheckpointError(
@@ -237,9 +283,14 @@ def _start_or_resume(folder: Path, recipe: Recipe, identity, optimizer, mesh) ->
     return restore_padding(saved, abstract_state(config, optimizer, mesh)), meta["evaluated"]
 
 
-def micro_batches(loader: RowLoader, step: int, accumulation: int) -> Iterator[Batch]:
-    """Batches from `step` on, cut into (accumulation, rows, T)."""
-    iterator = loader.iterate(step)
+def micro_batches(loader: RowLoader, step: int, accumulation: int, mesh: Mesh) -> Iterator[Batch]:
+    """Batches from `step` on, cut into (accumulation, rows, T); with several processes, the rows of this one."""
+    part = None
+    if distributed.several():
+        rows = loader.global_batch // accumulation
+        own = distributed.own_rows(mesh, rows)
+        part = [micro * rows + row for micro in range(accumulation) for row in own]
+    iterator = loader.iterate(step, part)
     try:
         for batch in iterator:
             inputs, targets, weights = (a.reshape(accumulation, -1, a.shape[-1]) for a in batch)
@@ -249,7 +300,9 @@ def micro_batches(loader: RowLoader, step: int, accumulation: int) -> Iterator[B
 
 
 def held_out(config, rows: RowSet, batch_rows: int, max_tokens: int | None, tokenizer: Tokenizer, mesh):
-    """An evaluation: {"val_loss": mean nats per supervised target, "val_bpb": bits per byte} on held-out rows."""
+    """An evaluation: {"val_loss": mean nats per supervised target, "val_bpb": bits per byte} on held-out rows.
+    Each of several processes measures all of them on its own devices."""
+    mesh = distributed.local_mesh(mesh)
     batch = min(batch_rows * mesh.size, -(-len(rows) // mesh.size) * mesh.size)
     token_bytes = tokenizer.token_bytes()
     if max_tokens is not None:

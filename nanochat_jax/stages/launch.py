@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import nanochat_jax
-from nanochat_jax import cli, devices
+from nanochat_jax import cli, devices, watchdog
 
 # stage -> settings class and its variant for the demo, in the stage's module
 STAGES = {
@@ -20,7 +20,7 @@ STAGES = {
 
 
 def main(argv: list[str]) -> int:
-    """Runs `--stage=NAME [flags]`. Exit status: 0 done or stopped cleanly, 1 error, 2 bad flags, 3 no GPU."""
+    """Runs `--stage=NAME [flags]`. Exit status: 0 done or stopped cleanly, 1 error, 2 bad flags, 3 no GPU, 4 hung."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -33,6 +33,9 @@ def main(argv: list[str]) -> int:
     except devices.DeviceError as error:
         print(f"error: {error}", file=sys.stderr)
         return devices.NO_USABLE_GPU
+    except watchdog.HungError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return watchdog.HUNG
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_ours(error):
             raise

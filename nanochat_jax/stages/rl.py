@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, devices, rollouts, sharding
+from nanochat_jax import checkpoint, rollouts, sharding
 from nanochat_jax.cli import flag
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals.chat import evaluate_generative
@@ -15,7 +15,7 @@ from nanochat_jax.loss import token_statistics
 from nanochat_jax.plan import PlanError
 from nanochat_jax.schedules import linear_to_zero
 from nanochat_jax.stages import mixtures
-from nanochat_jax.stages.common import Parent, Recipe, child_name, greedy_sampler, open_run, train
+from nanochat_jax.stages.common import Parent, Recipe, child_name, greedy_sampler, open_devices, open_run, train
 from nanochat_jax.stages.supervised import ChatStageSettings, chat_prompts, open_parent
 from nanochat_jax.train import Evaluation, Outcome, Rollout
 
@@ -67,11 +67,9 @@ class DemoRlSettings(RlSettings):
 
 def run(settings: RlSettings) -> Outcome:
     """Trains, or goes on training, one model by reinforcement."""
-    devices.prepare(settings.device)
-    print(f"device: {devices.check(settings.device)}")
+    mesh = open_devices(settings)
     parent = open_parent(settings, "rl", PARENTS)
-    mesh = sharding.make_mesh()
-    _check(settings, mesh.size)
+    _check(settings, sharding.row_shards(mesh))
     with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or child_name(parent.run, "rl"))) as folder:
         return _train(settings, folder, parent, mesh)
 
@@ -129,7 +127,7 @@ class _Sampler:
 
     def __init__(self, settings: RlSettings, config, parent: Parent, task, T: int, mesh):
         self.settings, self.config, self.tokenizer, self.task, self.T = settings, config, parent.tokenizer, task, T
-        self._micro = settings.device_batch_size * mesh.size
+        self._micro = settings.device_batch_size * sharding.row_shards(mesh)
         self._engine: Engine | None = None
         self._statistics = jax.jit(lambda params, x, y: token_statistics(config, params, x, y))
         self._reference = parent.params() if settings.kl else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import checkpoint, devices, sharding
+from nanochat_jax import checkpoint, distributed, sharding
 from nanochat_jax.cli import flag
 from nanochat_jax.data.conversations import Conversations, build_conversation_rows
 from nanochat_jax.data.loader import RowLoader
@@ -23,6 +23,7 @@ from nanochat_jax.stages.common import (
     greedy_sampler,
     held_out,
     micro_batches,
+    open_devices,
     open_run,
     train,
 )
@@ -62,10 +63,8 @@ class Lesson:
 
 def run(settings: ChatStageSettings, stage: str, parents: tuple[str, ...], lesson: Callable[[Parent], Lesson]):
     """Trains, or goes on training, one stage. `lesson` is asked for the conversations once the parent is known."""
-    devices.prepare(settings.device)
-    print(f"device: {devices.check(settings.device)}")
+    mesh = open_devices(settings)
     parent = open_parent(settings, stage, parents)
-    mesh = sharding.make_mesh()
     with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or child_name(parent.run, stage))) as folder:
         return _train(settings, folder, parent, lesson(parent), mesh)
 
@@ -86,9 +85,10 @@ def open_parent(settings: ChatStageSettings, stage: str, parents: tuple[str, ...
 def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Lesson, mesh) -> Outcome:
     tokenizer, config = parent.tokenizer, dataclasses.replace(parent.config, remat=settings.remat)
     T = settings.max_seq_len or config.sequence_len
-    check_batch(settings.total_batch_size, settings.device_batch_size, T, mesh.size)
+    shards = sharding.row_shards(mesh)
+    check_batch(settings.total_batch_size, settings.device_batch_size, T, shards)
     rows_per_step = settings.total_batch_size // T
-    accumulation = rows_per_step // (settings.device_batch_size * mesh.size)
+    accumulation = rows_per_step // (settings.device_batch_size * shards)
     open_run(folder, settings, tokenizer)
     wanted = settings.num_iterations * rows_per_step if settings.num_iterations > 0 else None
     train_rows = _rows(lesson, "train", tokenizer, T, wanted)
@@ -99,7 +99,7 @@ def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Le
     epochs = steps * rows_per_step / len(train_rows)
     print(
         f"{steps:,} steps of {settings.total_batch_size:,} tokens ({settings.device_batch_size} rows x {T} x "
-        f"{mesh.size} devices x {accumulation} accumulated): {epochs:.2f} passes over the rows"
+        f"{shards} devices x {accumulation} accumulated): {epochs:.2f} passes over the rows"
     )
     schedule = lesson.schedule(steps)
     recipe = Recipe(
@@ -112,13 +112,15 @@ def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Le
         tokens_per_step=settings.total_batch_size,
         identity={"rows": train_rows.key, "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
         # in the order of the conversations, which a mixture has shuffled (as the reference)
-        batches=lambda step: micro_batches(RowLoader(train_rows, rows_per_step, shuffle=False), step, accumulation),
+        batches=lambda step: micro_batches(
+            RowLoader(train_rows, rows_per_step, shuffle=False), step, accumulation, mesh
+        ),
         evaluations=(
             Evaluation(
                 held_out(config, val_rows, settings.device_batch_size, settings.eval_tokens, tokenizer, mesh),
                 settings.eval_every,
             ),
-            *lesson.evaluations(parent, mesh),
+            *lesson.evaluations(parent, distributed.local_mesh(mesh)),
         ),
         sample=greedy_sampler(config, tokenizer, chat_prompts(tokenizer), 64),
         parent=parent,
