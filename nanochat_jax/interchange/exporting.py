@@ -129,7 +129,9 @@ def _expected(target: str, model: Model) -> dict[str, Any]:
     tables = "float32" if target == "hf" else config.rotary_dtype
     equal = dataclasses.replace(config, rotary_dtype=tables)
     prompts = _prompts(model)
-    out: dict[str, Any] = {"n": len(prompts)}
+    length = max(map(len, prompts))
+    cos, sin = gpt.rotary_tables(length, config.head_dim, config.rotary_base, config.rotary_dtype)
+    out: dict[str, Any] = {"n": len(prompts), "cos": cos, "sin": sin}
     for i, (prompt, greedy) in enumerate(zip(prompts, _greedy(config, model.params, prompts), strict=True)):
         ids = np.asarray(prompt, np.int32)
         out |= {f"prompt{i}": ids, f"greedy{i}": np.asarray(greedy, np.int32)}
@@ -220,10 +222,10 @@ def shown(found: dict[str, Any], config: GPTConfig, target: str) -> str:
         f"{found['greedy_agree']} of {found['greedy']} greedy continuations of {found['greedy_tokens']} tokens agree"
     ]
     if target == "hf" and config.rotary_dtype == "bfloat16":
-        lines.append(
-            "  trained with rotary tables rounded to bfloat16, where transformers uses float32: with equal tables the "
-            f"largest difference is {found['max_diff_equal_tables']:.2g}"
-        )
+        why = "trained with rotary tables rounded to bfloat16, where transformers uses float32"
+    else:
+        why = "rotary tables are computed twice, and may round differently"
+    lines.append(f"  {why}: with equal tables the largest difference is {found['max_diff_equal_tables']:.2g}")
     if found.get("texts"):
         lines.append(
             f"  identical ids for {found['texts_identical']} of {found['texts']} texts and "

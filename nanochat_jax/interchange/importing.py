@@ -125,7 +125,7 @@ def _huggingface(path: Path, settings: ImportSettings, manifest: dict[str, Any])
         notes.append(
             f"taken as a {stage} model, as it has {'a' if chat else 'no'} chat template (--stage says otherwise)"
         )
-    rename, meta = huggingface.hf_name, {k: v for k, v in content.items() if not isinstance(v, dict)}
+    rename, meta = huggingface.hf_name, {"config.json": content, **_told(manifest)}
     return Found(
         "hf", config, arrays, tokenizer, stage, manifest.get("step", 0), files, rename, notes, meta,
         manifest.get("settings", {}),
@@ -137,8 +137,12 @@ def _safetensors(path: Path, manifest: dict[str, Any]) -> Found:
     return Found(
         "safetensors", checkpoint.config_from_dict(manifest["config"]), arrays,
         read_tokenizer(path / "tokenizer.json"), manifest["stage"], manifest["step"], files,
-        settings=manifest.get("settings", {}),
+        meta=_told(manifest), settings=manifest.get("settings", {}),
     )  # fmt: skip
+
+
+def _told(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {k: manifest[k] for k in ("run", "parent", "identity", "code") if k in manifest}
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

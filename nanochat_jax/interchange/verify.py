@@ -5,7 +5,8 @@ python verify.py TARGET FOLDER EXPECTED.npz     prints a JSON object: {"library"
 It stands alone on purpose: nothing of this project, and no JAX, is imported beside torch and transformers.
 
 EXPECTED.npz: n; for each of n prompts `prompt<i>` (T,), `logits<i>` and `equal<i>` (T, V) float32 (as trained, and
-with the target's rotary tables), `greedy<i>` (N,); `texts`: JSON [[text, ids]]; `chats`: JSON [{"messages", "ids"}].
+with the target's rotary tables), `greedy<i>` (N,); `cos`, `sin`: our tables; `texts`: JSON [[text, ids]]; `chats`:
+JSON [{"messages", "ids"}].
 """
 
 import importlib
@@ -18,7 +19,11 @@ from typing import Any
 import numpy as np
 
 
-def compare(logits_of: Callable[[np.ndarray], np.ndarray], expected: Any) -> dict[str, Any]:
+def compare(
+    logits_of: Callable[[np.ndarray], np.ndarray],
+    expected: Any,
+    with_our_tables: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, Any]:
     """Largest logit differences, and how many greedy continuations of ours are also theirs (cached or not: the model's
     own arg-max after every token of ours)."""
     as_shipped = equal = 0.0
@@ -28,7 +33,11 @@ def compare(logits_of: Callable[[np.ndarray], np.ndarray], expected: Any) -> dic
         prompt, greedy = expected[f"prompt{i}"], expected[f"greedy{i}"]
         theirs = logits_of(np.concatenate([prompt, greedy[:-1]]))
         as_shipped = max(as_shipped, float(np.abs(theirs[: len(prompt)] - expected[f"logits{i}"]).max()))
-        equal = max(equal, float(np.abs(theirs[: len(prompt)] - expected[f"equal{i}"]).max()))
+        if with_our_tables is not None:
+            theirs_equal = with_our_tables(prompt)
+        else:
+            theirs_equal = theirs[: len(prompt)]
+        equal = max(equal, float(np.abs(theirs_equal - expected[f"equal{i}"]).max()))
         chosen = theirs[len(prompt) - 1 :].argmax(-1)
         same = chosen == greedy
         agree += bool(same.all())
@@ -72,7 +81,7 @@ def reference(folder: Path, expected: Any) -> dict[str, Any]:
     meta = json.loads(path.with_name(path.name.replace("model_", "meta_").replace(".pt", ".json")).read_text())
     config = {"rotary_base": 10000.0, "rotary_dtype": "bfloat16", "softcap": 15.0, **meta["model_config"]}
     state = torch.load(path, map_location="cpu", weights_only=True)
-    found = compare(lambda ids: forward(torch, config, state, ids), expected)
+    found = _compare_plain(torch, config, state, expected)
     return {"library": f"torch {torch.__version__}", **found}
 
 
@@ -83,18 +92,31 @@ def safetensors(folder: Path, expected: Any) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for path in folder.glob("*.safetensors"):
         state.update(library.load_file(path))
-    found = compare(lambda ids: forward(torch, config, state, ids), expected)
+    found = _compare_plain(torch, config, state, expected)
     return {"library": f"safetensors, torch {torch.__version__}", **found}
 
 
-def forward(torch: Any, config: dict[str, Any], state: dict[str, Any], ids: np.ndarray) -> np.ndarray:
-    """Softcapped logits (T, V) of one row in float32, plainly; no windows."""
+def _compare_plain(torch: Any, config: dict[str, Any], state: dict[str, Any], expected: Any) -> dict[str, Any]:
+    """With torch's own tables, whose rounding to bfloat16 can differ from ours here and there, and with ours."""
+    ours = tuple(torch.from_numpy(expected[name]) for name in ("cos", "sin"))
+    return compare(
+        lambda ids: forward(torch, config, state, ids),
+        expected,
+        lambda ids: forward(torch, config, state, ids, tuple(table[: len(ids)] for table in ours)),
+    )
+
+
+def forward(torch: Any, config: dict[str, Any], state: dict[str, Any], ids: np.ndarray, tables=None) -> np.ndarray:
+    """Softcapped logits (T, V) of one row in float32, plainly; no windows. tables: cos and sin, (T, D / 2) each."""
     T, H, G, C = len(ids), config["n_head"], config["n_kv_head"], config["n_embd"]
     D = C // H
     norm = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 2.0**-23)  # noqa: E731
-    angle = torch.arange(T)[:, None] / config["rotary_base"] ** (torch.arange(0, D, 2) / D)[None]
-    table = torch.bfloat16 if config["rotary_dtype"] == "bfloat16" else torch.float32
-    cos, sin = (f(angle).to(table).float()[None] for f in (torch.cos, torch.sin))
+    if tables is None:
+        frequency = 1.0 / config["rotary_base"] ** (torch.arange(0, D, 2).float() / D)
+        angle = torch.arange(T).float()[:, None] * frequency[None]
+        rounded = torch.bfloat16 if config["rotary_dtype"] == "bfloat16" else torch.float32
+        tables = angle.cos().to(rounded).float(), angle.sin().to(rounded).float()
+    cos, sin = tables
 
     def turned(x):  # (heads, T, D)
         a, b = x.chunk(2, -1)
