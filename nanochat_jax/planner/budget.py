@@ -1,5 +1,6 @@
 """Hours and dollars to a depth, and back."""
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,22 +44,22 @@ def propose_depth(
 
     Raises PlanError, naming what the smallest run takes, when there is none.
     """
-    best = 0
-    for depth in range(2, DEEPEST + 1, 2):
+
+    def possible(depth: int) -> bool:
         try:
             plan = plan_of(depth)
         except PlanError:  # a depth so small that its tokens are less than one step
-            continue
+            return True
         price = cost_of(plan)
-        if hours is not None and price.hours > hours or dollars is not None and price.dollars > dollars:
-            break
-        if not fits(plan):
-            break
-        best = depth
+        within = (hours is None or price.hours <= hours) and (dollars is None or price.dollars <= dollars)
+        return within and fits(plan)
+
+    depths = range(4, DEEPEST + 1, 2)  # deeper always takes more of everything
+    best = bisect.bisect_left(depths, True, key=lambda depth: not possible(depth))
     if not best:
         price = cost_of(plan_of(4))
         raise PlanError(
             f"{f'--hours={hours:g}' if hours is not None else f'--dollars={dollars:g}'} is not enough for any model: "
             f"depth 4 takes {price.hours:.2g} hours and ${price.dollars:.2f}"
         )
-    return best
+    return depths[best - 1]

@@ -1,21 +1,28 @@
 """Memory of a training step by formula, for where it cannot be compiled (no CUDA plugin), and as a first guess.
 
-The parts are those of the program; their sizes were fitted to steps compiled for H100s and reproduce them to within
-ERROR. What XLA makes of a model's activations is not a matter of counting tensors: it keeps some, recomputes some
-and fuses others away.
+The terms are those of the program; their sizes are fitted to steps compiled for H100s (`calibrate.py`, which prints
+new ones when the step has changed). They cannot be had by counting tensors: of a model's activations XLA keeps some,
+computes some again and fuses others away.
 """
 
+import math
 from dataclasses import dataclass
 
 from nanochat_jax.gpt import GPTConfig, num_params
 
-ERROR = 0.15  # largest relative error against compiled steps, see tests/test_planner_memory.py
+CHUNK = 1 << 27  # entries of a chunk of logits, as loss.chunk_size has it on GPUs
 
-# Bytes per token, layer and unit of width that are kept for the backward pass, by what is recomputed.
-ACTIVATIONS = {"none": 36.5, "mlp": 20.3, "block": 2.1}
-STREAM = 25.0  # bytes per token and unit of width outside the layers, and of the one layer at work
-LOGITS = 1.5  # chunks of float32 logits alive at once
-CHUNK = 1 << 27  # entries of a chunk of logits (loss.chunk_size)
+# Size of every term, see `terms`, and the largest relative error of the sum over the compiled steps.
+FIT = {
+    "none": 36.5,
+    "mlp": 20.3,
+    "block": 3.0,
+    "stream": 10.0,
+    "gradients": 1.5,
+    "accumulated": 1.0,
+    "logits": 1.0,
+}
+ERROR = 0.15
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,34 @@ class Mesh:
 
 
 def state_bytes(config: GPTConfig, mesh: Mesh) -> int:
-    """Bytes of float32 parameters and optimizer state on each device."""
+    """Bytes of float32 parameters and optimizer state on each device; stacks of matrices are padded to the devices."""
     n, embeddings = num_params(config), 2 * config.vocab_size * config.n_embd
-    moments = (2 * embeddings + (n - embeddings)) / mesh.devices
-    return int(4 * (n / (mesh.fsdp * mesh.tensor) + moments))
+    square = config.n_embd * config.n_embd
+    padded = sum(math.ceil(k * config.n_layer / mesh.devices) * size * square for k, size in ((4, 1), (1, 4), (1, 4)))
+    return int(4 * (n / (mesh.fsdp * mesh.tensor) + 2 * embeddings / mesh.devices + padded))
+
+
+def terms(config: GPTConfig, rows: int, accumulation: int, mesh: Mesh, remat: str) -> dict[str, float]:
+    """Bytes per unit of each constant of FIT: what the temporaries of a step of `rows` rows a device are made of.
+
+    The name of `remat` itself: tokens x layers x width, kept for the backward pass. stream: tokens x width, outside the
+    layers. gradients: one float32 tree, and a second one (accumulated) when micro-steps add up. logits: one chunk of
+    them in float32.
+    """
+    tokens, width = rows * config.sequence_len, config.n_embd
+    tree = 4.0 * num_params(config) / mesh.tensor
+    return {
+        remat: float(tokens * width * config.n_layer),
+        "stream": float(tokens * width),
+        "gradients": tree,
+        "accumulated": tree if accumulation > 1 else 0.0,
+        "logits": 4.0 * min(tokens * config.vocab_size, CHUNK) / mesh.tensor,
+    }
 
 
 def estimate(config: GPTConfig, rows: int, accumulation: int, mesh: Mesh | None = None, remat: str = "none") -> int:
-    """Bytes per device of a step of `rows` rows a device: state, gradients, activations, logits."""
+    """Bytes per device of a training step: state and temporaries. With `tensor` above 1 it errs upwards: activations
+    are partly cut too."""
     mesh = mesh or Mesh()
-    tokens, width = rows * config.sequence_len, config.n_embd
-    gradients = 4 * num_params(config) / mesh.tensor * (2 if accumulation > 1 else 1)
-    activations = tokens * width * (ACTIVATIONS[remat] * config.n_layer + STREAM)
-    logits = LOGITS * 4 * min(tokens * config.vocab_size, CHUNK) / mesh.tensor
-    return int(state_bytes(config, mesh) + gradients + activations + logits)
+    sizes = terms(config, rows, accumulation, mesh, remat)
+    return state_bytes(config, mesh) + int(sum(FIT[name] * size for name, size in sizes.items()))
