@@ -23,69 +23,58 @@ from tests.tokenizer_fixtures import golden_tokenizer
 
 CHAT = ServedModel("tiny", "sft", 7, 1_700_000_000, True)
 BASE = ServedModel("tiny", "base", 7, 1_700_000_000, False)
+CAPACITY = 128
 HI = [{"role": "user", "content": "Hello"}]
 
 
-def _config(tokenizer) -> gpt.GPTConfig:
-    return gpt.GPTConfig(
-        sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=8,
-        compute_dtype="float32",
-    )  # fmt: skip
-
-
-class Chain:
-    """A model that looks at the last token only. It compiles in no time, which a test of a server is thankful for."""
+class Toy:
+    """A model that compiles in no time: it looks at the last token only, or says a script from position `first` on."""
 
     @staticmethod
-    @functools.cache
-    def params(seed=0):
-        vocab = golden_tokenizer().vocab_size
-        table = 2.0 * np.random.default_rng(seed).standard_normal((vocab, vocab), np.float32)
-        table[:, list(golden_tokenizer().special_tokens.values())] -= 5.0  # answers that rarely end
-        return {"table": jnp.asarray(table)}
+    def params(seed=0, script=None, first=0):
+        return _toy_params(seed, tuple(script or ()), first, script is not None)
 
     @staticmethod
     def forward_cached(config, params, ids, cache):
-        return params["table"][ids], cache
+        logits = params["table"][ids % params["table"].shape[0]]
+        if ids.shape[1] == 1:
+            wanted = params["script"][jnp.maximum(cache.position - params["first"], 0)]
+            told = 1e4 * jax.nn.one_hot(wanted, config.vocab_size)[:, None]
+            logits = jnp.where(params["told"], told, logits)
+        return logits, cache
 
     @staticmethod
     def unembed(config, params, hidden):
         return hidden
 
 
-def tiny_engine(slots: int = 4, **options) -> Engine:
-    tokenizer = golden_tokenizer()
-    settings: dict[str, Any] = {"slots": slots, "steps_per_call": 4, "model": Chain, **options}
-    return Engine(_config(tokenizer), Chain.params(), tokenizer, **settings)
+@functools.cache
+def _table(seed, vocab):
+    table = 2.0 * np.random.default_rng(seed).standard_normal((64, vocab), np.float32)
+    table[:, list(golden_tokenizer().special_tokens.values())] -= 5.0  # answers that rarely end
+    return jnp.asarray(table)
 
 
-class Script:
-    """A model that says what it is told, the same to everyone whose prompt is `first` + 1 tokens long."""
-
-    @staticmethod
-    def params(tokens=(), first=0):
-        table = np.full(256, golden_tokenizer().encode_special(conversation.ASSISTANT_END), np.int32)
-        table[: len(tokens)] = tokens
-        return {"table": jnp.asarray(table), "first": jnp.asarray(first, jnp.int32)}
-
-    @staticmethod
-    def forward_cached(config, params, ids, cache):
-        rows, T = ids.shape
-        if T > 1:  # a prefill chunk: nothing is sampled from it
-            return jnp.zeros((rows, T, config.vocab_size)), cache
-        wanted = params["table"][jnp.maximum(cache.position - params["first"], 0)]
-        return jax.nn.one_hot(wanted, config.vocab_size)[:, None], cache
-
-    @staticmethod
-    def unembed(config, params, hidden):
-        return hidden * 1e4
+def _toy_params(seed, script, first, told):
+    line = np.full(CAPACITY, golden_tokenizer().encode_special(conversation.ASSISTANT_END), np.int32)
+    line[: len(script)] = script
+    table = _table(seed, golden_tokenizer().vocab_size)
+    return {"table": table, "script": jnp.asarray(line), "first": jnp.int32(first), "told": jnp.asarray(told)}
 
 
-def scripted_engine(slots: int = 4, tokenizer=None, **options) -> Engine:
+def toy_engine(slots: int = 4, tokenizer=None, pause: float = 0.0, **options) -> Engine:
+    """A `Toy` that answers at random until it is told what to say (`Running.tell`). pause: seconds before each step."""
     tokenizer = tokenizer or golden_tokenizer()
-    return Engine(
-        _config(tokenizer), Script.params(), tokenizer, slots=slots, steps_per_call=4, model=Script, **options
-    )
+    config = gpt.GPTConfig(
+        sequence_len=CAPACITY, vocab_size=golden_tokenizer().vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=8,
+        compute_dtype="float32",
+    )  # fmt: skip
+    settings: dict[str, Any] = {"slots": slots, "steps_per_call": 4, "model": Toy, **options}
+    engine = Engine(config, Toy.params(), tokenizer, **settings)
+    if pause:
+        step = engine.step
+        engine.step = lambda: (time.sleep(pause), step())[1]
+    return engine
 
 
 class Running:
@@ -107,7 +96,7 @@ class Running:
 
         if n is None:
             n = len(chat_prompt(messages or HI, self.service.tokenizer))
-        self.worker.replace(Script.params(tokens, n - 1), self.worker.model)
+        self.worker.replace(Toy.params(script=tokens, first=n - 1), self.worker.model)
         self.until(lambda: not self.worker.swapping)
 
     def until(self, condition, seconds: float = 10) -> None:

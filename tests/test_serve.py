@@ -17,7 +17,7 @@ from nanochat_jax.serve.main import make_server
 from nanochat_jax.serve.service import Answer
 from nanochat_jax.serve.worker import Update
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
-from tests.serve_fixtures import BASE, CHAT, HI, Chain, scripted_engine, serving, tiny_engine
+from tests.serve_fixtures import BASE, CAPACITY, CHAT, HI, Toy, serving, toy_engine
 from tests.tokenizer_fixtures import golden_tokenizer
 
 SPECIAL = golden_tokenizer().encode_special
@@ -26,13 +26,13 @@ END = SPECIAL("<|assistant_end|>")
 
 @pytest.fixture(scope="module")
 def tiny():
-    with serving(tiny_engine()) as running:
+    with serving(toy_engine(pause=0.02)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def scripted():
-    with serving(scripted_engine()) as running:
+    with serving(toy_engine()) as running:
         yield running
 
 
@@ -57,7 +57,7 @@ def test_health_and_stats(tiny):
         "workers": [{"gpu_id": 0, "device": "cpu"}] * 4,
     }
     stream = tiny.openai().chat.completions.create(
-        model="tiny", messages=HI, stream=True, max_tokens=240, n=6, temperature=1.0
+        model="tiny", messages=HI, stream=True, max_tokens=110, n=6, temperature=1.0
     )
     tiny.until(lambda: tiny.http.get("/health").json()["waiting"] == 2)
     assert tiny.http.get("/health").json()["running"] == 4 and tiny.http.get("/stats").json()["busy_workers"] == 4
@@ -107,9 +107,9 @@ def test_its_clients_other_mistakes(tiny):
     answer = tiny.post("/chat/completions", messages=[{"role": "user"}])
     assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "messages", 0, "content"]
     answer = tiny.post("/chat/completions", messages=[{"role": "user", "content": "word " * 300}])
-    assert answer.status_code == 400 and "256 tokens" in answer.json()["detail"]
+    assert answer.status_code == 400 and f"{CAPACITY} tokens" in answer.json()["detail"]
     assert tiny.http.get("/chat/completions").json() == {"detail": "Method Not Allowed"}
-    with serving(tiny_engine(), BASE) as base:
+    with serving(toy_engine(), BASE) as base:
         assert "base model" in base.post("/chat/completions", messages=HI).json()["detail"]
 
 
@@ -153,7 +153,7 @@ def test_unknown_addresses_and_methods(tiny):
 def test_prompts_are_logged_only_if_asked(caplog):
     caplog.set_level("DEBUG", logger="nanochat_jax")
     for asked in (False, True):
-        with serving(scripted_engine(), log_prompts=asked) as running:
+        with serving(toy_engine(), log_prompts=asked) as running:
             running.tell([*b"an answer", END])
             running.post("/v1/chat/completions", messages=HI)
         assert ("Hello" in caplog.text) == ("an answer" in caplog.text) == asked
@@ -181,7 +181,7 @@ def test_every_split_of_characters_over_tokens():
         shown += answer.push(Update(0, [tokenizer.bos_id], "end", CHAT))
         texts = [text for text, _ in shown]
         assert "".join(texts) == "é日🚀!" and not any("\ufffd" in text for text in texts)
-    with serving(scripted_engine(tokenizer=tokenizer)) as running:
+    with serving(toy_engine(tokenizer=tokenizer)) as running:
         for spelling in spellings[::64]:
             running.tell([*spelling, tokenizer.bos_id])
             body = dict(messages=HI, max_tokens=50, stream=True)
@@ -196,9 +196,9 @@ def test_every_split_of_characters_over_tokens():
 
 
 def test_a_failing_step_is_told_to_everyone(caplog):
-    engine = tiny_engine()
+    engine = toy_engine()
     with serving(engine) as running:
-        stream = running.openai().chat.completions.create(model="tiny", messages=HI, stream=True, max_tokens=200)
+        stream = running.openai().chat.completions.create(model="tiny", messages=HI, stream=True, max_tokens=110)
         next(iter(stream))
         engine.step = lambda: (_ for _ in ()).throw(RuntimeError("secret detail of the device"))
         with pytest.raises(openai.APIError) as caught:
@@ -221,7 +221,7 @@ def test_an_endpoint_that_breaks_says_nothing_of_the_inside(tiny, monkeypatch):
 
 
 def test_health_answers_while_a_step_takes_its_time():
-    engine = tiny_engine()
+    engine = toy_engine()
     step, gate = engine.step, threading.Event()
     engine.step = lambda: (gate.wait(), step())[1]
     with serving(engine) as running:
@@ -243,7 +243,7 @@ def test_health_answers_while_a_step_takes_its_time():
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(tiny, path, stream):
-    body = json.dumps({"messages": HI, "max_tokens": 240, **({"stream": stream} if "v1" in path else {})})
+    body = json.dumps({"messages": HI, "max_tokens": 110, **({"stream": stream} if "v1" in path else {})})
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     clients = [socket.create_connection(("127.0.0.1", tiny.port)) for _ in range(6)]
     for client in clients:
@@ -265,13 +265,13 @@ def test_parameters_are_swapped_between_requests(tiny):
         model="tiny", prompt="The sea", max_tokens=40, temperature=0, stream=True
     )
     chunks = [next(iter(running))]
-    tiny.worker.replace(Chain.params(1), newer)
+    tiny.worker.replace(Toy.params(1), newer)
     new = ask()
     chunks += list(running)
     assert "".join(c.choices[0].text for c in chunks) == old["choices"][0]["text"] != new["choices"][0]["text"]
     assert {c.system_fingerprint for c in chunks} == {"tiny-step-7"}, "it ended with what it began with"
     assert new["system_fingerprint"] == "tiny-step-8" and tiny.http.get("/v1/models").json()["data"][0]["step"] == 8
-    tiny.worker.replace(Chain.params(0), CHAT)  # also while nothing runs
+    tiny.worker.replace(Toy.params(0), CHAT)  # also while nothing runs
     tiny.until(lambda: not tiny.worker.swapping)
     assert ask()["choices"] == old["choices"]
 
@@ -279,15 +279,13 @@ def test_parameters_are_swapped_between_requests(tiny):
 @pytest.mark.parametrize("path", ["/v1/completions", "/chat/completions"])
 def test_shutdown_ends_streams_with_a_last_event(path, monkeypatch):
     monkeypatch.setattr("nanochat_jax.serve.main.GRACE_S", 0.2)
-    engine = tiny_engine()
-    step = engine.step
-    engine.step = lambda: (time.sleep(0.05), step())[1]
+    engine = toy_engine(pause=0.05)
     asked = {"prompt": "a", "stream": True, "n": 6} if "v1" in path else {"messages": HI}
     with serving(engine) as running:
         got: list[str] = []
 
         def read():
-            with running.http.stream("POST", path, json={**asked, "max_tokens": 250}) as answer:
+            with running.http.stream("POST", path, json={**asked, "max_tokens": 110}) as answer:
                 got.extend(answer.iter_text())
 
         reader = threading.Thread(target=read)
@@ -304,9 +302,7 @@ def test_shutdown_ends_streams_with_a_last_event(path, monkeypatch):
 
 
 def test_short_answers_are_finished_at_shutdown():
-    engine = tiny_engine()
-    step = engine.step
-    engine.step = lambda: (time.sleep(0.05), step())[1]
+    engine = toy_engine(pause=0.05)
     with serving(engine) as running:
         stream = running.openai().completions.create(
             model="tiny", prompt="a", max_tokens=12, stream=True, temperature=0

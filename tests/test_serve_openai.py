@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_jax.answers import chat_prompt
 from nanochat_jax.decode import compiled_programs
-from tests.serve_fixtures import BASE, HI, scripted_engine, serving, tiny_engine
+from tests.serve_fixtures import BASE, CAPACITY, HI, serving, toy_engine
 from tests.tokenizer_fixtures import golden_tokenizer
 
 SPECIAL = golden_tokenizer().encode_special
@@ -19,7 +19,7 @@ SAMPLED = {"model": "tiny", "messages": HI, "max_tokens": 24, "temperature": 1.0
 @pytest.fixture(scope="module")
 def tiny():
     """A server of a small random model, warmed up."""
-    engine = tiny_engine()
+    engine = toy_engine()
     engine.warm_up()
     with serving(engine) as running:
         yield running
@@ -27,7 +27,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def scripted():
-    with serving(scripted_engine()) as running:
+    with serving(toy_engine()) as running:
         yield running
 
 
@@ -58,14 +58,16 @@ def call(expression: str) -> list[int]:
 def test_01_models(tiny):
     (model,) = tiny.openai().models.list().data
     assert model.id == "tiny" and model.object == "model" and model.created == 1_700_000_000
-    assert model.model_extra["step"] == 7 and model.model_extra["context_length"] == 256 and model.model_extra["chat"]
+    assert (
+        model.model_extra["step"] == 7 and model.model_extra["context_length"] == CAPACITY and model.model_extra["chat"]
+    )
     assert tiny.openai().models.retrieve("tiny") == model
 
 
 def test_02_answer_and_usage(tiny):
     answer = ask(tiny, seed=1)
     prompt = chat_prompt(HI, golden_tokenizer())
-    (expected,), _ = tiny_engine().generate_batch(prompt, max_tokens=24, temperature=1.0, top_k=50, seed=1)
+    (expected,), _ = toy_engine().generate_batch(prompt, max_tokens=24, temperature=1.0, top_k=50, seed=1)
     assert answer.choices[0].message.content == golden_tokenizer().decode(expected[len(prompt) :])
     assert answer.object == "chat.completion" and answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == "length" and answer.system_fingerprint == "tiny-step-7"
@@ -129,7 +131,7 @@ def test_10_max_completion_tokens(tiny):
 def test_11_the_longest_answer_ends_with_the_context(tiny):
     answer = ask(tiny, max_tokens=100_000, temperature=0)
     usage = answer.usage
-    assert answer.choices[0].finish_reason == "stop" or usage.total_tokens == 257
+    assert answer.choices[0].finish_reason == "stop" or usage.total_tokens == CAPACITY + 1
 
 
 def test_12_cached_tokens(tiny):
@@ -241,7 +243,7 @@ def test_21_many_at_once(tiny):
 
 
 def test_22_a_stream_can_be_left(tiny):
-    stream = ask(tiny, stream=True, max_tokens=240)
+    stream = ask(tiny, stream=True, max_tokens=110)
     next(iter(stream))
     stream.close()
     tiny.idle()
@@ -251,7 +253,7 @@ def test_23_a_timeout_leaves_nothing_behind(tiny):
     slow = tiny.openai().with_options(timeout=httpx.Timeout(30, read=0.001))
     for _ in range(3):
         with pytest.raises(openai.APITimeoutError):
-            slow.chat.completions.create(**{**SAMPLED, "max_tokens": 240, "n": 4})
+            slow.chat.completions.create(**{**SAMPLED, "max_tokens": 110, "n": 4})
     tiny.idle()
 
 
@@ -273,27 +275,27 @@ LONG = [{"role": r, "content": "word " * 12} for _ in range(8) for r in ("user",
 
 def test_25_a_long_conversation_is_refused_in_tokens(tiny):
     n = len(chat_prompt(LONG, golden_tokenizer()))
-    assert n > 256
+    assert n > CAPACITY
     with pytest.raises(openai.BadRequestError) as caught:
         ask(tiny, messages=LONG)
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
-    assert str(n) in caught.value.message and "256 tokens" in caught.value.message
+    assert str(n) in caught.value.message and f"{CAPACITY} tokens" in caught.value.message
 
 
 def test_26_or_shortened_if_asked(tiny):
     answer = ask(tiny, messages=LONG, extra_body={"truncate_history": True})
-    assert answer.usage.prompt_tokens + 24 <= 257 and answer.usage.completion_tokens > 0
+    assert answer.usage.prompt_tokens + 24 <= CAPACITY + 1 and answer.usage.completion_tokens > 0
     with pytest.raises(openai.BadRequestError) as caught:
         ask(tiny, messages=[{"role": "user", "content": "word " * 300}], extra_body={"truncate_history": True})
     assert caught.value.code == "context_length_exceeded"
 
 
 def test_27_a_long_prompt(tiny):
-    for prompt in ("word " * 300, [5] * 257, "x" * 200_000):
+    for prompt in ("word " * 300, [5] * (CAPACITY + 1), "x" * 200_000):
         with pytest.raises(openai.BadRequestError) as caught:
             tiny.openai().completions.create(model="tiny", prompt=prompt)
-        assert caught.value.code == "context_length_exceeded" and "256 tokens" in caught.value.message
-    full = tiny.openai().completions.create(model="tiny", prompt=[5] * 256, max_tokens=5)
+        assert caught.value.code == "context_length_exceeded" and f"{CAPACITY} tokens" in caught.value.message
+    full = tiny.openai().completions.create(model="tiny", prompt=[5] * CAPACITY, max_tokens=5)
     assert full.usage.completion_tokens == 1
 
 
@@ -381,16 +383,16 @@ def test_32_half_a_character_is_no_text(tiny):
 
 
 def test_33_a_base_model_completes_only():
-    with serving(tiny_engine(), BASE) as running:
+    with serving(toy_engine(), BASE) as running:
         assert running.openai().completions.create(model="tiny", prompt="The", max_tokens=3).choices[0].text
         with pytest.raises(openai.BadRequestError) as caught:
             ask(running)
         assert caught.value.code == "model_not_chat" and "/v1/completions" in caught.value.message
 
 
-def test_34_the_queue_is_full(tiny):
-    with serving(tiny_engine(slots=2), queue=2) as running:
-        busy = [ask(running, stream=True, max_tokens=240) for _ in range(4)]
+def test_34_the_queue_is_full():
+    with serving(toy_engine(pause=0.02), queue=0) as running:
+        busy = [ask(running, stream=True, max_tokens=110) for _ in range(4)]
         with pytest.raises(openai.RateLimitError) as caught:
             ask(running)
         assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 60
@@ -402,7 +404,7 @@ def test_34_the_queue_is_full(tiny):
 
 
 def test_35_the_key():
-    with serving(tiny_engine(), key="secret-key") as running:
+    with serving(toy_engine(), key="secret-key") as running:
         assert running.openai("secret-key").models.list().data
         with pytest.raises(openai.AuthenticationError) as caught:
             running.openai("wrong").models.list()

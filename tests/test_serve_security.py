@@ -9,20 +9,20 @@ import pytest
 
 from nanochat_jax.serve.main import ServeSettings
 from nanochat_jax.serve.security import MAX_BODY, is_loopback
-from tests.serve_fixtures import HI, serving, tiny_engine
+from tests.serve_fixtures import HI, serving, toy_engine
 
 KEY = "a-secret-key"
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    with serving(tiny_engine()) as running:
+    with serving(toy_engine()) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def keyed():
-    with serving(tiny_engine(), key=KEY, origin="https://chat.example.org") as running:
+    with serving(toy_engine(), key=KEY, origin="https://chat.example.org") as running:
         yield running
 
 
