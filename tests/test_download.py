@@ -193,6 +193,21 @@ def test_only_what_is_asked_for_and_the_held_out_one(server, capsys):
     assert main(["--tokens=1.5e8"]) == 0 and shard_name(2) in files_in(shards_dir())
 
 
+def test_another_hub_by_flag(server, monkeypatch):
+    publish(server, SHARDS)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert main(["-n", "1", f"--endpoint={server.url}"]) == 0 and len(files_in(shards_dir())) == 2
+
+
+def test_a_list_with_some_checksums_is_not_kept(server, caplog):
+    publish(server, SHARDS)
+    listed = json.loads(server.files[TREE])
+    del listed[-1]["lfs"]  # kept in git itself, as small files are
+    server.publish_json(TREE, listed)
+    assert main(["-n", "2"]) == 0 and not (shards_dir() / "shards.json").exists()
+    assert "files without a checksum" in caplog.text
+
+
 def test_a_mirror_without_lists(server, caplog, capsys):
     server.files = dict(SHARDS)
     assert main(["-n", "2"]) == 0

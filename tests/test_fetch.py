@@ -141,6 +141,12 @@ def test_an_answer_that_is_not_the_part_asked_for(server, tmp_path, odd, known):
     assert get(server, tmp_path / "file", wanted=wanted) == CONTENT
 
 
+def test_a_proxy_that_packs_things_up(server, tmp_path):
+    server.plan = [{"headers": {"Content-Encoding": "gzip"}}]
+    with pytest.raises(FinalError, match="came compressed .gzip. though nobody asked for it; check your proxy"):
+        get(server, tmp_path / "file")
+
+
 def test_wrong_contents(server, tmp_path):
     server.files["file"] = OTHER
     with pytest.raises(FinalError, match=r"SHA-256 is \w{12}.*not \w{12}.*damaged on the way or changed"):

@@ -332,10 +332,12 @@ def test_the_folder_of_a_list_is_its_data_set(server, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
     offline = text_source().train.iterate()
     assert [next(offline) for _ in range(2 * DOCUMENTS)] == TEXTS[0] + TEXTS[1]
-    with pytest.raises(
-        OfflineError, match="shard_00002.parquet is not in .*more than the 2 training shards that are here"
-    ):
+    with pytest.raises(OfflineError, match="shard_00002.parquet is not in .*more than the 2 training shards. Unset it"):
         next(offline)
+    (place / list(FILES)[5]).unlink()
+    with pytest.raises(OfflineError, match="needs the held-out shard"):
+        list(text_source().val.iterate())
+    (place / list(FILES)[5]).write_bytes(FILES[list(FILES)[5]])
     # Without the list the files that are there are all there is, shuffled as a whole.
     (place / "shards.json").unlink()
     source = text_source()

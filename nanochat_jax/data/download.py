@@ -204,6 +204,8 @@ def find_list(
     if listing.checked:
         directory.mkdir(parents=True, exist_ok=True)
         listing.save(directory)
+    else:
+        logger.warning("the list has files without a checksum, so all of them have to be there before training")
     return listing
 
 

@@ -164,6 +164,8 @@ class _Transfer:
         return note.get("url") == self.url and bool(note.get("version"))
 
     def _take(self, answer: Any, note: dict[str, Any], done: int) -> None:
+        if (coding := answer.headers.get("Content-Encoding") or "identity") != "identity":
+            raise FinalError(f"{self.url}: it came compressed ({coding}) though nobody asked for it; check your proxy")
         size, version = _size_and_version(answer)
         if done and answer.status == 206:
             first = (answer.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]

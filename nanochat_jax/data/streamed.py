@@ -111,10 +111,10 @@ class ShardDocuments:
                     raise
             return fetcher.get(self.shards[number])
         except OfflineError as error:
+            needed = f"more than the {number} training shards" if self.split == "train" else "the held-out shard"
             raise OfflineError(
                 f"{self.shards[number].name} is not in {self.directory} and {OFFLINE_VARIABLE} is set: the run needs "
-                f"more than the {number} training shards that are here. Unset it, or delete {LIST_NAME} there to train "
-                "on those again and again"
+                f"{needed}. Unset it, or delete {LIST_NAME} there to use nothing but the files that are there"
             ) from error
 
     def _compare(self, shard: Shard, path: Path) -> None:
