@@ -133,7 +133,9 @@ def test_without_a_length(server, tmp_path):
     assert get(server, tmp_path / "file") == CONTENT
 
 
-@pytest.mark.parametrize("odd", [{"ranges": False}, {"first": 0}, {"first": 999_990}, {"status": 416}, {"status": 204}])
+@pytest.mark.parametrize(
+    "odd", [{"ranges": False}, {"first": 0}, {"first": 999_990}, {"first": 1_000_010}, {"status": 416}, {"status": 204}]
+)
 @pytest.mark.parametrize("known", [False, True])
 def test_an_answer_that_is_not_the_part_asked_for(server, tmp_path, odd, known):
     wanted = KNOWN if known else Wanted()
