@@ -125,10 +125,40 @@ class Chat:
         return sorted(chats, key=lambda chat: chat["created"])
 
 
-@pytest.fixture
-def stub():
+@pytest.fixture(scope="session")
+def shared_stub():
     with Stub() as stub:
         yield stub
+
+
+@pytest.fixture(scope="session")
+def shared_chat(browser, shared_stub):
+    chat = Chat(browser, shared_stub.url)
+    yield chat
+    chat.close()
+
+
+@pytest.fixture
+def stub(shared_stub):
+    """The scripted server, as new."""
+    shared_stub.reset()
+    return shared_stub
+
+
+@pytest.fixture
+def chat(shared_chat, shared_stub):
+    """The page, on its first visit: storage is emptied, the document is loaded anew. (A new window takes a second.)"""
+    page = shared_chat.page
+    page.goto("about:blank")
+    shared_stub.reset()
+    page.goto(f"{shared_stub.url}/health")
+    page.evaluate("localStorage.clear(); sessionStorage.clear()")
+    page.goto(shared_stub.url)
+    yield shared_chat.ready()
+    for other in shared_chat.context.pages[1:]:
+        other.close()
+    problems, shared_chat.problems = shared_chat.problems, []
+    assert not problems
 
 
 @pytest.fixture
@@ -143,8 +173,3 @@ def window(browser, stub):
     yield open_window
     for chat in opened:
         chat.close()
-
-
-@pytest.fixture
-def chat(window):
-    return window().ready()

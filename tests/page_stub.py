@@ -78,6 +78,21 @@ class Stub:
     """The server: `script(...)` queues an answer; `requests` holds what the page sent; `cancelled` counts hang-ups."""
 
     def __init__(self, port: int = 0, slow: bool = False):
+        self.slow = slow
+        self._streams = 0  # that have not ended
+        self.reset()
+        self._socket = socket.create_server(("127.0.0.1", port))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        config = uvicorn.Config(self._app(), log_level="critical", timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
+
+    def reset(self) -> None:
+        """Forgets everything; for the next test, whose page has not asked anything yet."""
+        end = time.monotonic() + 20
+        while self._streams:
+            assert time.monotonic() < end, "a stream of the test before has not ended"
+            time.sleep(0.005)
         self.model: dict[str, Any] = {"stage": "sft", "step": 300, "chat": True, "context_length": 256, "defaults": {}}
         self.usage = {"prompt_tokens": 40, "completion_tokens": 20}
         self.finish_reason = "stop"
@@ -85,13 +100,7 @@ class Stub:
         self.health = 200
         self.requests: list[dict[str, Any]] = []
         self.cancelled = 0
-        self.slow = slow
         self._scripts: deque[tuple[Step, ...]] = deque()
-        self._socket = socket.create_server(("127.0.0.1", port))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(self._app(), log_level="critical", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 
     def __enter__(self):
         self._thread.start()
@@ -165,6 +174,7 @@ class Stub:
             return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
         open_call = False
+        self._streams += 1
         try:
             yield chunk({"delta": {"role": "assistant", "content": ""}, **wrap("")})
             for step in steps:
@@ -193,6 +203,8 @@ class Stub:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+        finally:
+            self._streams -= 1
         yield chunk({**wrap(""), "finish_reason": self.finish_reason})
         yield f"data: {json.dumps({'choices': [], 'usage': self.usage})}\n\n".encode()
         yield b"data: [DONE]\n\n"

@@ -582,5 +582,12 @@ def test_a_base_model_gets_a_page_that_continues_text(chat, stub):
     chat.ask("The sea is")  # a text of its own
     expect(passage.last.locator(".body")).to_have_text("The sea is blue.")
     assert stub.requests[-1]["prompt"] == "The sea is"
+    chat.done()
     chat.page.reload()
     expect(passage.locator(".body")).to_have_text(["Once upon a time lived a fox.", "The sea is blue."])
+    stub.script(" red", Gate())
+    chat.button("Regenerate", passage.last).click()
+    expect(passage.last.locator(".body")).to_have_text("The sea is red")
+    chat.button("Undo").click()  # while it is still written
+    expect(passage.locator(".body")).to_have_text(["Once upon a time lived a fox.", "The sea is blue."])
+    chat.done()

@@ -193,7 +193,8 @@ def test_hard_text_does_not_hang_the_page(chat):
         assert time.monotonic() - start < 5, text[:20]
 
 
-def test_code_blocks_have_a_copy_button(chat, stub, window):
+def test_code_blocks_have_a_copy_button(window, stub):
+    chat = window().ready()
     chat.context.grant_permissions(["clipboard-read", "clipboard-write"])
     code = "def f(x):\n\treturn x < 1  # <b>"
     gate = Gate()
