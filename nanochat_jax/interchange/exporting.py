@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from nanochat_jax import checkpoint, cli, conversation, devices, gpt
@@ -131,12 +131,13 @@ def _expected(target: str, model: Model) -> dict[str, Any]:
     prompts = _prompts(model)
     length = max(map(len, prompts))
     cos, sin = gpt.rotary_tables(length, config.head_dim, config.rotary_base, config.rotary_dtype)
+    padded = np.array([prompt + [0] * (length - len(prompt)) for prompt in prompts])  # later tokens change no logits
+    run = jax.jit(gpt.forward, static_argnums=0)
+    logits, logits_equal = (np.asarray(run(how, model.params, padded)) for how in (config, equal))
     out: dict[str, Any] = {"n": len(prompts), "cos": cos, "sin": sin}
     for i, (prompt, greedy) in enumerate(zip(prompts, _greedy(config, model.params, prompts), strict=True)):
-        ids = np.asarray(prompt, np.int32)
-        out |= {f"prompt{i}": ids, f"greedy{i}": np.asarray(greedy, np.int32)}
-        for name, how in (("logits", config), ("equal", equal)):
-            out[f"{name}{i}"] = np.asarray(gpt.forward(how, model.params, jnp.asarray(ids)[None])[0])
+        out |= {f"prompt{i}": np.asarray(prompt, np.int32), f"greedy{i}": np.asarray(greedy, np.int32)}
+        out |= {f"logits{i}": logits[i, : len(prompt)], f"equal{i}": logits_equal[i, : len(prompt)]}
     out["texts"] = json.dumps([[text, model.tokenizer.encode_text(text)] for text in _TEXTS])
     out["chats"] = json.dumps(
         [{"messages": c, "ids": model.tokenizer.render_conversation({"messages": c})[0]} for c in _chats(model)]

@@ -4,12 +4,12 @@
     <name>/data/<key>      the bytes of one storage
     <name>/byteorder, <name>/version
 
-Everything a file claims is held against its real size before anything is allocated: tensors are views of the mapped
-file until they are cast.
+Everything a file claims is held against its real size before anything is allocated: tensors are views of what was
+read until they are cast.
 """
 
 import math
-import mmap
+import os
 import struct
 import zipfile
 import zlib
@@ -47,10 +47,8 @@ def read(path: Path) -> Any:
     """
     path = Path(path)
     with open(path, "rb") as file:
-        if not path.stat().st_size:
-            raise InterchangeError(f"{path} is empty")
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if view[: len(_LEGACY)] == _LEGACY:
+        beginning = file.read(len(_LEGACY))
+    if beginning == _LEGACY:
         raise InterchangeError(
             f"{path} has torch's old format (before 1.6), which is not read here. Where torch is installed, convert "
             "it: x = torch.load(path, weights_only=True); torch.save(x, path)"
@@ -60,12 +58,12 @@ def read(path: Path) -> Any:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise InterchangeError(f"{path} is no file of torch.save, or truncated ({error}); fetch it again") from error
-    return _Archive(path, view, entries).tree()
+    return _Archive(path, entries).tree()
 
 
 class _Archive:
-    def __init__(self, path: Path, view: mmap.mmap, entries: list[zipfile.ZipInfo]):
-        self.path, self.view, self.entries = path, view, {}
+    def __init__(self, path: Path, entries: list[zipfile.ZipInfo]):
+        self.path, self.size, self.entries = path, path.stat().st_size, {}
         total = 0
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
@@ -77,8 +75,8 @@ class _Archive:
                 raise InterchangeError(f"{path}: {entry.filename!r} is encrypted or there twice: refused")
             total += entry.file_size
             self.entries[entry.filename] = entry
-        if total > len(view):
-            raise InterchangeError(f"{path} has {len(view):,} bytes, its entries claim {total:,}: refused")
+        if total > self.size:
+            raise InterchangeError(f"{path} has {self.size:,} bytes, its entries claim {total:,}: refused")
         pickled = [name for name in self.entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickled) != 1:
             raise InterchangeError(f"{path} has no data.pkl: it is a zip file, but not one of torch.save")
@@ -86,20 +84,21 @@ class _Archive:
         if self.root + "byteorder" in self.entries and self.record("byteorder") != b"little":
             raise InterchangeError(f"{path} was saved on a big-endian machine, which is not read here")
 
-    def record(self, name: str) -> memoryview:
+    def record(self, name: str) -> bytes:
         """The bytes of an entry, checked against its checksum."""
         entry = self.entries.get(self.root + name)
         if entry is None:
             raise InterchangeError(f"{self.path} has no entry {name!r}, which its tensors need: it is damaged")
-        start = entry.header_offset
-        header = self.view[start : start + _LOCAL_HEADER.size]
-        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-            raise InterchangeError(f"{self.path}: the header of {name!r} is damaged; fetch the file again")
-        _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        start += 30 + name_length + extra_length
-        if start + entry.file_size > len(self.view):
+        with open(self.path, "rb") as file:
+            file.seek(entry.header_offset)
+            header = file.read(_LOCAL_HEADER.size)
+            if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+                raise InterchangeError(f"{self.path}: the header of {name!r} is damaged; fetch the file again")
+            _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+            file.seek(name_length + extra_length, os.SEEK_CUR)
+            data = file.read(entry.file_size)  # no more than the file has: its entries together fit it
+        if len(data) < entry.file_size:
             raise InterchangeError(f"{self.path}: {name!r} claims {entry.file_size:,} bytes beyond the file's end")
-        data = memoryview(self.view)[start : start + entry.file_size]
         if zlib.crc32(data) != entry.CRC:
             raise InterchangeError(
                 f"{self.path}: the checksum of {name!r} is wrong: the file is damaged; fetch it again"
@@ -114,8 +113,8 @@ class _Archive:
             "torch.Size": tuple,
             **dict.fromkeys(_STORAGES),
         }
-        self.read: dict[str, memoryview] = {}
-        return pickles.read(bytes(self.record("data.pkl")), names, str(self.path), self.storage)
+        self.read: dict[str, bytes] = {}
+        return pickles.read(self.record("data.pkl"), names, str(self.path), self.storage)
 
     def storage(self, reference: Any) -> _Storage:
         match reference:

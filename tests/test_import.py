@@ -1,0 +1,236 @@
+"""Models from elsewhere become runs on which everything works as on our own."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import checkpoint, gpt
+from nanochat_jax.engine import Engine
+from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.interchange import InterchangeError, importing, reference_files, tokenizer_json, torch_file
+from nanochat_jax.interchange.huggingface import hf_name
+from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
+from nanochat_jax.reference import params_to_reference
+from nanochat_jax.stages.common import find_parent
+from nanochat_jax.tokenizer import Tokenizer
+
+forward = jax.jit(gpt.forward, static_argnums=0)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "ours"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """270 tokens, as the golden models have."""
+    return Tokenizer.train(["the cat sat on the mat and the bat"] * 4, 270)
+
+
+@pytest.fixture
+def theirs(base, golden, tokenizer):
+    """A base directory as the reference leaves it: checkpoint written by torch, tokenizer pickled by tiktoken."""
+    folder = base / "theirs"
+    place = folder / "mid_checkpoints" / "d1"
+    place.mkdir(parents=True)
+    for name in ("model_000007.pt", "meta_000007.json"):
+        shutil.copy(golden / "interchange" / name, place)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding))
+    with open(folder / "tokenizer" / "token_bytes.pt", "wb") as file:
+        torch_file.write(file, tokenizer.token_bytes(v1_compat=True))
+    return folder
+
+
+@pytest.fixture
+def hf(base, golden, tokenizer):
+    """A sharded folder as transformers writes it, with our tokenizer."""
+    folder = base / "hf"
+    shutil.copytree(golden / "interchange" / "hf", folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json.to_json(tokenizer)))
+    return folder
+
+
+def run(path: Path, **settings) -> Path:
+    return import_checkpoint(ImportSettings(path=path, **settings))
+
+
+def changed(path: Path, **changes) -> None:
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_a_reference_checkpoint(theirs, golden, tokenizer, capsys):
+    """Compile prefix, bfloat16 embedding, grouped keys, a meta file without n_kv_head."""
+    folder = run(theirs)
+    out = capsys.readouterr().out
+    assert folder.name == "d1-mid" and "n_kv_head (taken: 1)" in out
+    config, params, loaded, meta = checkpoint.load_model("d1-mid")
+    assert config == GPTConfig(sequence_len=32, vocab_size=270, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+    assert loaded.hash == tokenizer.hash and (meta["stage"], meta["step"]) == ("mid", 7)
+    assert meta["imported"]["meta"]["val_bpb"] == 1.25 and len(meta["imported"]["files"]["model_000007.pt"]) == 64
+    with np.load(golden / "interchange" / "model_000007.npz") as arrays:
+        ours = params_to_reference(config, params)
+        assert set(ours) == set(arrays.files)
+        for name in arrays.files:
+            np.testing.assert_array_equal(ours[name], arrays[name])
+
+
+def test_everything_works_on_it(theirs):
+    """It is found as a parent, decodes, and is found by name and stage."""
+    run(theirs / "mid_checkpoints" / "d1" / "model_000007.pt", run_name="theirs")
+    parent = find_parent("", ("mid", "base"))
+    assert (parent.run, parent.step, parent.stage) == ("theirs", 7, "mid")
+    config, params, tokenizer, _ = checkpoint.load_model(stage="mid")
+    jax.tree.map(np.testing.assert_array_equal, parent.params(), params)
+    engine = Engine(config, params, tokenizer, slots=1)
+    results, _ = engine.generate_batch([tokenizer.bos_id], max_tokens=4, temperature=0.0)
+    logits = forward(config, params, jnp.asarray([[tokenizer.bos_id]]))
+    assert len(results[0]) == 1 or results[0][1] == int(logits[0, 0].argmax())
+
+
+def test_a_transformers_folder_gives_its_logits(hf, golden, capsys):
+    folder = run(hf, run_name="hf", stage="base")
+    assert "rotary tables float32" in capsys.readouterr().out
+    config, params, _, _ = checkpoint.load_model(folder.name)
+    assert (config.n_layer, config.n_head, config.n_kv_head, config.rotary_dtype) == (2, 4, 2, "float32")
+    with np.load(golden / "interchange" / "hf_logits.npz") as expected:
+        logits = forward(config, params, jnp.asarray(expected["ids"]))
+        np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
+        rounded = checkpoint.config_from_dict({**checkpoint.config_to_dict(config), "rotary_dtype": "bfloat16"})
+        assert np.abs(forward(rounded, params, jnp.asarray(expected["ids"])) - expected["logits"]).max() > 1e-4
+
+
+def test_rotary_tables_in_both_precisions_are_the_references(golden):
+    with np.load(golden / "model_v1.npz") as arrays:
+        n, half = arrays["A/rotary/cos"].shape
+        for dtype, suffix, tolerance in (("bfloat16", "", 0), ("float32", "_unrounded", 1e-6)):
+            tables = gpt.rotary_tables(n, 2 * half, 10000.0, dtype)
+            for table, name in zip(tables, ("cos", "sin"), strict=True):
+                np.testing.assert_allclose(table, arrays[f"A/rotary/{name}{suffix}"], rtol=0, atol=tolerance)
+    with pytest.raises(ValueError, match="rotary_dtype"):
+        GPTConfig(rotary_dtype="float16")
+
+
+def test_precision_stage_and_older_config_forms(hf, capsys):
+    config = hf / "config.json"
+    changed(config, dtype="bfloat16", rope_parameters=None, rope_theta=500.0, rms_norm_eps=1e-6)
+    changed(config, final_logit_softcapping=None, logits_soft_cap=20.0, num_key_value_heads=2)
+    (hf / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    run(hf)
+    out = capsys.readouterr().out
+    assert "rms_norm_eps is 1e-06 there" in out and "taken as a sft model" in out and "taken to be bfloat16" in out
+    config, _, _, meta = checkpoint.load_model("hf-sft")
+    assert (config.rotary_dtype, config.rotary_base, config.softcap, meta["stage"]) == ("bfloat16", 500.0, 20.0, "sft")
+
+
+def test_tensors_that_do_not_fit_are_all_listed(theirs, hf):
+    place = theirs / "mid_checkpoints" / "d1"
+    arrays = {
+        k.removeprefix("_orig_mod."): np.float32(v) for k, v in torch_file.read(place / "model_000007.pt").items()
+    }
+    arrays["transformer.h.0.attn.c_gate.weight"] = arrays.pop("transformer.h.0.mlp.c_fc.weight")
+    arrays["lm_head.weight"] = arrays["lm_head.weight"][:, :8]
+    with open(place / "model_000007.pt", "wb") as file:
+        torch_file.write(file, arrays)
+    with pytest.raises(InterchangeError) as caught:
+        run(theirs)
+    message = str(caught.value)
+    assert "missing transformer.h.0.mlp.c_fc.weight" in message
+    assert "unexpected transformer.h.0.attn.c_gate.weight" in message
+    assert "lm_head.weight has shape (270, 8), the config needs (270, 16)" in message
+    changed(hf / "config.json", num_hidden_layers=1)
+    with pytest.raises(InterchangeError, match=r"unexpected model\.layers\.1\.self_attn\.q_proj\.weight"):
+        run(hf)
+    assert hf_name("transformer.h.3.mlp.c_proj.weight") == "model.layers.3.mlp.fc2.weight"
+
+
+def test_models_that_cannot_run_here_are_refused_with_the_reason(theirs, hf, monkeypatch):
+    reasons = {
+        "model_type": "llama", "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": True,
+        "intermediate_size": 99, "head_dim": 3, "rms_norm_eps": 0.1,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
+    }  # fmt: skip
+    original = (hf / "config.json").read_text()
+    for key, value in reasons.items():
+        (hf / "config.json").write_text(original)
+        changed(hf / "config.json", **{key: value})
+        with pytest.raises(InterchangeError, match=r"config\.json"):
+            run(hf)
+    place = theirs / "mid_checkpoints" / "d1"
+    arrays = {"transformer.wte.weight": np.ones((2, 2), np.float32), "resid_lambdas": np.ones(2, np.float32)}
+    with open(place / "model_000007.pt", "wb") as file:
+        torch_file.write(file, arrays)
+    with pytest.raises(InterchangeError, match=r"later nanochat.*resid_lambdas"):
+        run(theirs)
+    assert not list((Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs").glob("[!.]*")), "a refused import leaves no run"
+
+
+def test_what_is_missing_or_does_not_belong_together(theirs, hf, tokenizer, base):
+    place = theirs / "mid_checkpoints" / "d1"
+    with pytest.raises(InterchangeError, match=r"no model of step 9; it has \[7\]"):
+        run(theirs, step=9)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(base / "nowhere")
+    with pytest.raises(InterchangeError, match="neither"):
+        run(base)
+    other = Tokenizer.train(["entirely different words here"] * 4, 268)
+    (theirs / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(other._encoding))
+    with pytest.raises(InterchangeError, match=r"token_bytes\.pt"):
+        run(theirs)
+    (theirs / "tokenizer" / "token_bytes.pt").unlink()
+    bigger = Tokenizer.train(["the cat sat on the mat and the bat"] * 4, 275)
+    (theirs / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(bigger._encoding))
+    with pytest.raises(InterchangeError, match=r"270 tokens, its tokenizer 27\d"):
+        run(theirs)
+    tokenizer.save(base / "saved")
+    folder = run(place, tokenizer=base / "saved" / "tokenizer.json", run_name="x")
+    with pytest.raises(InterchangeError, match="already"):
+        run(place, tokenizer=base / "saved" / "tokenizer.json", run_name="x")
+    assert checkpoint.steps(folder) == [7]
+    loose = base / "loose"
+    shutil.copytree(place, loose)
+    with pytest.raises(InterchangeError, match="--stage"):
+        run(loose)
+    with pytest.raises(InterchangeError, match="--tokenizer"):
+        run(loose, stage="base")
+    (hf / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(InterchangeError, match="00002"):
+        run(hf)
+    (hf / "model-00001-of-00004.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(InterchangeError, match="00001"):
+        run(hf)
+
+
+def test_among_stages_and_steps_the_latest(theirs):
+    place = theirs / "mid_checkpoints" / "d1"
+    shutil.copy(place / "model_000007.pt", place / "model_000012.pt")
+    later = theirs / "chatsft_checkpoints" / "d1"
+    shutil.copytree(place, later)
+    found = reference_files.find(theirs)
+    assert found and (found.stage, found.step) == ("sft", 12)
+    found = reference_files.find(theirs, stage="mid", step=7)
+    assert found and (found.stage, found.step) == ("mid", 7)
+    shutil.copytree(place, theirs / "chatsft_checkpoints" / "d2")
+    with pytest.raises(InterchangeError, match="several models"):
+        reference_files.find(theirs)
+
+
+def test_the_command_line(theirs, capsys):
+    assert importing.main([str(theirs), "--run_name=cli"]) == 0
+    assert "python -m scripts.chat --run=cli" in capsys.readouterr().out
+    assert importing.main([]) == 1 and "import_checkpoint PATH" in capsys.readouterr().err
+    assert importing.main(["--run_name", "cli", str(theirs)]) == 1 and "already" in capsys.readouterr().err
+    hostile = theirs / "mid_checkpoints" / "d1" / "model_000007.pt"
+    hostile.write_bytes(pickle.dumps({"x": 1}))
+    assert importing.main([str(theirs)]) == 1 and "model_000007.pt" in capsys.readouterr().err
