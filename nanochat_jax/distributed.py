@@ -57,6 +57,12 @@ def local(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(own, whole)
 
 
+def to_host(params: Any) -> Any:
+    """The same arrays of every process as numpy arrays, which can be placed on devices of all processes; untouched
+    where this process works alone."""
+    return jax.tree.map(np.asarray, params) if several() else params
+
+
 def own_rows(mesh: Mesh, rows: int) -> range:
     """Which rows of a micro-batch of `rows` this process's devices work on."""
     where = sharding.named(mesh, sharding.training_batch_spec())

@@ -253,7 +253,7 @@ def _start_or_resume(folder: Path, recipe: Recipe, identity, optimizer, mesh) ->
     config = recipe.config
     if not checkpoint.steps(folder):
         if recipe.parent is not None:
-            return state_of(config, recipe.parent.params(), optimizer, mesh), False
+            return state_of(config, distributed.to_host(recipe.parent.params()), optimizer, mesh), False
         return init_state(config, optimizer, mesh, jax.random.key(recipe.settings.seed)), False
     meta = checkpoint.load_meta(folder)
     now, then = recipe.tokenizer.hash, meta["tokenizer_hash"]

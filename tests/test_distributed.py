@@ -1,0 +1,298 @@
+"""Several processes: what the environment says, the meeting, and whole runs of two processes on this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanochat_jax import checkpoint, cluster, distributed, metrics, sharding
+from nanochat_jax.cluster import Cluster, DistributedError, find_cluster, first_host
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.world import demo_documents
+
+ROOT = Path(__file__).parent.parent
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "4711",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+}
+VARIABLES = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "node0:1234"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# --- what the environment says ----------------------------------------------------------------------------------------
+
+
+def test_nothing_means_alone():
+    assert find_cluster("auto", {}) is None
+    assert find_cluster("off", {**SLURM, **VARIABLES}) is None
+    in_an_allocation = {k: SLURM[k] for k in ("SLURM_JOB_ID", "SLURM_PROCID")}  # sbatch script, no srun
+    assert find_cluster("auto", in_an_allocation) is None
+    assert find_cluster("auto", {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
+
+
+def test_each_launcher():
+    assert find_cluster("auto", SLURM) == Cluster("slurm", 4, 3, "gpu07:24711", 1, 2)
+    found = find_cluster("auto", OPEN_MPI)
+    assert found is not None and (found.processes, found.index, found.local_index) == (4, 2, 2) and found.one_host
+    mpich = {"PMI_SIZE": "2", "PMI_RANK": "1", "JAX_COORDINATOR_ADDRESS": "a:9"}
+    assert find_cluster("mpi", mpich) == Cluster("mpi", 2, 1, "a:9", None, None)
+    assert find_cluster("auto", VARIABLES) == Cluster("env", 2, 1, "node0:1234")
+    assert find_cluster("auto", {**SLURM, **VARIABLES}) == Cluster("env", 2, 1, "node0:1234"), "what is explicit wins"
+    moved = find_cluster("slurm", {**SLURM, "JAX_COORDINATOR_ADDRESS": "other:5"})
+    assert moved is not None and moved.address == "other:5"
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("gpu[07-08]", "gpu07"),
+        ("a,b", "a"),
+        ("n3", "n3"),
+        ("r[1,3]-x,b", "r1-x"),
+        ("x-a[001-004,9],b[2]", "x-a001"),
+    ],
+)
+def test_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_what_is_incomplete_or_contradictory_is_refused():
+    with pytest.raises(DistributedError, match="two things.*slurm: process 3 of 4.*mpi: process 2 of 4"):
+        find_cluster("auto", {**SLURM, **OPEN_MPI})
+    with pytest.raises(DistributedError, match="not JAX_PROCESS_ID"):
+        find_cluster("auto", {k: v for k, v in VARIABLES.items() if k != "JAX_PROCESS_ID"})
+    with pytest.raises(DistributedError, match="JAX_PROCESS_ID='two' must be a number"):
+        find_cluster("auto", {**VARIABLES, "JAX_PROCESS_ID": "two"})
+    with pytest.raises(DistributedError, match="process 2 is not among 2"):
+        find_cluster("auto", {**VARIABLES, "JAX_PROCESS_ID": "2"})
+    with pytest.raises(DistributedError, match="must be host:port, got 'node0'"):
+        find_cluster("auto", {**VARIABLES, "JAX_COORDINATOR_ADDRESS": "node0"})
+    with pytest.raises(DistributedError, match="--distributed=mpi, but"):
+        find_cluster("mpi", SLURM)
+    with pytest.raises(DistributedError, match="JAX_COORDINATOR_ADDRESS=host:port"):
+        find_cluster("auto", {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+
+
+def test_a_loopback_coordinator_of_several_hosts_is_refused(monkeypatch):
+    several = Cluster("slurm", 4, 3, "127.0.1.1:4000", 1, 2)
+    with pytest.raises(DistributedError, match=r"127.0.1.1:4000 is a loopback.*JAX_COORDINATOR_ADDRESS=HOST:4000"):
+        cluster.refuse_loopback(several)
+    cluster.refuse_loopback(Cluster("mpi", 2, 1, "127.0.0.1:4000", 1, 2))  # all on one host
+    cluster.refuse_loopback(Cluster("env", 2, 1, "127.0.0.1:4000"))  # said on purpose
+    answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 4000))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answer)  # as /etc/hosts of many systems has it
+    with pytest.raises(DistributedError, match="node0:4000 is a loopback one \\(127.0.1.1\\)"):
+        cluster.refuse_loopback(Cluster("env", 2, 1, "node0:4000"))
+
+
+# --- the meeting ------------------------------------------------------------------------------------------------------
+
+
+def meet(count: int, come: list[int], limit: float) -> dict[int, list[str] | str]:
+    port, results = free_port(), {}
+
+    def one(index):
+        try:
+            results[index] = cluster.call_roll(Cluster("env", count, index, f"127.0.0.1:{port}"), limit)
+        except DistributedError as error:
+            results[index] = str(error)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in come]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def test_all_come_in_any_order():
+    results = meet(3, [2, 0, 1], 30)
+    assert all(hosts == [socket.gethostname()] * 3 for hosts in results.values()) and len(results) == 3
+
+
+def test_those_who_do_not_come_are_named_by_everybody():
+    results = meet(4, [0, 2], 1.0)
+    for told in results.values():
+        assert "processes 1, 3 of 4 did not come to 127.0.0.1:" in told and "within 1 s" in told
+        assert f"0 on {socket.gethostname()}, 2 on" in told
+
+
+def test_without_process_0_the_others_say_where_they_looked(monkeypatch):
+    clock = time.monotonic
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: clock() * 20)  # the ten seconds more are over soon
+    told = meet(2, [1], 1.0)[1]
+    assert "did not reach process 0 at 127.0.0.1:" in told and "loopback" in told
+
+
+def test_a_stranger_does_not_disturb_the_meeting():
+    port = free_port()
+
+    def stranger():
+        for _ in range(100):
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                    connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    return
+            except OSError:
+                time.sleep(0.02)
+
+    results = {}
+    job = [Cluster("env", 2, i, f"127.0.0.1:{port}") for i in (0, 1)]
+    first = threading.Thread(target=lambda: results.update({0: cluster.call_roll(job[0], 30)}))
+    first.start()
+    stranger()
+    results[1] = cluster.call_roll(job[1], 30)
+    first.join(30)
+    assert results[0] == results[1]
+
+
+# --- rows and arrays, alone -------------------------------------------------------------------------------------------
+
+
+def test_alone_everything_is_as_it_was():
+    mesh, batch = sharding.make_mesh(), (np.zeros((1, 8, 4)),) * 3
+    assert distributed.is_main() and not distributed.several()
+    assert distributed.place_batch(mesh, batch) is batch and distributed.local_mesh(mesh) is mesh
+    assert distributed.own_rows(mesh, 16) == range(16)
+    params = {"w": np.zeros(2)}
+    assert distributed.local(params, mesh) is params and distributed.to_host(params) is params
+    assert distributed.agree(True) is True
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+COMMON = dict(device="cpu", eval_tokens=2048, save_every=4, sample_every=0)
+STAGES = {
+    "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, num_iterations=8, run_name="base"),
+    "sft": dict(total_batch_size=1536, num_iterations=4, metrics_max_problems=8, source="base", run_name="sft"),
+    "rl": dict(num_iterations=2, examples_per_step=2, num_samples=4, max_new_tokens=16, slots=8, eval_examples=4)
+    | dict(eval_samples=2, source="sft", run_name="rl"),
+}
+
+
+def launch(home: Path, stage: str, processes: int, **changes) -> list[subprocess.Popen]:
+    flags = {**COMMON, **STAGES[stage], "device_batch_size": 4 // processes, **changes}
+    command = [sys.executable, "-m", "scripts.train", f"--stage={stage}", "--demo"]
+    command += [f"--{k}={v}" for k, v in flags.items()]
+    started, port = [], free_port()
+    for index in range(processes):
+        env = {**os.environ, "NANOCHAT_BASE_DIR": str(home), "JAX_COMPILATION_CACHE_DIR": str(home.parent / "cache")}
+        if processes > 1:
+            env |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
+            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+        with open(home / f"log{index}.txt", "a") as log:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
+    return started
+
+
+def finish(home: Path, stage: str, processes: int, **changes) -> None:
+    started = launch(home, stage, processes, **changes)
+    try:
+        for index, process in enumerate(started):
+            assert process.wait(400) == 0, (home / f"log{index}.txt").read_text()[-2000:]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def losses(home: Path, run: str) -> list[float]:
+    return [r["loss"] for r in metrics.read(home / "runs" / run / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def scores(home: Path, run: str) -> list[dict]:
+    records = [r for r in metrics.read(home / "runs" / run / "metrics.jsonl") if r["kind"] == "eval"]
+    return [{k: v for k, v in r.items() if k not in ("kind", "seconds")} for r in records]
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory):
+    """Base directories where the same stages are run by one process, and by two."""
+    parent = tmp_path_factory.mktemp("processes")
+    tokenizer = Tokenizer.train(demo_documents("train", 200_000), 500)
+    made = []
+    for name in ("one", "two"):
+        (parent / name).mkdir()
+        tokenizer.save(parent / name / "tokenizer")
+        made.append(parent / name)
+    return made
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_in_every_stage(homes):
+    one, two = homes
+    for stage in STAGES:
+        finish(one, stage, 1)
+        finish(two, stage, 2)
+        np.testing.assert_allclose(losses(two, stage), losses(one, stage), atol=1e-5, rtol=0)
+        assert len(losses(two, stage)) == STAGES[stage]["num_iterations"]
+        for got, wanted in zip(scores(two, stage), scores(one, stage), strict=True):
+            assert got == pytest.approx(wanted, abs=1e-4)
+    assert checkpoint.steps(two / "runs" / "base") == [4, 8]
+    assert "2 processes (env)" in (two / "log0.txt").read_text()
+    shown = (two / "log1.txt").read_text()
+    assert "step 8" not in shown and "held-out" not in shown, "only the main process reports"
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_stops_both_at_one_step_and_one_process_goes_on(homes):
+    one, two = homes
+    if not losses(one, "base"):
+        finish(one, "base", 1)
+    # many steps: the signal takes about a second to reach all
+    changes = dict(run_name="cut", num_iterations=400, save_every=0)
+    started = launch(two, "base", 2, **changes)
+    deadline = time.monotonic() + 300
+    while len(losses(two, "cut")) < 3:
+        assert time.monotonic() < deadline and started[0].poll() is None, (two / "log0.txt").read_text()[-2000:]
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGTERM)
+    assert [p.wait(200) for p in started] == [0, 0], (two / "log1.txt").read_text()[-2000:]
+    run = two / "runs" / "cut"
+    (step,) = checkpoint.steps(run)
+    assert step < 400 and f"stopped by SIGTERM at step {step}; saved" in (two / "log0.txt").read_text()
+    checkpoint.verify(run, step, checkpoint.load_meta(run))
+    again = launch(two, "base", 1, **changes)[0]
+    while len(losses(two, "cut")) < step + 2:
+        assert time.monotonic() < deadline + 200 and again.poll() is None, (two / "log0.txt").read_text()[-2000:]
+        time.sleep(0.02)
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(100) == 0
+    records = [r["step"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"]
+    assert records == list(range(len(records)))
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_is_named(homes):
+    code = "from nanochat_jax import cluster; cluster.start('env', 2.0)"
+    env = {**os.environ, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}
+    env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "processes 1, 2 of 3 did not come" in done.stderr
+
+
+def test_a_mode_that_does_not_exist_is_refused():
+    with pytest.raises(DistributedError, match="auto, off, slurm, mpi, env"):
+        find_cluster("mpirun", {})

@@ -1,0 +1,105 @@
+"""A skipped step of real training, found again by scripts.replay."""
+
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax import checkpoint, incidents, metrics, replay
+from nanochat_jax.stages import common
+from nanochat_jax.stages.launch import main
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.world import demo_documents
+
+FLAGS = dict(depth=1, max_seq_len=64, device_batch_size=1, total_batch_size=1024, num_iterations=4, eval_tokens=512)
+BAD_STEP, BAD_ROW = 2, 5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of four steps in the third of which one row weighs infinitely much."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(home))
+        Tokenizer.train(demo_documents("train", 100_000), 400).save(home / "tokenizer")
+        honest = common.micro_batches
+
+        def poisoned(loader, step, accumulation, mesh):
+            for at, (x, y, w) in enumerate(honest(loader, step, accumulation, mesh), step):
+                if at == BAD_STEP:
+                    w = w.copy()
+                    w.reshape(-1, w.shape[-1])[BAD_ROW, 3] = np.inf
+                yield x, y, w
+
+        import nanochat_jax.stages.base as base
+
+        patch.setattr(base, "micro_batches", poisoned)
+        flags = [f"--{k}={v}" for k, v in FLAGS.items()]
+        assert main(["--stage=base", "--demo", "--device=cpu", "--run_name=r", *flags]) == 0
+        yield checkpoint.run_dir("r")
+
+
+def test_a_nan_is_found_in_its_row(run, capsys):
+    assert incidents.steps(run) == [BAD_STEP]
+    skip = next(r for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "skip")
+    assert skip["step"] == BAD_STEP and "replay r 2" not in skip["reason"]
+    assert replay.main(["r", "2", "--device=cpu", "--device_batch_size=4"]) == 0
+    shown = capsys.readouterr().out
+    assert f"step {BAD_STEP} was skipped" in shown and "h/0/attn/c_q/kernel" in shown
+    worst = re.search(r"^row (\d+): loss (\S+)", shown, re.MULTILINE)
+    assert worst and int(worst[1]) == BAD_ROW
+    assert "1 of them not finite" in shown
+
+
+def test_a_step_is_reproduced(run):
+    """The honest batch, with the same parameters: the numbers that the training step itself gives."""
+    from nanochat_jax import sharding
+    from nanochat_jax.optim import OptimHyper, make_optimizer
+    from nanochat_jax.train_step import make_train_step, state_of
+
+    incident = replay.open_incident(str(run))
+    weights = np.where(np.isfinite(incident.weights), incident.weights, 0.5)
+    honest = replay.Incident(incident.folder, incident.facts, incident.inputs, incident.targets, weights)
+    result = replay.replay(honest, replay.ReplaySettings(device_batch_size=4))
+    config = checkpoint.config_from_dict(incident.facts["meta"]["config"])
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), replay_abstract(config))
+    params = checkpoint.load_tree(incident.folder / "params", {"params": target})["params"]
+    optimizer = make_optimizer(OptimHyper(), 4, config.n_embd)
+    step = make_train_step(config, optimizer, mesh)
+    batch = [a[None] for a in (honest.inputs, honest.targets, honest.weights)]
+    _, numbers = step(state_of(config, params, optimizer, mesh), *batch)
+    assert result.loss == pytest.approx(float(numbers["loss"]), rel=1e-5)
+    assert result.grad_norm == pytest.approx(float(numbers["grad_norm"]), rel=1e-4)
+    squares = math.sqrt(sum(norm**2 for norm in result.parameter_norms.values()))
+    assert squares == pytest.approx(result.grad_norm, rel=1e-5)
+    without = replay.replay(honest, replay.ReplaySettings(device_batch_size=4, gradients=False))
+    assert without.loss == pytest.approx(result.loss, rel=1e-5) and without.grad_norm is None
+
+
+def replay_abstract(config):
+    from nanochat_jax.gpt import abstract
+
+    return abstract(config)
+
+
+def test_the_skipped_step_changed_nothing_that_counts(run):
+    """Parameters kept with the incident are those of before the step; the run went on from them."""
+    facts = json.loads((incidents.folder(run, BAD_STEP) / "incident.json").read_text())
+    assert facts["loss"] in ("nan", "inf") and facts["params"] == f"{BAD_STEP:08d}"
+    assert facts["meta"]["stage"] == "base" and facts["meta"]["normalize"] is True
+    assert [r["step"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"] == [0, 1, 3]
+    _, params, _, _ = checkpoint.load_model("r")
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params))
+
+
+def test_mistakes(run, capsys):
+    assert replay.main(["r", "3"]) == 1
+    assert "skipped and kept are 2" in capsys.readouterr().err
+    assert replay.main([]) == 2
+    assert replay.main(["nowhere"]) == 1
+    assert "no step of" in capsys.readouterr().err
