@@ -24,7 +24,7 @@ from tests.tokenizer_fixtures import golden_tokenizer
 CHAT = ServedModel("tiny", "sft", 7, 1_700_000_000, True)
 BASE = ServedModel("tiny", "base", 7, 1_700_000_000, False)
 CAPACITY = 128
-HI = [{"role": "user", "content": "Hello"}]
+HI: Any = [{"role": "user", "content": "Hello"}]
 
 
 class Toy:

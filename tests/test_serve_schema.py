@@ -44,7 +44,7 @@ def fuzz(described, examples: int) -> None:
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[*hypothesis.HealthCheck],  # pyright: ignore[reportArgumentType]
     )
     for result in schema.get_all_operations():
         operation = result.ok()

@@ -1,6 +1,7 @@
 """Who may call the server, how much they may send, and 10,000 bodies that make no sense."""
 
 import contextlib
+import copy
 import json
 import random
 import socket
@@ -148,28 +149,15 @@ def nonsense(rng: random.Random) -> bytes:
     body: dict = {"messages": [dict(m) for m in HI], "max_tokens": 2, "temperature": 1, "stream": rng.random() < 0.3}
     if rng.random() < 0.3:
         body = {"prompt": "Hello", "max_tokens": 2, "n": 2, "stream": rng.random() < 0.3}
-    fields = [
-        *body,
-        "stop",
-        "seed",
-        "top_p",
-        "top_k",
-        "n",
-        "model",
-        "tools",
-        "stream_options",
-        "logprobs",
-        "echo",
-        "zz",
-    ]
+    names = [*body, *"stop seed top_p top_k n model tools stream_options logprobs echo zz".split()]
     for _ in range(rng.randint(1, 3)):
-        target = body["messages"][0] if rng.random() < 0.3 and isinstance(body.get("messages"), list) else body
-        if not isinstance(target, dict) or not body.get("messages", True):
-            break
-        name = rng.choice([*target, "name"]) if target is not body else rng.choice(fields)
-        if name == "max_tokens" and rng.random() < 0.9:
-            continue  # long answers are no nonsense
-        target[name] = rng.choice(ODD)
+        inside = body.get("messages")
+        if rng.random() < 0.3 and isinstance(inside, list) and inside and isinstance(inside[0], dict):
+            inside[0][rng.choice(["role", "content", "name", "zz"])] = rng.choice(ODD)
+        else:
+            name = rng.choice(names)
+            if name != "max_tokens" or rng.random() < 0.1:  # long answers are no nonsense
+                body[name] = copy.deepcopy(rng.choice(ODD))
     text = json.dumps(body, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     kind = rng.random()
     if kind < 0.2:

@@ -1,8 +1,8 @@
 """The reference's own endpoints, for its clients: /chat/completions (an event stream), /stats and /health.
 
-As the reference's: the same limits and messages, in the same order; ``data: {"token": ..., "gpu": 0}`` events and a
-last ``data: {"done": true}``. Unlike there, the seed of its stream is the server's choice but nothing blocks, a worker
-is a slot rather than a GPU, and a conversation longer than the context is a 400.
+As the reference's: the same limits and complaints, in the same order; ``data: {"token": ..., "gpu": 0}`` events and a
+last ``data: {"done": true}``. Unlike there: nothing blocks, a worker is a slot rather than a GPU, tool calls are
+``<12+30=42>`` instead of the names of special tokens, and a conversation longer than the context is a 400.
 """
 
 from collections.abc import AsyncIterator

@@ -23,7 +23,7 @@ from nanochat_jax.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-STALLED_S = 120.0  # a step that takes longer than this is a hanging device: no compilation of ours takes as long
+STALLED_S = 300.0  # a step that takes longer is a hanging device; without a warm-up steps compile, which takes minutes
 
 
 @dataclass(frozen=True)
