@@ -253,19 +253,21 @@ def eval_engine(
     *,
     rows: int | None = None,
     slots: int | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Engine:
     """An engine whose slots hold any prompt and its answer; `rows` (problems x samples): more slots are never of use.
 
-    slots None: as many as pay off (32 on a CPU, 256 on an accelerator) and as the cache may take: 1 GiB on a CPU, half
-    of the free memory of an accelerator.
+    slots None: as many as pay off (32 on a CPU, 256 on each accelerator) and as the cache may take: 1 GiB on a CPU,
+    half of the free memory of an accelerator. devices: which share the work (default: the first alone).
     """
     capacity = min(longest_prompt + max_new_tokens, 10 * config.sequence_len)
     if slots is None:
         itemsize = np.dtype(config.dtype).itemsize
         slot_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * itemsize * (capacity + 64)
         most = MAX_SLOTS_CPU if jax.default_backend() == "cpu" else MAX_SLOTS
-        slots = min(most, max(1, _cache_bytes() // slot_bytes), rows or most)
-    return Engine(config, params, tokenizer, slots=slots, capacity=capacity)
+        slots = len(devices or [0]) * min(most, max(1, _cache_bytes() // slot_bytes))
+        slots = min(slots, rows or slots)
+    return Engine(config, params, tokenizer, slots=slots, capacity=capacity, devices=devices)
 
 
 def _cache_bytes() -> int:

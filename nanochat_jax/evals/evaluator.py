@@ -182,8 +182,10 @@ class Evaluator:
         new, rotary = self._sampling["max_new_tokens"], 10 * self.config.sequence_len
         if self._engine is None or self._engine.capacity < min(longest + new, rotary):
             rows = max(problem_count(task, s.max_problems) for task in open_tasks) * s.num_samples
+            devices = None if self._mesh is None or jax.process_count() > 1 else list(self._mesh.devices.flat)
+            slots = s.batch_size or None
             self._engine = eval_engine(
-                self.config, self.params, self.tokenizer, longest, new, rows=rows, slots=s.batch_size or None
+                self.config, self.params, self.tokenizer, longest, new, rows=rows, slots=slots, devices=devices
             )
         return self._engine
 

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -15,7 +16,18 @@ from nanochat_jax.loss import token_statistics
 from nanochat_jax.plan import PlanError
 from nanochat_jax.schedules import linear_to_zero
 from nanochat_jax.stages import mixtures
-from nanochat_jax.stages.common import Parent, Recipe, child_name, greedy_sampler, open_devices, open_run, train
+from nanochat_jax.stages.common import (
+    Parent,
+    Recipe,
+    Shapes,
+    batch_flag,
+    child_name,
+    greedy_sampler,
+    open_devices,
+    open_run,
+    train,
+    with_batch_size,
+)
 from nanochat_jax.stages.supervised import ChatStageSettings, chat_prompts, open_parent
 from nanochat_jax.train import Evaluation, Outcome, Rollout
 
@@ -27,17 +39,19 @@ TRANSCRIPTS = 2  # questions a step whose best and worst answers are kept
 class RlSettings(ChatStageSettings):
     """Flags of --stage=rl; defaults as the reference's."""
 
+    ROWS: ClassVar[int] = 8
+
     num_iterations: int = flag(-1, "optimizer steps; -1: from num_epochs")
     examples_per_step: int = flag(16, "questions per optimizer step")
     num_samples: int = flag(16, "answers sampled per question")
     max_new_tokens: int = flag(256, "the longest answer, in tokens")
     temperature: float = flag(1.0, "of the sampled answers")
     top_k: int = flag(50, "sample among the k likeliest tokens, 0 = all")
-    slots: int = flag(64, "answers decoded side by side")
+    slots: int = flag(64, "answers decoded side by side, over all devices")
     train_stop_token: bool = flag(True, "also learn when to stop (the reference does not)")
     clip: float = flag(0.0, "clip the trainer-to-sampler ratio to 1 +- this (PPO); 0: off, as the reference")
     kl: float = flag(0.0, "penalty for leaving the starting model, per nat; 0: off, as the reference")
-    device_batch_size: int = flag(8, "rows per device and micro-step; lower it if memory runs out")
+    device_batch_size: int = batch_flag(ROWS)
     init_lr_frac: float = flag(0.05, "all learning rates as a share of pretraining's")
     grad_clip: float = flag(0.0, "largest global gradient norm; 0: no clipping (as the reference)")
     eval_every: int = flag(60, "steps between evaluations of pass@k; 0: only at the end")
@@ -75,20 +89,19 @@ def run(settings: RlSettings) -> Outcome:
 
 
 def _check(settings: RlSettings, n_devices: int) -> None:
-    rows, micro = settings.examples_per_step * settings.num_samples, settings.device_batch_size * n_devices
+    rows, micro = settings.examples_per_step * settings.num_samples, (settings.device_batch_size or 1) * n_devices
     if settings.num_samples < 2:
         raise PlanError(f"--num_samples={settings.num_samples}: an advantage needs at least 2 answers per question")
     if rows % micro:
         raise PlanError(
             f"{settings.examples_per_step} questions x {settings.num_samples} answers = {rows} rows are no multiple of "
-            f"--device_batch_size={settings.device_batch_size} x {n_devices} devices; use a divisor of {rows}"
+            f"--device_batch_size={settings.device_batch_size or 1} x {n_devices} devices; use a divisor of {rows}"
         )
 
 
 def _train(settings: RlSettings, folder: Path, parent: Parent, mesh) -> Outcome:
     tokenizer, config = parent.tokenizer, dataclasses.replace(parent.config, remat=settings.remat)
     task, val = mixtures.rl(settings)
-    open_run(folder, settings, tokenizer)
     steps = settings.num_iterations
     if steps <= 0:
         steps = max(1, len(task) // settings.examples_per_step * settings.num_epochs)
@@ -99,24 +112,34 @@ def _train(settings: RlSettings, folder: Path, parent: Parent, mesh) -> Outcome:
         f"{steps:,} steps of {settings.examples_per_step} questions x {settings.num_samples} answers "
         f"({len(task):,} questions; rows of {T} tokens); held out: {len(val):,} questions"
     )
-    sampler = _Sampler(settings, config, parent, task, T, mesh)
-    recipe = Recipe(
-        stage="rl",
-        settings=settings,
-        tokenizer=tokenizer,
-        config=config,
-        num_iterations=steps,
-        schedule=linear_to_zero(steps),
-        tokens_per_step=rows * T,
-        identity={"task": task.fingerprint(), "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
-        rollout=sampler.rollout,
-        evaluations=(Evaluation(lambda params: sampler.evaluate(params, val), settings.eval_every),),
-        sample=greedy_sampler(config, tokenizer, chat_prompts(tokenizer), 64),
-        parent=parent,
-        normalize=False,
-        hyper={"momentum_warmup": 0},
-    )
-    return train(recipe, folder, mesh)
+    schedule, prompts = linear_to_zero(steps), chat_prompts(tokenizer)
+    hyper = {"momentum_warmup": 0}
+
+    def attempt(settings: RlSettings) -> Outcome:
+        _check(settings, sharding.row_shards(mesh))
+        sampler = _Sampler(settings, config, parent, task, T, mesh)
+        open_run(folder, settings, tokenizer)
+        recipe = Recipe(
+            stage="rl",
+            settings=settings,
+            tokenizer=tokenizer,
+            config=config,
+            num_iterations=steps,
+            schedule=schedule,
+            tokens_per_step=rows * T,
+            identity={"task": task.fingerprint(), "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
+            rollout=sampler.rollout,
+            evaluations=(Evaluation(lambda params: sampler.evaluate(params, val), settings.eval_every),),
+            sample=greedy_sampler(config, tokenizer, prompts, 64),
+            parent=parent,
+            normalize=False,
+            hyper=hyper,
+        )
+        return train(recipe, folder, mesh)
+
+    slots = -(-settings.slots // jax.local_device_count())  # of one device
+    shapes = Shapes(config, rows, T, sampled=(slots, T), evaluates=False)
+    return with_batch_size(settings, mesh, shapes, schedule, attempt, normalize=False, hyper=hyper)
 
 
 _DECIDED = ("num_epochs", "task_data", "max_seq_len", "total_batch_size", "eval_examples", "eval_samples", "slots")
@@ -128,6 +151,7 @@ class _Sampler:
     def __init__(self, settings: RlSettings, config, parent: Parent, task, T: int, mesh):
         self.settings, self.config, self.tokenizer, self.task, self.T = settings, config, parent.tokenizer, task, T
         self._micro = settings.device_batch_size * sharding.row_shards(mesh)
+        self._devices = list(mesh.devices.flat) if jax.process_count() == 1 else None  # which share the rollouts
         self._engine: Engine | None = None
         self._statistics = jax.jit(lambda params, x, y: token_statistics(config, params, x, y))
         self._reference = parent.params() if settings.kl else None
@@ -136,8 +160,9 @@ class _Sampler:
         if self._engine is None:
             s = self.settings
             self._engine = Engine(
-                self.config, params, self.tokenizer, slots=s.slots, capacity=self.T, logprobs=True, steps_per_call=16
-            )
+                self.config, params, self.tokenizer, slots=s.slots, capacity=self.T, logprobs=True, steps_per_call=16,
+                devices=self._devices,
+            )  # fmt: skip
         self._engine.params = params
         return self._engine
 
