@@ -1,0 +1,91 @@
+"""The list of models tells what is on disk, also of what is damaged."""
+
+import json
+
+import jax
+import pytest
+
+from nanochat_jax import checkpoint, models
+from nanochat_jax.evals import results
+from nanochat_jax.gpt import GPTConfig, init, num_params
+from nanochat_jax.tokenizer import Tokenizer
+
+CONFIG = GPTConfig(sequence_len=16, vocab_size=270, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["the cat sat on the mat and the bat"] * 4, 270)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def make_run(tokenizer, name, stage, steps=(4,), **meta):
+    folder = checkpoint.run_dir(name)
+    folder.mkdir(parents=True)
+    tokenizer.save(folder)
+    common = {"stage": stage, "config": checkpoint.config_to_dict(CONFIG), "tokenizer_hash": tokenizer.hash}
+    for step in steps:
+        state = {"params": init(CONFIG, jax.random.key(step))}
+        checkpoint.save(folder, step, state, {**common, "evaluated": True, **meta})
+    return folder
+
+
+def test_what_is_recorded_is_listed(base, tokenizer, capsys):
+    make_run(
+        tokenizer, "d1", "base", (4, 8), identity={"num_iterations": 9, "rows": "ab" * 32}, code={"commit": "c" * 40}
+    )
+    folder = make_run(tokenizer, "d1-sft", "sft", parent={"run": "d1", "step": 8, "stage": "base"})
+    items = [{"id": str(i), "correct": i % 2} for i in range(20)]
+    results.save(folder, 4, results.scored("world/sums", "generative", items, 0.0, {}, 1.0))
+    make_run(tokenizer, "x", "sft", imported={"kind": "hf", "name": "folder"}, code={"commit": "d" * 40, "dirty": True})
+    first, second, third = models.models()
+    assert (first.run, first.stage, first.step, first.planned, first.steps) == ("d1", "base", 8, 9, [4, 8])
+    assert first.parameters == num_params(CONFIG) and first.data == "ab" * 32 and first.commit == "c" * 40
+    assert first.bytes > 4 * num_params(CONFIG) and first.tokenizer == tokenizer.hash and not first.problem
+    assert second.parent == "d1@8" and list(second.scores) == ["world/sums"]
+    assert second.scores["world/sums"].startswith("0.5000 [")
+    assert third.origin == "hf files folder" and third.commit.endswith("+")
+
+    assert models.main([]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "step 8 of 9",
+        "steps kept: 4, 8",
+        "parent d1@8",
+        "world/sums: 0.5",
+        "imported from hf files",
+        tokenizer.hash[:12],
+    ):
+        assert part in out, part
+    assert models.main(["--json", "--stage=sft"]) == 0
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [m["run"] for m in listed] == ["d1-sft", "x"]
+
+
+def test_scores_of_another_step_say_so(base, tokenizer):
+    folder = make_run(tokenizer, "r", "base", (4, 8))
+    results.save(folder, 4, {"task": "bpb", "kind": "bpb", "bpb": 1.5, "settings": {}})
+    assert models.models()[0].scores == {"bpb (step 4)": "1.5000"}
+
+
+def test_problems_are_listed_and_do_not_hide_the_rest(base, tokenizer, capsys):
+    make_run(tokenizer, "good", "base")
+    other = make_run(tokenizer, "other", "base")
+    Tokenizer.train(["entirely different words here"] * 4, 268).save(other)
+    broken = make_run(tokenizer, "broken", "base")
+    next((checkpoint.step_dir(broken, 4) / "state").rglob("d/*")).unlink()
+    found = {m.run: m.problem for m in models.models()}
+    assert not found["good"] and "damaged" in found["broken"]
+    assert tokenizer.hash[:12] in found["other"] and "tokenizer.json is" in found["other"]
+    assert models.main([]) == 0 and "cannot be used" in capsys.readouterr().out
+
+
+def test_nothing_there_says_what_to_do(base, capsys):
+    assert models.main([]) == 1
+    assert "import_checkpoint" in capsys.readouterr().err
+    assert models.main(["--run=nope"]) == 1
