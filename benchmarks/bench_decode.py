@@ -72,11 +72,20 @@ def bare(engine: Engine, rows: int, s: Settings) -> float:
     control[:, decode.TOP_P] = decode.float_bits(1.0)
     control[:, decode.REMAINING] = decode.ENDLESS
     control, shared = jnp.asarray(control), jnp.array([[room, rows, -1, -1, -1]], jnp.int32)
+    chosen = jnp.arange(rows, dtype=jnp.int32)
     begin = time.perf_counter()
     calls = max(1, s.tokens // room)
     for _ in range(calls):
         out, engine._storage = decode.decode(
-            engine.model, engine.config, engine._cast, engine._storage, control, shared, visible=128, room=room
+            engine.model,
+            engine.config,
+            engine._cast,
+            engine._storage,
+            np.arange(rows, dtype=np.int32),
+            control,
+            shared,
+            visible=128,
+            room=room,
         )
         out.block_until_ready()
     return rows * calls * room / (time.perf_counter() - begin)

@@ -100,6 +100,7 @@ def decode(
     config: Any,
     params: Any,
     slots: KVSlots,
+    chosen: jax.Array,
     rows: jax.Array,
     shared: jax.Array,
     visible: int,
@@ -107,9 +108,10 @@ def decode(
     logprobs: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVSlots]:
-    """Up to `room` tokens for every row, one at a time: feed the row's last token, sample (or force) the next.
+    """Up to `room` tokens for B rows, one at a time: feed the row's last token, sample (or force) the next.
 
-    rows (B, N_COLUMNS + room) int32 as laid out above (temperature and top_p as float32 bits), the forced tokens last.
+    chosen (B,) int32: the slot of each row, numbered on its device, no slot twice. rows (B, N_COLUMNS + room) int32 as
+    laid out above (temperature and top_p as float32 bits), the forced tokens last; B is dealt to the devices evenly.
     shared (devices, N_SHARED + E) int32: steps to do (at most room), how many rows must have stopped for the call to
     end (0: do nothing), the tool token, the end tokens (-1 = none). A row has stopped once it produced a token it is to
     stop at or has no tokens REMAINING; until the call ends it produces more, which the caller drops.
@@ -119,11 +121,13 @@ def decode(
     log-probabilities under the model (temperature 1, no top-k), row by row.
     """
     body = functools.partial(_decode, model, config, visible, room, logprobs)
-    return _on_each(mesh, body, 1, 3)(params, slots, rows, shared)
+    return _on_each(mesh, body, 1, 4)(params, slots, chosen, rows, shared)
 
 
-def _decode(model, config, visible, room, logprobs, params, slots, rows, shared):
+def _decode(model, config, visible, room, logprobs, params, slots, chosen, rows, shared):
     B = rows.shape[0]
+    # all of them, in order as the engine gives them: then nothing needs to be gathered
+    places = None if B == slots.keys[0].shape[0] else chosen
     steps, enough, tool, ends = shared[0, STEPS], shared[0, ENOUGH], shared[0, TOOL], shared[0, N_SHARED:]
     temperature, top_p = (jax.lax.bitcast_convert_type(rows[:, c], jnp.float32) for c in (TEMPERATURE, TOP_P))
     seed = rows[:, SEED].astype(jnp.uint32)
@@ -148,11 +152,11 @@ def _decode(model, config, visible, room, logprobs, params, slots, rows, shared)
         stopped |= at_end | at_tool | (i + 1 >= rows[:, REMAINING])
         return i + 1, token, cache.advance(1), out, chances, stopped
 
-    start = jnp.zeros((), jnp.int32), rows[:, TOKEN], slots.view(rows[:, POSITION], visible, room)
+    start = jnp.zeros((), jnp.int32), rows[:, TOKEN], slots.view(rows[:, POSITION], visible, room, slots=places)
     outputs = jnp.zeros((B, room), jnp.int32), jnp.zeros((B, room if logprobs else 0), jnp.float32)
     done, _, cache, out, chances, _ = jax.lax.while_loop(going, step, (*start, *outputs, jnp.zeros((B,), bool)))
     bits = jax.lax.bitcast_convert_type(chances, jnp.int32)
-    return jnp.concatenate([out.ravel(), bits.ravel(), done[None]]), slots.commit(cache)
+    return jnp.concatenate([out.ravel(), bits.ravel(), done[None]]), slots.commit(cache, slots=places)
 
 
 def float_bits(value: float) -> int:

@@ -298,9 +298,10 @@ class Engine:
         if not ready:
             return []
         room, per_device = self.steps_per_call, self._table.per_device
-        rows = np.zeros((self.slots, decode.N_COLUMNS + room), np.int32)
-        for slot, request in enumerate(self._table.requests):
-            self._fill_row(rows[slot], slot, request)
+        chosen = self._choose(ready)
+        rows = np.zeros((chosen.size, decode.N_COLUMNS + room), np.int32)
+        for row, slot in zip(rows, (chosen + per_device * np.arange(self._devices)[:, None]).ravel(), strict=True):
+            self._fill_row(row, slot, self._table.requests[slot])
         shared = np.full((self._devices, decode.N_SHARED + 2), -1, np.int32)
         shared[:, decode.STEPS] = min(room, max(r.max_tokens - len(r.tokens) for r in ready))
         for device in range(self._devices):
@@ -314,6 +315,7 @@ class Engine:
             self.config,
             self._cast,
             self._storage,
+            chosen.ravel(),
             rows,
             shared,
             visible=self._visible(max(r.position for r in ready)),
@@ -326,13 +328,34 @@ class Engine:
         for request in sorted(ready, key=lambda r: r.number):
             if request.finished is not None:  # cancelled meanwhile
                 continue
-            device, row = divmod(request.slot, per_device)
-            parts = packed[device, :-1].reshape(-1, per_device, room)[:, row, : packed[device, -1]]
+            device, slot = divmod(request.slot, per_device)
+            row = chosen[device].tolist().index(slot)
+            parts = packed[device, :-1].reshape(-1, chosen.shape[1], room)[:, row, : packed[device, -1]]
             event = request.receive(parts[0].tolist(), self._special, self._run_tool)
             if self._logprobs:
                 request.logprobs += parts[1, : len(event.tokens)].view(np.float32).tolist()
             events.append(event)
         return events
+
+    def _choose(self, ready: list[Request]) -> np.ndarray:
+        """The slots that a call decodes, (devices, B) numbered on their device: those of ready requests, and as many
+        others as make B one of the few sizes there are programs for."""
+        per_device = self._table.per_device
+        of_device: list[list[int]] = [[] for _ in range(self._devices)]
+        for request in ready:
+            device, slot = divmod(request.slot, per_device)
+            of_device[device].append(slot)
+        most = max(map(len, of_device))
+        size = next(size for size in self._batch_sizes() if size >= most)
+        if size == per_device:
+            return np.tile(np.arange(size, dtype=np.int32), (self._devices, 1))
+        others = ([slot for slot in range(per_device) if slot not in used] for used in of_device)
+        return np.array([(mine + rest)[:size] for mine, rest in zip(of_device, others, strict=True)], np.int32)
+
+    def _batch_sizes(self) -> list[int]:
+        """Rows that a decode call may have on each device: powers of four, and all."""
+        sizes = itertools.takewhile(lambda size: size < self._table.per_device, (4**i for i in itertools.count()))
+        return [*sizes, self._table.per_device]
 
     def _run_tool(self, text: str):
         return self._tools.submit(self._tool, text)
@@ -384,21 +407,25 @@ class Engine:
         lengths = sorted({_bucket(n) for n in range(1, min(PREFILL_CHUNK, max(1, self.capacity - 1)) + 1)})
         chunks = [(v, n) for v in sorted({self._visible_to_prompts(n) for n in prefixes}) for n in lengths]
         chunks = [(v, n) for v, n in chunks if n <= self._physical]
-        total, done = 2 * len(sizes) + len(chunks), 0
+        batches = [np.tile(np.arange(n, dtype=np.int32), self._devices) for n in self._batch_sizes()]
+        total, done = len(sizes) * (1 + len(batches)) + len(chunks), 0
         progress(done, total)
         pair = np.zeros((self._devices, 2), np.int32)
         where = np.zeros((self._devices, 3), np.int32)
-        rows = np.zeros((self.slots, decode.N_COLUMNS + self.steps_per_call), np.int32)
         shared = np.zeros((self._devices, decode.N_SHARED + 2), np.int32)
         before = decode.compiled_programs()
         for visible in sizes:
             self._storage = decode.copy_row(self._storage, pair, visible=visible, mesh=self._mesh)
-            _, self._storage = decode.decode(
-                self.model, self.config, self._cast, self._storage, rows, shared,
-                visible=visible, room=self.steps_per_call, logprobs=self._logprobs, mesh=self._mesh,
-            )  # fmt: skip
-            done += 2
+            done += 1
             progress(done, total)
+            for chosen in batches:
+                rows = np.zeros((chosen.size, decode.N_COLUMNS + self.steps_per_call), np.int32)
+                _, self._storage = decode.decode(
+                    self.model, self.config, self._cast, self._storage, chosen, rows, shared,
+                    visible=visible, room=self.steps_per_call, logprobs=self._logprobs, mesh=self._mesh,
+                )  # fmt: skip
+                done += 1
+                progress(done, total)
         for visible, length in chunks:
             ids = np.zeros((self._devices, length), np.int32)
             self._storage = decode.prefill(

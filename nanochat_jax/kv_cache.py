@@ -89,31 +89,53 @@ class KVSlots:
     def capacity(self) -> int:
         return self.keys[0].shape[2]
 
-    def view(self, start: jax.Array, visible: int, room: int, slot: jax.Array | None = None) -> KVCache:
-        """Opens the rows (or the one row `slot`) for up to `room` more tokens.
+    def view(
+        self,
+        start: jax.Array,
+        visible: int,
+        room: int,
+        slot: jax.Array | None = None,
+        slots: jax.Array | None = None,
+    ) -> KVCache:
+        """Opens all rows (or the one row `slot`, or the rows `slots` (b,) int32) for up to `room` more tokens.
 
-        start (b,) int32 counts the valid tokens of each row, visible (static) must be at least its maximum, and
-        start + room must not exceed the capacity: XLA would clamp the later write silently, so the caller checks.
+        start (b,) int32 counts the valid tokens of each row, visible (static) must be at least the maximum of those
+        that matter, and start + room must not exceed the capacity: XLA would clamp the later write silently, so the
+        caller checks.
         """
         B, G, S, D = self.keys[0].shape
-        rows = B if slot is None else 1
+        rows = 1 if slot is not None else B if slots is None else slots.shape[0]
         old_keys = old_values = None
         if visible:
             at = (0 if slot is None else slot, 0, 0, 0)
 
             def old(storage):
-                return jax.lax.dynamic_slice(storage, at, (rows, G, visible, D)).reshape(rows * G, visible, D)
+                if slots is not None:
+                    chosen = jnp.take(storage[:, :, :visible], slots, axis=0, mode="clip")
+                else:
+                    chosen = jax.lax.dynamic_slice(storage, at, (rows, G, visible, D))
+                return chosen.reshape(rows * G, visible, D)
 
             old_keys, old_values = [old(k) for k in self.keys], [old(v) for v in self.values]
         return _open(len(self.keys), (rows, G, room, D), self.keys[0].dtype, old_keys, old_values, start, S)
 
-    def commit(self, cache: KVCache, slot: jax.Array | None = None) -> "KVSlots":
-        """Writes the whole buffer of an opened view back, each row after its own old tokens.
+    def commit(self, cache: KVCache, slot: jax.Array | None = None, slots: jax.Array | None = None) -> "KVSlots":
+        """Writes the whole buffer of a view, opened with the same `slot` or `slots`, after each row's old tokens.
 
         Columns never filled are written too; they lie beyond the row's length. In place where the storage is donated
         and everything that reads it comes before by necessity (a loop, or another program): else XLA copies it.
         """
-        return self.write(cache.new_keys, cache.new_values, cache.start, slot)
+        if slots is None:
+            return self.write(cache.new_keys, cache.new_values, cache.start, slot)
+
+        def put(i, storage: "KVSlots") -> "KVSlots":  # one row after the other: each must be a slot of its own
+            def row(buffers):
+                return [jax.lax.dynamic_slice_in_dim(b, i * G, G) for b in buffers]
+
+            return storage.write(row(cache.new_keys), row(cache.new_values), cache.start[i][None], slots[i])
+
+        G = self.keys[0].shape[1]
+        return jax.lax.fori_loop(0, slots.shape[0], put, self)
 
     def write(
         self, keys, values, start: jax.Array, slot: jax.Array | None = None, keep: jax.Array | None = None

@@ -248,6 +248,32 @@ def test_rows_that_stop_do_not_lose_or_change_tokens(tiny):
         assert len(together[i]) == s["max_tokens"] == len(requests[i].masks)
 
 
+def test_only_as_many_rows_are_decoded_as_there_are_requests(tiny, monkeypatch):
+    engine, sizes = make(tiny, slots=8), []
+    original = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *a, **k: sizes.append(a[5].shape[0]) or original(*a, **k))
+    first = [engine.submit([9, i], 8, temperature=0.0) for i in range(7)]
+    drain(engine, *first)
+    assert set(sizes) == {8}
+    sizes.clear()
+    # requests in slots 4 and 5 alone, while the others hold what they hold
+    goes_on = [engine.submit(prompt_of(i, 40), 30, temperature=0.9, seed=i) for i in range(7)]
+    while len(goes_on[4].tokens) < 8:
+        engine.step()
+    for i in (0, 1, 2, 3, 6):
+        engine.cancel(goes_on[i])
+    sizes.clear()
+    drain(engine, goes_on[4], goes_on[5])
+    assert set(sizes) == {4}
+    again = engine.submit(goes_on[2].prompt + goes_on[2].tokens, 9, temperature=0.9, seed=2)
+    drain(engine, again)
+    assert again.reused > 40 and sizes[-1] == 1  # what an idle neighbour computed did not hurt
+    for i, n, prompt in [(4, 30, None), (5, 30, None), (2, 9, again.prompt)]:
+        fresh = make(tiny, slots=1)
+        check = fresh.submit(prompt or goes_on[i].prompt, n, temperature=0.9, seed=i)
+        assert drain(fresh, check) == [again.tokens if prompt else goes_on[i].tokens]
+
+
 @pytest.fixture(scope="module")
 def spread(tiny):
     return Engine(
@@ -271,12 +297,13 @@ def test_slots_over_devices_give_the_same_tokens(tiny, spread):
 def test_devices_do_not_talk_to_each_other_and_nothing_is_copied(spread):
     zeros = np.zeros
     B = spread.slots
+    chosen = np.tile(np.arange(B // 4, dtype=np.int32), 4)
     rows, shared = zeros((B, decode.N_COLUMNS + 4), np.int32), zeros((4, decode.N_SHARED + 2), np.int32)
     ids, where = zeros((4, 16), np.int32), zeros((4, 3), np.int32)
     common = spread.model, spread.config, spread._cast, spread._storage
     programs: Any = decode
     texts = [
-        programs.decode.lower(*common, rows, shared, visible=64, room=4, mesh=spread._mesh).compile().as_text(),
+        programs.decode.lower(*common, chosen, rows, shared, visible=64, room=4, mesh=spread._mesh).compile().as_text(),
         programs._compute.lower(*common, ids, where, visible=64, mesh=spread._mesh).compile().as_text(),
     ]
     for text in texts:
