@@ -9,7 +9,8 @@ import pytest
 
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.readers import iter_row_groups
-from nanochat_jax.data.rows import build_rows
+from nanochat_jax.data.row_files import RowsError
+from nanochat_jax.data.rows import RowSet, build_rows
 from nanochat_jax.data.text import CallableDocuments
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
@@ -147,6 +148,20 @@ def test_errors_in_the_reading_thread_surface():
     with pytest.raises(OSError, match="disk gone"):
         next(batches)
     batches.close()
+
+
+def test_a_changed_byte_in_a_file_of_rows_ends_the_iteration_and_is_named(tmp_path):
+    documents = CallableDocuments("few", lambda start: iter(["a few words of text " * 40] * 30))
+    rows = build_rows(documents, golden_tokenizer(), 16, tmp_path, rows_per_shard=50)
+    victim = rows.directory / "rows_00001.npy"
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(data)
+    with RowLoader(RowSet.open(rows.directory), 4).iterate() as batches:
+        with pytest.raises(RowsError, match="rows_00001.npy is damaged; delete .* and rebuild"):
+            for _ in range(2000):
+                next(batches)
+                time.sleep(0.001)
 
 
 def test_read_ahead_is_bounded_and_ends():

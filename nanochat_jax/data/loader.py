@@ -5,6 +5,7 @@ batch, each its own slice of it.
 """
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import grain
 import numpy as np
 
 from nanochat_jax.data.growing import BlockOrder
+from nanochat_jax.data.row_files import RowsError
 from nanochat_jax.data.rows import RowSet
 
 # Read-ahead of whole batches. Rows are memory-mapped and cheap; more threads would only fight with the host's work.
@@ -81,7 +83,7 @@ class RowLoader:
         """Endless batches from ``start_step`` on, made ahead of need in a thread; ``close()`` it in the end.
 
         part: the places of every batch that this process works on; rows of the others are not read. Whatever goes
-        wrong in the thread is raised by ``next``.
+        wrong in the thread is raised by ``next``; so is damage, which a second thread looks for in files of rows.
         """
         if start_step < 0:
             raise LoaderError(f"start_step is {start_step}; it must be 0 or more")
@@ -98,8 +100,21 @@ class BatchIterator(Iterator[Batch]):
         batches = steps.map(lambda step: loader.batch_for(int(step), part))
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BUFFERED)
         self._iterator: Any = iter(batches.to_iter_dataset(options))
+        self._damage: RowsError | None = None
+        if type(loader.rows) is RowSet:  # rows that are still being made are as new as can be
+            threading.Thread(target=self._verify, args=(loader.rows,), name="verify-rows", daemon=True).start()
+
+    def _verify(self, rows: RowSet) -> None:
+        """Compares checksums while training goes on: shuffled rows come from all files at once, so waiting for it would
+        mean to read everything first."""
+        try:
+            rows.verify()
+        except (RowsError, OSError) as error:
+            self._damage = RowsError(f"{error}. Since the last start, training may have seen what is damaged")
 
     def __next__(self) -> Batch:
+        if self._damage is not None:
+            raise self._damage
         if self._iterator is None:
             raise LoaderError("this iterator is closed")
         return next(self._iterator)
