@@ -293,7 +293,8 @@ def test_with_the_real_server_tool_calls_and_history(real, visit):
         running.idle()
 
 
-def test_with_the_real_server_streaming_stop_settings_and_overflow(real, visit):
+@pytest.mark.slow
+def test_with_the_real_server_seed_and_overflow(real, visit):
     with real.serving(real.toy_engine()) as running:
         chat = visit(running).ready()
         for command in ("/maxtokens 200", "/seed 1", "/topp 0.99", "/temperature 1"):
@@ -315,6 +316,7 @@ def test_with_the_real_server_streaming_stop_settings_and_overflow(real, visit):
         running.idle()
 
 
+@pytest.mark.slow
 def test_with_the_real_server_base_model_and_key(real, visit):
     with real.serving(real.toy_engine(), real.BASE, key="secret") as running:
         chat = visit(running)
@@ -346,6 +348,7 @@ def test_with_the_real_server_stop_frees_the_slot(real, visit):
         assert ("la " * 50).startswith(content) and 6 <= len(content) < 150
 
 
+@pytest.mark.slow
 def test_with_the_real_server_that_is_stopped_in_the_middle(real, visit):
     with real.serving(real.toy_engine(pause=0.2)) as running:
         chat = visit(running).ready()
