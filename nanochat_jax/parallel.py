@@ -105,6 +105,7 @@ def _gather_bwd(name, axis, residuals, d):
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def keep_all_but_gathered(primitive, *_, **__) -> bool:
+def keep_all_but_gathered(primitive, *_, call_jaxpr=None, **__) -> bool:
     """A `jax.checkpoint` policy: gathered parameters are gathered again in the backward pass, the rest is kept."""
-    return primitive.name != "all_gather"
+    inner = call_jaxpr.eqns if call_jaxpr is not None else ()  # `_gather` comes as one call, with its body
+    return not any(equation.primitive.name == "all_gather" for equation in inner)

@@ -1,12 +1,16 @@
-"""Meshes data x fsdp x tensor: the same numbers on all of them, and what each of them communicates."""
+"""Meshes data x fsdp x tensor: the same numbers on all of them, what each communicates, holds and refuses."""
+
+import dataclasses
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
+from test_sharded_training import collectives
 
 from nanochat_jax import sharding
-from nanochat_jax.gpt import GPTConfig
-from nanochat_jax.optim import OptimHyper, make_optimizer
+from nanochat_jax.gpt import GPTConfig, abstract
+from nanochat_jax.optim import OptimHyper, group, make_optimizer
 from nanochat_jax.train_step import abstract_state, init_state, make_train_step, restore_padding, strip_padding
 
 STEPS = 20
@@ -48,8 +52,117 @@ def single_device():
     return out
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (1, 1, 8), (2, 1, 4), (8, 1, 1), (4, 2, 1)], ids=str)
+SHAPES = [(2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 8, 1), (1, 1, 8), (2, 1, 4), (4, 2, 1)))]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_losses_do_not_depend_on_the_mesh(shape, single_device):
     out = losses(*shape)
     np.testing.assert_allclose(out[:, 0], single_device[:, 0], atol=1e-5, rtol=0)
     np.testing.assert_allclose(out[:, 1], single_device[:, 1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_continues_on_another_mesh(single_device):
+    mesh = mesh_of(8, 1, 1)
+    optimizer, state, step = setup(mesh)
+    out = []
+    for shape, first, last in (((8, 1, 1), 0, 5), ((1, 2, 1), 5, 10), ((2, 2, 2), 10, 15), ((8, 1, 1), 15, STEPS)):
+        if first:
+            stored = strip_padding(state, abstract_state(CONFIG, optimizer, mesh, padded=False))
+            mesh = mesh_of(*shape)
+            optimizer, _, step = setup(mesh)
+            state = restore_padding(jax.tree.map(np.asarray, stored), abstract_state(CONFIG, optimizer, mesh))
+        for i in range(first, last):
+            state, metrics = step(state, *batch(i))
+            out.append(float(metrics["loss"]))
+    np.testing.assert_allclose(out, single_device[:, 0], atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is communicated and held
+
+
+def compiled_step(mesh, config=CONFIG):
+    optimizer = make_optimizer(OptimHyper(), STEPS, config.n_embd)
+    state = abstract_state(config, optimizer, mesh)
+    return state, make_train_step(config, optimizer, mesh).lower(state, *batch(0)).compile()
+
+
+def local_bytes(tree) -> int:
+    return sum(np.prod(a.sharding.shard_shape(a.shape), dtype=int) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_every_layer_twice_and_reduces_once():
+    mesh = mesh_of(4, 2, 1)
+    state, compiled = compiled_step(mesh)
+    found = collectives(compiled.as_text())
+    groups = len(jax.tree.leaves(jax.eval_shape(group, abstract(CONFIG))))
+    once = Counter(kind for where, kind in found if where == "ENTRY")
+    in_loop = Counter(kind for where, kind in found if where != "ENTRY")
+    # forward and again backward, but for the two embeddings, which the backward pass does not need
+    assert in_loop == {"all-gather": 2 * 6 * CONFIG.n_layer + 2}
+    assert once["reduce-scatter"] == once["all-gather"] == groups
+    assert once["all-to-all"] == groups - 2, "each stack's updates are taken apart once; embeddings need no such move"
+    assert local_bytes(state.params) * 2 == sum(a.size * 4 for a in jax.tree.leaves(abstract(CONFIG)))
+    assert compiled.memory_analysis().alias_size_in_bytes >= local_bytes(state), "a buffer of the state is not donated"
+
+
+@pytest.mark.slow
+def test_tensor_sums_once_per_attention_and_mlp_in_each_direction():
+    state, compiled = compiled_step(mesh_of(4, 1, 2))
+    found = collectives(compiled.as_text())
+    in_loop = Counter(kind for where, kind in found if where != "ENTRY")
+    # besides: the embedding, the normalisers within the loss, the gradient of the hidden states
+    assert set(in_loop) == {"all-reduce"} and in_loop["all-reduce"] <= 4 * CONFIG.n_layer + 3
+    once = Counter(kind for where, kind in found if where == "ENTRY")
+    groups = len(jax.tree.leaves(jax.eval_shape(group, abstract(CONFIG))))
+    assert once["reduce-scatter"] == once["all-gather"] == groups
+    assert once["all-to-all"] == 2 * (groups - 2), "stacks are put together for Newton-Schulz and taken apart after it"
+    assert compiled.memory_analysis().alias_size_in_bytes >= local_bytes(state), "a buffer of the state is not donated"
+
+
+@pytest.mark.parametrize("depth", [20, 26, 32])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1)], ids=str)
+def test_each_of_eight_devices_holds_an_eighth_of_the_optimizer_state(depth, shape):
+    config = GPTConfig.from_depth(depth, 65536, 2048)
+    if config.n_head % shape[2]:
+        config = dataclasses.replace(config, n_head=config.n_head // 2, n_kv_head=config.n_head // 2)
+    optimizer, mesh = make_optimizer(OptimHyper(), 1, config.n_embd), mesh_of(*shape)
+    total = sum(
+        a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(config, optimizer, mesh, False).opt_state)
+    )
+    assert local_bytes(abstract_state(config, optimizer, mesh).opt_state) <= (1 / 8 + 0.02) * total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what does not go
+
+
+def test_a_mesh_that_does_not_fit_names_the_flag():
+    with pytest.raises(ValueError, match="--fsdp=3"):
+        sharding.make_mesh(fsdp=3)
+    optimizer = make_optimizer(OptimHyper(), STEPS, CONFIG.n_embd)
+    three_heads = dataclasses.replace(CONFIG, n_head=3, n_kv_head=3, n_embd=96)
+    with pytest.raises(ValueError, match="--tensor=2 must divide the number of heads, which is 3"):
+        make_train_step(three_heads, optimizer, mesh_of(4, 1, 2))
+    with pytest.raises(ValueError, match="--tensor=2 must divide the number of vocabulary entries, which is 321"):
+        make_train_step(dataclasses.replace(CONFIG, vocab_size=321), optimizer, mesh_of(4, 1, 2))
+    with pytest.raises(ValueError, match="--fsdp=2: the width, 36, must be a multiple of 8"):
+        make_train_step(dataclasses.replace(CONFIG, n_head=1, n_kv_head=1, n_embd=36), optimizer, mesh_of(4, 2, 1))
+
+
+def test_a_number_of_devices_that_divides_nothing_is_padded():
+    """Three devices: neither the width (64) nor any stack divides."""
+    mesh = sharding.make_mesh(jax.devices()[:3])
+    optimizer, state, step = setup(mesh)
+    _, single, single_step = setup(mesh_of(1, 1, 1))
+    rows = tuple(np.concatenate([a, a[:, :1]], axis=1) for a in batch(0))  # nine
+    for _ in range(2):
+        state, metrics = step(state, *rows)
+        single, expected = single_step(single, *rows)
+    assert abs(float(metrics["loss"]) - float(expected["loss"])) < 1e-5
+    stored = strip_padding(state, abstract_state(CONFIG, optimizer, mesh, padded=False))
+    moments = stored.opt_state.adam.mu["embedding"]
+    np.testing.assert_allclose(moments, single.opt_state.adam.mu["embedding"], atol=1e-6)

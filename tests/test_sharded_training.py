@@ -60,14 +60,14 @@ def test_losses_do_not_depend_on_the_number_of_devices(n_devices, single_device_
 
 
 def collectives(hlo: str) -> list[tuple[str, str]]:
-    """(computation, kind) of every collective instruction in compiled HLO text."""
+    """(computation, kind) of every array that a collective of compiled HLO text moves; XLA may combine several."""
     out, computation = [], ""
     for line in hlo.splitlines():
         if m := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
             computation = "ENTRY" if m[1] else m[2]
         kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
-        if m := re.search(rf"= [^=]*?\b({kinds})(-start)?\(", line):
-            out.append((computation, m[1]))
+        if m := re.search(rf" = .*?\b({kinds})(-start)?\(([^)]*)\)", line):
+            out += [(computation, m[1])] * m[3].count("%")
     return out
 
 
