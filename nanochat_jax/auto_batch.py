@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from nanochat_jax import decode, gpt, sharding
@@ -25,6 +27,10 @@ MARGIN = 0.03  # of the memory, left for what the allocator cannot place
 
 class DoesNotFit(RuntimeError):
     """Not even the smallest batch fits; the message says what to change."""
+
+
+class OutOfMemory(RuntimeError):
+    """A device ran out of memory during a step; what there was to save is saved."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,6 +150,16 @@ def free_memory(device: Any) -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
+def least_free_memory() -> int | None:
+    """`free_memory` of the device of the whole job that has least; None where one does not say."""
+    here = [free_memory(device) for device in jax.local_devices()]
+    least = min((n for n in here if n is not None), default=None) if None not in here else None
+    if jax.process_count() == 1:
+        return least
+    everywhere = multihost_utils.process_allgather(np.int64(-1 if least is None else least))
+    return int(everywhere.min()) if everywhere.min() >= 0 else None
+
+
 def measured(lower: Callable[[], Any]) -> int | None:
     """Compiles what `lower` returns and reads its memory; None if the compiler runs out of it."""
     try:
@@ -159,10 +175,11 @@ def measured(lower: Callable[[], Any]) -> int | None:
 
 
 def lower_step(step: Any, config: GPTConfig, optimizer: Any, mesh: Mesh, rows: int, accumulation: int, T: int):
-    """The jitted train step `step`, lowered for `rows` rows a device and `accumulation` micro-steps of T tokens."""
+    """The jitted, guarded train step `step`, lowered for `rows` rows a device, `accumulation` micro-steps, T tokens."""
     shape = accumulation, rows * sharding.row_shards(mesh), T
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return step.lower(abstract_state(config, optimizer, mesh), tokens, tokens, jax.ShapeDtypeStruct(shape, jnp.float32))
+    tokens, limits = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    state = abstract_state(config, optimizer, mesh)
+    return step.lower(state, tokens, tokens, jax.ShapeDtypeStruct(shape, jnp.float32), limits)
 
 
 def lower_evaluation(config: GPTConfig, mesh: Mesh, rows: int, T: int):
@@ -184,24 +201,25 @@ def lower_sampling(config: GPTConfig, device: Any, slots: int, capacity: int, ro
 
     shape = config.n_layer, slots, config.n_kv_head, capacity + room, config.head_dim
     storage = jax.eval_shape(lambda: KVSlots.create(*shape, config.dtype))
+    chosen = jax.ShapeDtypeStruct((slots,), jnp.int32)
     rows = jax.ShapeDtypeStruct((slots, decode.N_COLUMNS + room), jnp.int32)
     shared = jax.ShapeDtypeStruct((1, decode.N_SHARED + ends), jnp.int32)
-    return decode.decode.lower(
-        gpt, config, on_device(gpt.abstract(config), config.dtype), on_device(storage), on_device(rows),
-        on_device(shared), visible=capacity, room=room,
-    )  # fmt: skip
+    arguments = (on_device(gpt.abstract(config), config.dtype), *map(on_device, (storage, chosen, rows, shared)))
+    return decode.decode.lower(gpt, config, *arguments, visible=capacity, room=room)
 
 
-def check_all(programs: Sequence[tuple[str, Callable[[], Any], int]], limit: int) -> list[str]:
+def check_all(programs: Sequence[tuple[str, Callable[[], Any], int]], limit: int) -> None:
     """Compiles programs that will run later, (name, lower, bytes that lie on the device beside its arguments).
 
-    Returns a line for each that will not fit: better now than after hours of training. Also warms the compilation
-    cache, so that the first use does not wait.
+    Raises DoesNotFit for those that do not fit the limit: better now than after hours of training.
     """
     lines = []
     for name, lower, beside in programs:
         n = measured(lower)
         if n is None or n + beside > limit:
             need = "more memory than there is" if n is None else gib(n + beside)
-            lines.append(f"{name} needs {need} of {gib(limit)}")
-    return lines
+            lines.append(f"{name} would need {need} of {gib(limit)}")
+    if lines:
+        raise DoesNotFit(
+            f"{'; '.join(lines)}: give a smaller --device_batch_size (an evaluation) or fewer --slots (sampling)"
+        )

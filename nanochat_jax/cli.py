@@ -18,7 +18,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -29,9 +29,13 @@ _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 _KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "text", Path: "a path"}
 
 
-def flag(default: Any, help: str, *, short: str = "", choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that is a flag: its default, its line in --help, a one-letter form (-p), the values allowed."""
-    return dataclasses.field(default=default, metadata={"help": help, "short": short, "choices": tuple(choices)})
+def flag(
+    default: Any, help: str, *, short: str = "", choices: Sequence[str] = (), words: Mapping[str, Any] | None = None
+) -> Any:
+    """A dataclass field that is a flag: its default, its line in --help, a one-letter form (-p), the values allowed,
+    words that stand for values ({"auto": 0})."""
+    meta = {"help": help, "short": short, "choices": tuple(choices), "words": dict(words or {})}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 class _BadValue(Exception):
@@ -47,14 +51,21 @@ class _Flag:
     help: str
     short: str
     choices: tuple[str, ...]
+    words: dict[str, Any]
 
     def expects(self) -> str:
         what = f"one of {', '.join(self.choices)}" if self.choices else _KINDS[self.kind]
-        return what + (" or None" if self.optional else "")
+        return " or ".join([what, *self.words, *(["None"] if self.optional else [])])
+
+    def shown(self, value: Any) -> str:
+        """A value as one would write it."""
+        return next((word for word, v in self.words.items() if v == value), repr(value))
 
     def convert(self, text: str) -> Any:
         if self.optional and text.lower() == "none":
             return None
+        if text.lower() in self.words:
+            return self.words[text.lower()]
         try:
             value = _convert(self.kind, text)
         except (ValueError, InvalidOperation):
@@ -99,7 +110,7 @@ def _flags_of(settings: type) -> dict[str, _Flag]:
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         meta = field.metadata
-        extras = meta.get("help", ""), meta.get("short", ""), meta.get("choices", ())
+        extras = meta.get("help", ""), meta.get("short", ""), meta.get("choices", ()), meta.get("words", {})
         flags[field.name] = _Flag(field.name, kind, optional, default, *extras)
     return flags
 
@@ -137,8 +148,9 @@ def parse(settings: type[T], argv: Sequence[str], description: str = "", *, echo
     if echo:
         for name, value in values.items():
             if value != flags[name].default:
-                default = flags[name].default
-                print(f"--{name} = {value!r}" + ("" if default is dataclasses.MISSING else f" (default {default!r})"))
+                spec = flags[name]
+                default = "" if spec.default is dataclasses.MISSING else f" (default {spec.shown(spec.default)})"
+                print(f"--{name} = {spec.shown(value)}{default}")
     return result
 
 
@@ -176,7 +188,7 @@ def _is_value(spec: _Flag, text: str) -> bool:
 
 
 def _hint(spec: _Flag) -> str:
-    return "|".join(spec.choices) if spec.choices else spec.kind.__name__.upper()
+    return "|".join(spec.choices or [spec.kind.__name__.upper(), *spec.words])
 
 
 def _fail(message: str) -> NoReturn:
@@ -189,7 +201,7 @@ def _help(flags: dict[str, _Flag], description: str) -> str:
     for spec in flags.values():
         short = f"-{spec.short}, " if spec.short else ""
         lines.append(f"  {short}--{spec.name}={_hint(spec)}")
-        default = "required" if spec.default is dataclasses.MISSING else f"default {spec.default!r}"
+        default = "required" if spec.default is dataclasses.MISSING else f"default {spec.shown(spec.default)}"
         lines += textwrap.wrap(f"{spec.help} ({default})" if spec.help else f"({default})", 92, **_INDENT)
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax import checkpoint, devices, distributed, incidents, metrics
+from nanochat_jax import auto_batch, checkpoint, devices, distributed, incidents, metrics
 from nanochat_jax.progress import Progress
 from nanochat_jax.saving import Saver
 from nanochat_jax.train_step import TrainState
@@ -102,7 +102,8 @@ def fit(job: Job, state: TrainState, evaluated: bool = False) -> Outcome:
 
     Ctrl-C and SIGTERM save and return with `finished` False; a second Ctrl-C stops at once. `evaluated` says that the
     evaluation of the first step was already done and recorded (a resumed run). Raises TrainingError when `max_skips`
-    steps in a row had to be skipped, CheckpointError when saving fails, HungError when a step hangs.
+    steps in a row had to be skipped, CheckpointError when saving fails, HungError when a step hangs, OutOfMemory when a
+    device runs out of memory; before the last two the state is saved if it can still be read.
     """
     return _Loop(job, state, evaluated).run()
 
@@ -150,6 +151,15 @@ class _Loop:
                     except HungError as error:
                         self._save_what_is_left(step)
                         raise HungError(f"{error}; {self._last_good()}. The same command goes on from there.") from None
+                    except jax.errors.JaxRuntimeError as error:
+                        if not auto_batch.is_out_of_memory(error):
+                            raise
+                        with self.watchdog.busy():
+                            self._save_what_is_left(step)
+                        what = str(error).splitlines()[0]
+                        raise auto_batch.OutOfMemory(
+                            f"a device ran out of memory at step {step} ({what}); {self._last_good()}"
+                        ) from None
                 self.watchdog.step_begins(n)
                 with self.watchdog.busy():
                     self.saver.close()
@@ -282,11 +292,17 @@ class _Loop:
         self.saver.save(step, self.job.to_saved(self.state), {**self.job.meta, "evaluated": evaluated})
 
     def _save_what_is_left(self, step: int) -> None:
-        """After a hang: a checkpoint, if the devices still answer (if not, the watchdog ends the process)."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+        """After a hang or an exhausted memory: a checkpoint, if the devices still have the state (if they do not answer
+        at all, the watchdog ends the process)."""
+        try:
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+                return
+            self._settle()
+            at = int(jax.block_until_ready(self.state).step)
+        except jax.errors.JaxRuntimeError:  # computed from what failed
             return
-        self._settle()
-        self._save(int(self.state.step), evaluated=False)
+        if at not in checkpoint.steps(self.job.run):
+            self._save(at, evaluated=False)
         self.saver.close()
 
     def _last_good(self) -> str:

@@ -53,7 +53,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if case.program == "step":
         optimizer = make_optimizer(OptimHyper(ns_dtype="bfloat16"), 10_000, config.n_embd)
-        step = make_train_step(config, optimizer, mesh)
+        step = make_train_step(config, optimizer, mesh, guarded=True)  # as it is trained
         lowered = auto_batch.lower_step(step, config, optimizer, mesh, case.rows, case.accumulation, case.T)
         state = abstract_state(config, optimizer, mesh)
         facts["params_bytes"] = _local_bytes(state.params)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from nanochat_jax import checkpoint, sharding
 from nanochat_jax.cli import flag
@@ -16,13 +17,16 @@ from nanochat_jax.plan import BasePlan
 from nanochat_jax.progress import RowsProgress
 from nanochat_jax.stages.common import (
     Recipe,
+    Shapes,
     StageSettings,
+    batch_flag,
     greedy_sampler,
     held_out,
     micro_batches,
     open_devices,
     open_run,
     train,
+    with_batch_size,
 )
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Evaluation, Outcome
@@ -60,11 +64,13 @@ class BaseSettings(StageSettings):
 class DemoSettings(BaseSettings):
     """The same flags with defaults for the embedded demo data on two CPU cores."""
 
+    ROWS: ClassVar[int] = 16
+
     demo: bool = flag(True, "train on the embedded demo data with these small defaults")
     depth: int = flag(4, "the one dial: layers; width is 64 x depth, everything else follows")
     max_seq_len: int = flag(256, "context length in tokens")
     num_iterations: int = flag(190, "optimizer steps")
-    device_batch_size: int = flag(16, "rows per device and micro-step")
+    device_batch_size: int = batch_flag(ROWS)
     total_batch_size: int = flag(4096, "tokens per optimizer step, reached by accumulation")
     warmdown_ratio: float = flag(0.4, "share of the steps with a falling learning rate")
     eval_every: int = flag(100, "steps between evaluations; 0: only at the end")
@@ -77,12 +83,22 @@ def run(settings: BaseSettings) -> Outcome:
     """Pretrains, or goes on pretraining, one model. Returns what `fit` returns; prints as it goes."""
     mesh = open_devices(settings)
     tokenizer = Tokenizer.load()
-    plan = BasePlan.from_settings(settings, vocab_size=tokenizer.vocab_size, devices=sharding.row_shards(mesh))
+
+    def plan_of(settings: BaseSettings) -> BasePlan:
+        return BasePlan.from_settings(settings, vocab_size=tokenizer.vocab_size, devices=sharding.row_shards(mesh))
+
+    plan = plan_of(dataclasses.replace(settings, device_batch_size=settings.device_batch_size or 1))
     config = dataclasses.replace(plan.config, remat=settings.remat)
-    print(plan.describe())
-    source = text_source(settings.data, settings.demo, settings.text_column, plan.total_tokens)
-    with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}")) as folder:
-        return _train(settings, folder, tokenizer, plan, config, source, mesh)
+
+    def attempt(settings: BaseSettings) -> Outcome:
+        plan = plan_of(settings)
+        print(plan.describe())
+        source = text_source(settings.data, settings.demo, settings.text_column, plan.total_tokens)
+        with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}")) as folder:
+            return _train(settings, folder, tokenizer, plan, config, source, mesh)
+
+    shapes = Shapes(config, plan.total_batch_size // plan.max_seq_len, plan.max_seq_len, sampled=(len(PROMPTS), 64))
+    return with_batch_size(settings, mesh, shapes, lr_schedule(plan.hyper, plan.num_iterations), attempt)
 
 
 def _train(settings: BaseSettings, folder: Path, tokenizer: Tokenizer, plan: BasePlan, config, source, mesh) -> Outcome:

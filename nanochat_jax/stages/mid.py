@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from nanochat_jax.cli import flag
 from nanochat_jax.schedules import late_decay_over
 from nanochat_jax.stages import mixtures
-from nanochat_jax.stages.common import Parent
+from nanochat_jax.stages.common import Parent, batch_flag
 from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
 from nanochat_jax.stages.supervised import run as run_supervised
 from nanochat_jax.train import Outcome
@@ -28,8 +29,10 @@ class MidSettings(ChatStageSettings):
 class DemoMidSettings(MidSettings):
     """The same flags with defaults for the demo world on two CPU cores."""
 
+    ROWS: ClassVar[int] = 16
+
     demo: bool = flag(True, "conversations of the embedded demo world, with these small defaults")
-    device_batch_size: int = flag(16, "rows per device and micro-step")
+    device_batch_size: int = batch_flag(ROWS)
     total_batch_size: int = flag(4096, "tokens per optimizer step, reached by accumulation")
     num_iterations: int = flag(140, "optimizer steps")
     eval_every: int = flag(70, "steps between evaluations; 0: only at the end")

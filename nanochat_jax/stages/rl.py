@@ -65,13 +65,15 @@ class RlSettings(ChatStageSettings):
 class DemoRlSettings(RlSettings):
     """The same flags with defaults for the demo world on two CPU cores."""
 
+    ROWS: ClassVar[int] = 16
+
     demo: bool = flag(True, "the embedded demo world's questions, with these small defaults")
     num_iterations: int = flag(30, "optimizer steps")
     examples_per_step: int = flag(8, "questions per optimizer step")
     num_samples: int = flag(8, "answers sampled per question")
     max_new_tokens: int = flag(64, "the longest answer, in tokens")
     slots: int = flag(32, "answers decoded side by side")
-    device_batch_size: int = flag(16, "rows per device and micro-step")
+    device_batch_size: int = batch_flag(ROWS)
     init_lr_frac: float = flag(0.1, "all learning rates as a share of pretraining's")
     eval_every: int = flag(15, "steps between evaluations of pass@k; 0: only at the end")
     eval_examples: int = flag(100, "questions per evaluation")

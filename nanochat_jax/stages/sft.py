@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from nanochat_jax.cli import flag
 from nanochat_jax.evals.chat import evaluate_categorical
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.schedules import linear_to_zero
 from nanochat_jax.stages import mixtures
-from nanochat_jax.stages.common import Parent
+from nanochat_jax.stages.common import Parent, batch_flag
 from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
 from nanochat_jax.stages.supervised import run as run_supervised
 from nanochat_jax.train import Evaluation, Outcome
@@ -20,8 +21,10 @@ PARENTS = ("mid", "base")
 class SftSettings(ChatStageSettings):
     """Flags of --stage=sft; defaults as the reference's, whose 32 conversations a step are about 16,384 tokens."""
 
+    ROWS: ClassVar[int] = 1
+
     data: Path | None = flag(None, "your own conversations (jsonl): learnt instead of the usual mixture")
-    device_batch_size: int = flag(1, "rows per device and micro-step; lower it if memory runs out")
+    device_batch_size: int = batch_flag(ROWS)
     total_batch_size: int = flag(16384, "tokens per optimizer step, padding included")
     init_lr_frac: float = flag(0.02, "all learning rates as a share of pretraining's")
     grad_clip: float = flag(0.0, "largest global gradient norm; 0: no clipping (as the reference)")
@@ -37,8 +40,10 @@ class SftSettings(ChatStageSettings):
 class DemoSftSettings(SftSettings):
     """The same flags with defaults for the demo world on two CPU cores."""
 
+    ROWS: ClassVar[int] = 16
+
     demo: bool = flag(True, "conversations of the embedded demo world, with these small defaults")
-    device_batch_size: int = flag(16, "rows per device and micro-step")
+    device_batch_size: int = batch_flag(ROWS)
     total_batch_size: int = flag(4096, "tokens per optimizer step, padding included")
     num_iterations: int = flag(300, "optimizer steps")
     init_lr_frac: float = flag(0.8, "all learning rates as a share of pretraining's")

@@ -17,6 +17,7 @@ from nanochat_jax.schedules import Schedule
 from nanochat_jax.stages.common import (
     Parent,
     Recipe,
+    Shapes,
     StageSettings,
     child_name,
     find_parent,
@@ -26,10 +27,13 @@ from nanochat_jax.stages.common import (
     open_devices,
     open_run,
     train,
+    with_batch_size,
 )
 from nanochat_jax.train import Evaluation, Outcome
 
 PROMPTS = ("Hello!", "Who are you?", "What is 34 + 27?", 'Spell the word "garden".', "What is the capital of France?")
+
+ANSWER = 64  # tokens of a sample's answer
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,8 @@ def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Le
     tokenizer, config = parent.tokenizer, dataclasses.replace(parent.config, remat=settings.remat)
     T = settings.max_seq_len or config.sequence_len
     shards = sharding.row_shards(mesh)
-    check_batch(settings.total_batch_size, settings.device_batch_size, T, shards)
+    check_batch(settings.total_batch_size, settings.device_batch_size or 1, T, shards)
     rows_per_step = settings.total_batch_size // T
-    accumulation = rows_per_step // (settings.device_batch_size * shards)
-    open_run(folder, settings, tokenizer)
     wanted = settings.num_iterations * rows_per_step if settings.num_iterations > 0 else None
     train_rows = _rows(lesson, "train", tokenizer, T, wanted)
     val_rows = _rows(lesson, "val", tokenizer, T, -(-settings.eval_tokens // T))
@@ -97,36 +99,45 @@ def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Le
     if steps <= 0:
         steps = max(1, settings.num_epochs * len(train_rows) // rows_per_step)
     epochs = steps * rows_per_step / len(train_rows)
-    print(
-        f"{steps:,} steps of {settings.total_batch_size:,} tokens ({settings.device_batch_size} rows x {T} x "
-        f"{shards} devices x {accumulation} accumulated): {epochs:.2f} passes over the rows"
-    )
     schedule = lesson.schedule(steps)
-    recipe = Recipe(
-        stage=lesson.stage,
-        settings=settings,
-        tokenizer=tokenizer,
-        config=config,
-        num_iterations=steps,
-        schedule=schedule,
-        tokens_per_step=settings.total_batch_size,
-        identity={"rows": train_rows.key, "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
-        # in the order of the conversations, which a mixture has shuffled (as the reference)
-        batches=lambda step: micro_batches(
-            RowLoader(train_rows, rows_per_step, shuffle=False), step, accumulation, mesh
-        ),
-        evaluations=(
-            Evaluation(
-                held_out(config, val_rows, settings.device_batch_size, settings.eval_tokens, tokenizer, mesh),
-                settings.eval_every,
+
+    def attempt(settings: ChatStageSettings) -> Outcome:
+        rows = settings.device_batch_size
+        check_batch(settings.total_batch_size, rows, T, shards)
+        accumulation = rows_per_step // (rows * shards)
+        print(
+            f"{steps:,} steps of {settings.total_batch_size:,} tokens ({rows} rows x {T} x {shards} devices x "
+            f"{accumulation} accumulated): {epochs:.2f} passes over the rows"
+        )
+        open_run(folder, settings, tokenizer)
+        recipe = Recipe(
+            stage=lesson.stage,
+            settings=settings,
+            tokenizer=tokenizer,
+            config=config,
+            num_iterations=steps,
+            schedule=schedule,
+            tokens_per_step=settings.total_batch_size,
+            identity={"rows": train_rows.key, "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
+            # in the order of the conversations, which a mixture has shuffled (as the reference)
+            batches=lambda step: micro_batches(
+                RowLoader(train_rows, rows_per_step, shuffle=False), step, accumulation, mesh
             ),
-            *lesson.evaluations(parent, distributed.local_mesh(mesh)),
-        ),
-        sample=greedy_sampler(config, tokenizer, chat_prompts(tokenizer), 64),
-        parent=parent,
-        hyper=lesson.hyper,
-    )
-    return train(recipe, folder, mesh)
+            evaluations=(
+                Evaluation(
+                    held_out(config, val_rows, rows, settings.eval_tokens, tokenizer, mesh), settings.eval_every
+                ),
+                *lesson.evaluations(parent, distributed.local_mesh(mesh)),
+            ),
+            sample=greedy_sampler(config, tokenizer, prompts, ANSWER),
+            parent=parent,
+            hyper=lesson.hyper,
+        )
+        return train(recipe, folder, mesh)
+
+    prompts = chat_prompts(tokenizer)
+    shapes = Shapes(config, rows_per_step, T, sampled=(len(prompts), max(map(len, prompts)) + ANSWER))
+    return with_batch_size(settings, mesh, shapes, schedule, attempt, hyper=lesson.hyper)
 
 
 def chat_prompts(tokenizer) -> list[list[int]]:

@@ -1,0 +1,127 @@
+"""--device_batch_size=auto and a memory that runs out, in a real pretraining run on simulated devices."""
+
+import random
+
+import jax
+import pytest
+
+from nanochat_jax import auto_batch, checkpoint, metrics
+from nanochat_jax import train as loop
+from nanochat_jax.stages import base as base_stage
+from nanochat_jax.stages.launch import main
+from nanochat_jax.tokenizer import Tokenizer
+
+OUT = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1099511627776 bytes."
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("auto"), random.Random(0)
+    words = "the a cat dog sun moon walks sings sees under over river tree".split()
+    documents = [" ".join(rng.choice(words) for _ in range(60)) for _ in range(300)]
+    (folder / "text.txt").write_text("\n\n".join(documents))
+    Tokenizer.train(documents, 280).save(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def train(text, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(text))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
+    monkeypatch.setattr(base_stage, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
+
+    def run(name: str, **changes) -> int:
+        flags = dict(depth=1, max_seq_len=32, total_batch_size=512, num_iterations=5, eval_every=0, eval_tokens=256)
+        flags |= dict(save_every=2, data=text / "text.txt", run_name=name, device="cpu", grad_clip=0) | changes
+        return main(["--stage=base", *(f"--{k}={v}" for k, v in flags.items())])
+
+    return run
+
+
+def losses(name: str) -> list[float]:
+    records = metrics.read(checkpoint.run_dir(name) / "metrics.jsonl")
+    return [r["loss"] for r in records if r["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def whole() -> list[float]:
+    """The losses of the uninterrupted run, filled in by the first test."""
+    return []
+
+
+def test_auto_takes_the_largest_that_fits_and_checks_the_rest(train, whole, monkeypatch, capsys):
+    monkeypatch.setattr(auto_batch, "least_free_memory", lambda: 2**33)
+    compiled = []
+    real = auto_batch.measured
+    monkeypatch.setattr(auto_batch, "measured", lambda lower: compiled.append(n := real(lower)) or n)
+    assert train("auto", device_batch_size="auto") == 0
+    out = capsys.readouterr().out
+    assert "device batch size: 2 rows x 1 accumulated (2 needs" in out and "8.0 GiB" in out
+    assert "512 tokens = 2 rows x 32 tokens x 8 devices x 1 accumulated" in out
+    assert len(compiled) == 3 and None not in compiled  # the step, once; sampling and the evaluation
+    assert checkpoint.load_meta(checkpoint.run_dir("auto"))["settings"]["device_batch_size"] == 2
+    whole.extend(losses("auto"))
+    assert len(whole) == 5
+
+
+def test_what_does_not_fit_is_said_before_training(train, monkeypatch, capsys):
+    monkeypatch.setattr(auto_batch, "least_free_memory", lambda: 1000)
+    monkeypatch.setattr(auto_batch, "measured", lambda lower: 2000)
+    assert train("small", device_batch_size="auto") == 1
+    assert "--remat=block" in capsys.readouterr().err
+    assert train("small", device_batch_size=1) == 1
+    assert "sampling would need" in capsys.readouterr().err
+    assert losses("small") == []
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_a_memory_that_runs_out_halves_the_batch_and_goes_on(train, whole, monkeypatch, capsys, donated):
+    """From the same step where the state is still there, from the last checkpoint where the failed step took it."""
+    fails, real = [True], loop._compile
+
+    def compile_(*args):
+        step = real(*args)
+
+        def run(state, *batch):
+            if fails and int(state.step) == 3:
+                fails.clear()
+                if donated:
+                    step(state, *batch)
+                raise jax.errors.JaxRuntimeError(OUT)
+            return step(state, *batch)
+
+        return run
+
+    monkeypatch.setattr(loop, "_compile", compile_)
+    name = f"out-{donated}"
+    assert train(name, device_batch_size=2) == 0 and not fails
+    out = capsys.readouterr().out
+    assert "ran out of memory at step 3" in out and "Going on with --device_batch_size=1" in out
+    assert f"from step {2 if donated else 3}" in out
+    assert losses(name) == pytest.approx(whole, abs=2e-6)  # accumulation: the same step
+
+
+def test_memory_that_never_suffices_ends_with_the_remedy(train, monkeypatch, capsys):
+    def compile_(*args):
+        def run(*batch):
+            raise jax.errors.JaxRuntimeError(OUT)
+
+        return run
+
+    monkeypatch.setattr(loop, "_compile", compile_)
+    assert train("never", device_batch_size=2) == 1
+    captured = capsys.readouterr()
+    assert "Going on with --device_batch_size=1" in captured.out
+    assert "--remat=block" in captured.err and "--max_seq_len" in captured.err
+
+
+def test_other_errors_are_not_mistaken_for_it(train, monkeypatch):
+    def compile_(*args):
+        def run(*batch):
+            raise jax.errors.JaxRuntimeError("INTERNAL: a wire is loose")
+
+        return run
+
+    monkeypatch.setattr(loop, "_compile", compile_)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="loose"):
+        train("loose", device_batch_size=2)
