@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pickle
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -309,6 +310,26 @@ def test_a_model_that_the_library_computes_otherwise_is_not_written(base, tokeni
     with pytest.raises(InterchangeError, match="logits differ"):
         write(base, "reference", check=True)
     assert not (base / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_imported_model_is_evaluated_and_finetuned_as_our_own(base, monkeypatch, capsys):
+    from nanochat_jax.evals import run as evaluation
+    from nanochat_jax.stages.launch import main
+    from nanochat_jax.world import demo_documents
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
+    tokenizer = Tokenizer.train(demo_documents("train", 200_000), 500)
+    make_run(tokenizer, "home", stage="mid", sizes={**PLAIN, "sequence_len": 192})
+    out, _ = write(base, "reference", run="home")
+    shutil.rmtree(checkpoint.run_dir("home"))
+    import_checkpoint(ImportSettings(path=out, run_name="guest-mid"))
+    assert evaluation.main(["--source=mid", "--tasks=world/arithmetic", "--max_problems=2", "--max_new_tokens=8"]) == 0
+    flags = ["--total_batch_size=1536", "--num_iterations=2", "--eval_tokens=2048", "--metrics_max_problems=8"]
+    assert main(["--stage=sft", "--demo", "--device=cpu", "--device_batch_size=1", *flags]) == 0
+    assert "sft starts from guest-mid, step 5" in capsys.readouterr().out
+    meta = checkpoint.load_meta(checkpoint.run_dir("guest-sft"))
+    assert meta["parent"] == {"run": "guest-mid", "step": 5, "stage": "mid"} and meta["step"] == 2
 
 
 def test_without_the_library_it_is_said_that_nothing_was_checked(base, tokenizer, monkeypatch, capsys):

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from nanochat_jax import checkpoint, conversation
 from nanochat_jax.engine import Engine
@@ -116,7 +116,8 @@ class NanochatLM(LM):
             self._engine = Engine(self.config, self._params, self.tokenizer, slots=SLOTS, capacity=self.max_length)
         engine, started = self._engine, []
         for request in requests:
-            prompt, wanted = request.args[0], dict(request.args[1])
+            arguments: Any = request.args
+            prompt, wanted = arguments[0], dict(arguments[1])
             longest = max(1, min(int(wanted.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1))
             ids = self.encode(prompt)[-(self.max_length - longest + 1) :]
             temperature = float(wanted.get("temperature", 0.0)) if wanted.get("do_sample", True) else 0.0
@@ -169,7 +170,7 @@ def _before(text: str, stops: Sequence[str]) -> str:
 
 def main() -> None:
     """The harness's own command line, with our model chosen."""
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     if not any(a == "--model" or a.startswith("--model=") or a == "-M" for a in sys.argv[1:]):
         sys.argv[1:] = ["run", "--model", NAME, *(a for a in sys.argv[1:] if a != "run")]
