@@ -83,56 +83,61 @@ def test_a_run_continues_on_another_mesh(single_device):
 # what is communicated and held
 
 
-def compiled_step(mesh, config=CONFIG):
-    optimizer = make_optimizer(OptimHyper(), STEPS, config.n_embd)
-    state = abstract_state(config, optimizer, mesh)
-    return state, make_train_step(config, optimizer, mesh).lower(state, *batch(0)).compile()
+def lowered_step(mesh):
+    optimizer = make_optimizer(OptimHyper(), STEPS, CONFIG.n_embd)
+    state = abstract_state(CONFIG, optimizer, mesh)
+    return state, make_train_step(CONFIG, optimizer, mesh).lower(state, *batch(0))
+
+
+GROUPS = len(jax.tree.leaves(jax.eval_shape(group, abstract(CONFIG))))
+STACKS = GROUPS - 2
 
 
 def local_bytes(tree) -> int:
     return sum(np.prod(a.sharding.shard_shape(a.shape), dtype=int) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
+def counts(compiled) -> tuple[Counter, Counter]:
+    """Arrays moved once per step and inside the accumulation loop, by kind."""
+    found = collectives(compiled.as_text())
+    once, in_loop = ([kind for where, kind in found if (where == "ENTRY") is outside] for outside in (True, False))
+    return Counter(once), Counter(in_loop)
+
+
 @pytest.mark.slow
 def test_fsdp_gathers_every_layer_twice_and_reduces_once():
-    mesh = mesh_of(4, 2, 1)
-    state, compiled = compiled_step(mesh)
-    found = collectives(compiled.as_text())
-    groups = len(jax.tree.leaves(jax.eval_shape(group, abstract(CONFIG))))
-    once = Counter(kind for where, kind in found if where == "ENTRY")
-    in_loop = Counter(kind for where, kind in found if where != "ENTRY")
-    # forward and again backward, but for the two embeddings, which the backward pass does not need
-    assert in_loop == {"all-gather": 2 * 6 * CONFIG.n_layer + 2}
-    assert once["reduce-scatter"] == once["all-gather"] == groups
-    assert once["all-to-all"] == groups - 2, "each stack's updates are taken apart once; embeddings need no such move"
+    state, lowered = lowered_step(mesh_of(4, 2, 1))
+    # forward and again backward, but for the two embeddings, which the backward pass does not need. Counted before
+    # compiling: on CPU XLA drops the barriers between the two and gathers once.
+    assert lowered.as_text().count("stablehlo.all_gather") == 2 * 6 * CONFIG.n_layer + 2 + GROUPS
+    compiled = lowered.compile()
+    once, in_loop = counts(compiled)
+    assert set(in_loop) <= {"all-gather"}, "a reduction runs inside the accumulation loop"
+    assert once["reduce-scatter"] == GROUPS
+    assert once["all-to-all"] == 2 * STACKS, "updates of stacks are taken apart once (two parts)"
     assert local_bytes(state.params) * 2 == sum(a.size * 4 for a in jax.tree.leaves(abstract(CONFIG)))
     assert compiled.memory_analysis().alias_size_in_bytes >= local_bytes(state), "a buffer of the state is not donated"
 
 
 @pytest.mark.slow
 def test_tensor_sums_once_per_attention_and_mlp_in_each_direction():
-    state, compiled = compiled_step(mesh_of(4, 1, 2))
-    found = collectives(compiled.as_text())
-    in_loop = Counter(kind for where, kind in found if where != "ENTRY")
-    # besides: the embedding, the normalisers within the loss, the gradient of the hidden states
-    assert set(in_loop) == {"all-reduce"} and in_loop["all-reduce"] <= 4 * CONFIG.n_layer + 3
-    once = Counter(kind for where, kind in found if where == "ENTRY")
-    groups = len(jax.tree.leaves(jax.eval_shape(group, abstract(CONFIG))))
-    assert once["reduce-scatter"] == once["all-gather"] == groups
-    assert once["all-to-all"] == 2 * (groups - 2), "stacks are put together for Newton-Schulz and taken apart after it"
+    state, lowered = lowered_step(mesh_of(4, 1, 2))
+    compiled = lowered.compile()
+    once, in_loop = counts(compiled)
+    # besides: the embedding, two numbers per token within the loss, the gradient of the hidden states
+    assert in_loop == {"all-reduce": 4 * CONFIG.n_layer + 4}
+    assert once["reduce-scatter"] == once["all-gather"] == GROUPS
+    assert once["all-to-all"] == 2 * 2 * STACKS, "put together for Newton-Schulz and taken apart after it (two parts)"
     assert compiled.memory_analysis().alias_size_in_bytes >= local_bytes(state), "a buffer of the state is not donated"
 
 
 @pytest.mark.parametrize("depth", [20, 26, 32])
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (1, 8, 1)], ids=str)
 def test_each_of_eight_devices_holds_an_eighth_of_the_optimizer_state(depth, shape):
     config = GPTConfig.from_depth(depth, 65536, 2048)
-    if config.n_head % shape[2]:
-        config = dataclasses.replace(config, n_head=config.n_head // 2, n_kv_head=config.n_head // 2)
     optimizer, mesh = make_optimizer(OptimHyper(), 1, config.n_embd), mesh_of(*shape)
-    total = sum(
-        a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(config, optimizer, mesh, False).opt_state)
-    )
+    whole = abstract_state(config, optimizer, mesh, padded=False).opt_state
+    total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(whole))
     assert local_bytes(abstract_state(config, optimizer, mesh).opt_state) <= (1 / 8 + 0.02) * total
 
 
@@ -153,6 +158,7 @@ def test_a_mesh_that_does_not_fit_names_the_flag():
         make_train_step(dataclasses.replace(CONFIG, n_head=1, n_kv_head=1, n_embd=36), optimizer, mesh_of(4, 2, 1))
 
 
+@pytest.mark.slow
 def test_a_number_of_devices_that_divides_nothing_is_padded():
     """Three devices: neither the width (64) nor any stack divides."""
     mesh = sharding.make_mesh(jax.devices()[:3])
