@@ -10,6 +10,8 @@ from tests.serve_fixtures import serving, toy_engine
 load_all_checks()
 # A description cannot say that roles alternate, that a conversation fits the context, that the model exists.
 SILENT = CHECKS.get_by_names(["positive_data_acceptance"])
+# schemathesis does not count 413 as a refusal
+REFUSED = CHECKS.get_by_names(["positive_data_acceptance", "negative_data_rejection"])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def fuzz(described, examples: int) -> None:
             def run(case):
                 response = case.call(base_url=running.url, timeout=20)
                 assert response.status_code < 500
-                case.validate_response(response, excluded_checks=SILENT)
+                case.validate_response(response, excluded_checks=REFUSED if response.status_code == 413 else SILENT)
 
             run()
     running.idle()
@@ -65,7 +67,7 @@ def fuzz(described, examples: int) -> None:
 
 
 def test_made_up_requests(described):
-    fuzz(described, 8)
+    fuzz(described, 5)
 
 
 @pytest.mark.slow

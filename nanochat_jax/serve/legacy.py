@@ -23,9 +23,9 @@ MAX_MESSAGES, MAX_MESSAGE, MAX_CONVERSATION = 500, 8000, 32000
 
 @router.post(
     "/chat/completions",
-    response_model=None,
+    response_class=Response,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "the answer's events"},
+        200: {"content": schemas.EVENTS, "description": "the answer's events"},
         400: {"model": schemas.Detail, "description": "outside a limit"},
         422: {"model": schemas.Detail, "description": "not of the right form"},
         429: {"model": schemas.Detail, "description": "all slots and the queue are full; see Retry-After"},

@@ -33,7 +33,6 @@ from nanochat_jax.serve.worker import Job, Sampling, ServedModel
 router = APIRouter()
 COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is left out, as OpenAI's
 
-_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Error, "description": text}
     for status, text in {
@@ -53,7 +52,10 @@ def _service(request: Request) -> Service:
 @router.post(
     "/v1/chat/completions",
     response_model=None,
-    responses={200: {"model": schemas.ChatCompletion, "description": "the answer", **_STREAM}, **_ERRORS},
+    responses={
+        200: {"model": schemas.ChatCompletion, "description": "the answer", "content": schemas.EVENTS},
+        **_ERRORS,
+    },
 )
 async def chat_completions(body: schemas.ChatRequest, request: Request) -> Response:
     """The assistant's next message."""
@@ -78,7 +80,10 @@ async def chat_completions(body: schemas.ChatRequest, request: Request) -> Respo
 @router.post(
     "/v1/completions",
     response_model=None,
-    responses={200: {"model": schemas.Completion, "description": "the continuation", **_STREAM}, **_ERRORS},
+    responses={
+        200: {"model": schemas.Completion, "description": "the continuation", "content": schemas.EVENTS},
+        **_ERRORS,
+    },
 )
 async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
     """The continuation of a text."""

@@ -230,6 +230,17 @@ class Models(BaseModel):
     data: list[Model]
 
 
+# What a response's `content` says about server-sent events (OpenAPI 3.2).
+EVENTS: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "required": ["data"],
+            "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+        }
+    }
+}
+
 # --- the reference's /chat/completions --------------------------------------------------------------------------------
 
 
