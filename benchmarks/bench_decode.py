@@ -81,7 +81,7 @@ def bare(engine: Engine, rows: int, s: Settings) -> float:
             engine.config,
             engine._cast,
             engine._storage,
-            np.arange(rows, dtype=np.int32),
+            chosen,
             control,
             shared,
             visible=128,

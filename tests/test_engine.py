@@ -107,8 +107,11 @@ def test_golden_tool_machine(tiny, case, steps):
     config, tokenizer = dataclasses.replace(tiny[0], n_layer=1, compute_dtype="float32"), golden_tokenizer()
     params = ScriptedModel.params(case)
 
-    def scripted():  # a new one each time: scripts go by slot, and a used engine may seat requests in another order
-        return Engine(config, params, tokenizer, slots=4, capacity=128, steps_per_call=steps, model=ScriptedModel)
+    def scripted():
+        """Scripts go by row, so row, slot and request must be one: a new engine, all of whose slots are decoded."""
+        made = Engine(config, params, tokenizer, slots=4, capacity=128, steps_per_call=steps, model=ScriptedModel)
+        made._batch_sizes = lambda: [4]
+        return made
 
     prompt, n, limit = case["prompt_tokens"], case["num_samples"], case["max_tokens"]
     tokens, masks = columns(scripted().generate(prompt, num_samples=n, max_tokens=limit, temperature=0.0))
