@@ -1,6 +1,9 @@
 """The lm-eval adapter: our own scoring and decoding behind the harness's interface, and a local task run through it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -106,3 +109,20 @@ def test_the_harness_runs_a_local_task_file(lm, tmp_path, monkeypatch):
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = simple_evaluate(lm, tasks=["mine"], task_manager=manager, bootstrap_iters=0, log_samples=False)
     assert found is not None and found["results"]["mine"]["acc,none"] == 0.5
+
+
+@pytest.mark.slow
+def test_the_command_line_is_the_harnesss_own_with_our_model():
+    command = [
+        sys.executable,
+        "-m",
+        "nanochat_jax.evals.lm_harness",
+        "--tasks",
+        "mine",
+        "--model_args",
+        "run=no-such-run",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode and "mine" in done.stderr + done.stdout and "already registered" not in done.stderr

@@ -178,7 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # under its real name, so that the class is registered once
-    from nanochat_jax.evals import lm_harness
-
-    lm_harness.main()
+    main()
