@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -118,3 +119,43 @@ def duration(seconds: float) -> str:
     if s >= 3600:
         return f"{s // 3600}h{s % 3600 // 60:02d}m"
     return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+
+
+class Smoothed:
+    """The reference's displayed loss: an average with weight 0.9 on the past, corrected for its start at zero."""
+
+    def __init__(self, losses: list[float]):
+        self._total, self._steps = 0.0, 0
+        for loss in losses:
+            self.add(loss)
+
+    def add(self, loss: float) -> float:
+        self._steps += 1
+        self._total = 0.9 * self._total + 0.1 * loss
+        return self._total / (1 - 0.9**self._steps)
+
+
+class Clock:
+    """Time per step and the share of it spent waiting for data."""
+
+    def __init__(self):
+        self.seconds: deque[float] = deque(maxlen=50)
+        self._mark = self._wait_mark = time.perf_counter()
+        self._waited = 0.0
+
+    def restart(self) -> None:
+        self._mark, self._waited = time.perf_counter(), 0.0
+
+    def wait_begins(self) -> None:
+        self._wait_mark = time.perf_counter()
+
+    def wait_ends(self) -> None:
+        self._waited += time.perf_counter() - self._wait_mark
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last lap, of which waiting for data)."""
+        now = time.perf_counter()
+        seconds, waited = now - self._mark, self._waited
+        self._mark, self._waited = now, 0.0
+        self.seconds.append(seconds)
+        return seconds, min(waited, seconds)

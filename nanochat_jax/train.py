@@ -12,7 +12,6 @@ import os
 import signal
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from nanochat_jax import auto_batch, checkpoint, devices, distributed, incidents, metrics
-from nanochat_jax.progress import Progress
+from nanochat_jax.progress import Clock, Progress, Smoothed
 from nanochat_jax.saving import Saver
 from nanochat_jax.train_step import TrainState
 from nanochat_jax.watchdog import HungError, Watchdog
@@ -121,10 +120,10 @@ class _Loop:
         self.results = _last_results(earlier)
         self.level = incidents.Level(job.spike, earlier)
         self.skips = incidents.skipped_in_a_row(earlier)
-        self.smooth = _Smoothed([r["loss"] for r in earlier if r["kind"] == "train"])
+        self.smooth = Smoothed([r["loss"] for r in earlier if r["kind"] == "train"])
         self.log = metrics.MetricsLog(log, job.sinks) if main else metrics.MetricsLog(None)
         self.saver = Saver(job.run, job.keep, job.keep_every, job.save_in_background)
-        self.clock = _Clock()
+        self.clock = Clock()
         self.pending: _Pending | None = None
         self.compiled: Any = None
 
@@ -339,46 +338,6 @@ class _Pending:
     extra: dict[str, float]  # of the rollout that the step learnt from
     batch: Any  # as placed on the devices
     limits: np.ndarray
-
-
-class _Smoothed:
-    """The reference's displayed loss: an average with weight 0.9 on the past, corrected for its start at zero."""
-
-    def __init__(self, losses: list[float]):
-        self._total, self._steps = 0.0, 0
-        for loss in losses:
-            self.add(loss)
-
-    def add(self, loss: float) -> float:
-        self._steps += 1
-        self._total = 0.9 * self._total + 0.1 * loss
-        return self._total / (1 - 0.9**self._steps)
-
-
-class _Clock:
-    """Time per step and the share of it spent waiting for data."""
-
-    def __init__(self):
-        self.seconds: deque[float] = deque(maxlen=50)
-        self._mark = self._wait_mark = time.perf_counter()
-        self._waited = 0.0
-
-    def restart(self) -> None:
-        self._mark, self._waited = time.perf_counter(), 0.0
-
-    def wait_begins(self) -> None:
-        self._wait_mark = time.perf_counter()
-
-    def wait_ends(self) -> None:
-        self._waited += time.perf_counter() - self._wait_mark
-
-    def lap(self) -> tuple[float, float]:
-        """(seconds since the last lap, of which waiting for data)."""
-        now = time.perf_counter()
-        seconds, waited = now - self._mark, self._waited
-        self._mark, self._waited = now, 0.0
-        self.seconds.append(seconds)
-        return seconds, min(waited, seconds)
 
 
 def _compile(job: Job, state: TrainState, batch: Batch, limits: np.ndarray, progress: Progress):
