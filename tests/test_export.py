@@ -330,6 +330,7 @@ def test_an_imported_model_is_evaluated_and_finetuned_as_our_own(base, monkeypat
     assert "sft starts from guest-mid, step 5" in capsys.readouterr().out
     meta = checkpoint.load_meta(checkpoint.run_dir("guest-sft"))
     assert meta["parent"] == {"run": "guest-mid", "step": 5, "stage": "mid"} and meta["step"] == 2
+    assert {"config", "tokenizer_hash", "identity", "code"} <= meta.keys() and len(meta["code"]["sha256"]) == 64
 
 
 def test_without_the_library_it_is_said_that_nothing_was_checked(base, tokenizer, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.gpt import GPTConfig, Params, flops_per_token, num_params
 from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.planner import memory
+from nanochat_jax.report import provenance
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Batch, Evaluation, Job, Outcome, Rollout, fit
@@ -192,6 +193,7 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
         peak, peak_source = devices.peak_flops()
         print(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s per device ({peak_source})")
     unpadded = abstract_state(config, optimizer, mesh, padded=False)
+    code = provenance.source()
     job = Job(
         run=folder,
         num_iterations=recipe.num_iterations,
@@ -205,6 +207,7 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
             "identity": identity,
             "settings": flags,
             "normalize": recipe.normalize,
+            "code": {"commit": code.commit, "dirty": code.dirty, "sha256": code.sha256},
             **({"parent": recipe.parent.meta} if recipe.parent else {}),
         },
         tokens_per_step=recipe.tokens_per_step,
