@@ -1,10 +1,13 @@
 """`python -m scripts.plan`: what a run needs, takes and costs on given GPUs, before any is rented."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import jax
 
 from nanochat_jax import auto_batch, cli, xla_flags
 from nanochat_jax.cli import flag
@@ -43,6 +46,8 @@ class PlanSettings:
 def main(argv: list[str]) -> int:
     """Exit status: 0 planned, 1 impossible, 2 bad flags."""
     settings = cli.parse(PlanSettings, argv, __doc__ or "", echo=False)
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin may be here without any GPU
+    jax.config.update("jax_platforms", "cpu")  # nor is a GPU wanted: what is compiled is compiled in a child process
     try:
         facts = make(settings, _silent if settings.json else lambda line: print(line, file=sys.stderr, flush=True))
     except (ValueError, auto_batch.DoesNotFit) as error:
