@@ -184,7 +184,8 @@ def test_alone_everything_is_as_it_was():
 
 # --- two processes ----------------------------------------------------------------------------------------------------
 
-COMMON = dict(device="cpu", eval_tokens=2048, save_every=4, sample_every=0)
+# 8 rows: a whole number of batches of 2 and of 4, since held-out rows beyond the last whole batch are not measured
+COMMON = dict(device="cpu", eval_tokens=8 * 192, save_every=4, sample_every=0)
 STAGES = {
     "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, num_iterations=8, run_name="base"),
     "sft": dict(total_batch_size=1536, num_iterations=4, metrics_max_problems=8, source="base", run_name="sft"),
