@@ -300,7 +300,8 @@ class Engine:
         room, per_device = self.steps_per_call, self._table.per_device
         chosen = self._choose(ready)
         rows = np.zeros((chosen.size, decode.N_COLUMNS + room), np.int32)
-        for row, slot in zip(rows, (chosen + per_device * np.arange(self._devices)[:, None]).ravel(), strict=True):
+        slots: list[int] = (chosen + per_device * np.arange(self._devices)[:, None]).ravel().tolist()
+        for row, slot in zip(rows, slots, strict=True):
             self._fill_row(row, slot, self._table.requests[slot])
         shared = np.full((self._devices, decode.N_SHARED + 2), -1, np.int32)
         shared[:, decode.STEPS] = min(room, max(r.max_tokens - len(r.tokens) for r in ready))

@@ -47,7 +47,7 @@ def main() -> int:
     names = list(memory.FIT)
     rows = []
     for case, _ in facts:
-        sizes = memory.terms(config_of(case), case.rows, case.accumulation, memory.Mesh(case.gpus), case.remat)
+        sizes = memory.terms(config_of(case), case.rows, memory.Mesh(case.gpus), case.remat)
         rows.append([sizes.get(name, 0.0) for name in names])
     matrix, target = np.array(rows), np.array([f["temporary_bytes"] for _, f in facts], float)
     fit, _ = nnls(matrix / target[:, None], np.ones(len(target)))  # relative errors, sizes not below zero

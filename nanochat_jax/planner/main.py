@@ -83,8 +83,7 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
         return budget.cost(p, card, settings.gpus, settings.mfu, price)
 
     def estimated(p: BasePlan, rows: int) -> int:
-        accumulation = p.total_batch_size // p.max_seq_len // mesh.rows // rows
-        return memory.estimate(p.config, rows, accumulation, mesh, settings.remat)
+        return memory.estimate(p.config, rows, mesh, settings.remat)
 
     limit = int(card.memory_bytes * xla_flags.MEMORY_FRACTION * (1 - auto_batch.MARGIN))
     depth, why = settings.depth or 20, "--depth"

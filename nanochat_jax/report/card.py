@@ -3,6 +3,7 @@
 import datetime
 
 from nanochat_jax.evals import results
+from nanochat_jax.provenance import Source, source, this_machine
 from nanochat_jax.report import reproduce
 from nanochat_jax.report.blocks import (
     ABSENT,
@@ -23,7 +24,6 @@ from nanochat_jax.report.blocks import (
 )
 from nanochat_jax.report.collect import STAGES, Run, rows_manifest
 from nanochat_jax.report.cost import NOT_COUNTED, Cost, cost, elapsed
-from nanochat_jax.report.provenance import Source, source, this_machine
 from nanochat_jax.report.stage import stage_section, tokens_seen
 from nanochat_jax.report.summary import Row, Value, stage_label, summary
 

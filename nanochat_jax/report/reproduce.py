@@ -45,6 +45,8 @@ def _data(settings: dict) -> list[str]:
 
 
 def _train(run: Run) -> str:
+    if run.meta.get("imported"):
+        return _command("scripts.import_checkpoint", ["PATH", f"--run_name={run.name}"])
     flags = [f"--stage={run.stage}", f"--run_name={run.name}"]
     if parent := (run.meta.get("parent") or {}).get("run"):
         flags.append(f"--source={parent}")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import auto_batch, checkpoint, cluster, devices, distributed, metrics, paths, sharding
+from nanochat_jax import auto_batch, checkpoint, cluster, devices, distributed, metrics, paths, provenance, sharding
 from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.cli import flag
 from nanochat_jax.data.loader import RowLoader, val_batches
@@ -21,7 +21,6 @@ from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.gpt import GPTConfig, Params, flops_per_token, num_params
 from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.planner import memory
-from nanochat_jax.report import provenance
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Batch, Evaluation, Job, Outcome, Rollout, fit
@@ -301,9 +300,7 @@ def _choose_rows(settings, mesh, shapes: Shapes, schedule, normalize: bool, hype
         return auto_batch.measured(lambda: lower(step, config, optimizer, mesh, rows, total // rows, shapes.T))
 
     def guess(rows: int) -> float:
-        return memory.estimate(
-            dataclasses.replace(config, sequence_len=shapes.T), rows, total // rows, cut, config.remat
-        )
+        return memory.estimate(dataclasses.replace(config, sequence_len=shapes.T), rows, cut, config.remat)
 
     choice = auto_batch.choose(total, measure, limit, guess)
     print(choice.describe(total), flush=True)
