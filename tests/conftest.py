@@ -1,6 +1,7 @@
 """Every test runs on eight simulated devices, with strict shapes and without a network."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and every child inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 

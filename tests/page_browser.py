@@ -15,7 +15,7 @@ from tests.page_stub import Stub
 expect.set_options(timeout=20000)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright holds an event loop: later modules want the thread without one
 def browser():
     path = os.environ.get("CHROMIUM") or next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -125,13 +125,13 @@ class Chat:
         return sorted(chats, key=lambda chat: chat["created"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_stub():
     with Stub() as stub:
         yield stub
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_chat(browser, shared_stub):
     chat = Chat(browser, shared_stub.url)
     yield chat

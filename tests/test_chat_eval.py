@@ -335,13 +335,13 @@ def test_settings_that_cannot_work(engine):
 def test_eval_engine_sizes(tiny, monkeypatch):
     config, params = tiny
     big = chat.eval_engine(config, params, golden_tokenizer(), 40, 20)
-    assert (len(big._slots), big.capacity) == (chat.MAX_SLOTS_CPU, 60)
-    assert len(chat.eval_engine(config, params, golden_tokenizer(), 40, 20, rows=3)._slots) == 3
-    assert len(chat.eval_engine(config, params, golden_tokenizer(), 40, 20, slots=2)._slots) == 2
+    assert (big.slots, big.capacity) == (chat.MAX_SLOTS_CPU, 60)
+    assert chat.eval_engine(config, params, golden_tokenizer(), 40, 20, rows=3).slots == 3
+    assert chat.eval_engine(config, params, golden_tokenizer(), 40, 20, slots=2).slots == 2
     assert chat.eval_engine(config, params, golden_tokenizer(), 40, 10**6).capacity == 10 * config.sequence_len
     slot = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4 * (60 + 64)
     monkeypatch.setattr(chat, "CACHE_BYTES_CPU", 5 * slot)
-    assert len(chat.eval_engine(config, params, golden_tokenizer(), 40, 20)._slots) == 5
+    assert chat.eval_engine(config, params, golden_tokenizer(), 40, 20).slots == 5
     task = ListTask(asked("a", "a much longer question"))
     longest = len(golden_tokenizer().render_for_completion(task[1]))
     assert chat.longest_prompt(golden_tokenizer(), task) == longest > chat.longest_prompt(golden_tokenizer(), task, 1)

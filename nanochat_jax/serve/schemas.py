@@ -20,6 +20,12 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _truth(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool):  # 0.0 equals False, and would pass for it
+        raise ValueError("Input should be a boolean")
+    return value
+
+
 def _characters(value: str) -> str:
     try:
         value.encode()
@@ -33,6 +39,7 @@ Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Str = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_characters)]
 Name = Annotated[str, Field(max_length=512)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Off = Annotated[Literal[False], BeforeValidator(_truth)]
 Zero = Annotated[Float, Field(ge=0, le=0)] | None
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_characters)]
 
@@ -104,7 +111,7 @@ class ChatRequest(Sampled):
     parallel_tool_calls: StrictBool | None = None
     functions: Nothing = None
     function_call: Literal["none", "auto"] | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: Off | None = None
     top_logprobs: Zero = None
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
@@ -115,7 +122,7 @@ class ChatRequest(Sampled):
     web_search_options: None = None
     moderation: None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     safety_identifier: Name | None = Field(None, description="ignored")
     prompt_cache_key: Name | None = Field(None, description="ignored: beginnings of prompts are found by themselves")
     prompt_cache_retention: None = None
@@ -133,7 +140,7 @@ class CompletionRequest(Sampled):
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
         | None
     ) = Field(None, description="text (a bos token is put before it), or token ids as they are; or a list of either")
-    echo: Literal[False] | None = None
+    echo: Off | None = None
     suffix: Literal[""] | None = None
     best_of: Annotated[Int, Field(ge=1, le=1)] | None = None
     logprobs: None = None
