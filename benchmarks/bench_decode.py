@@ -72,15 +72,15 @@ def bare(engine: Engine, rows: int, s: Settings) -> float:
     control[:, decode.TOP_P] = decode.float_bits(1.0)
     control[:, decode.REMAINING] = decode.ENDLESS
     control, shared = jnp.asarray(control), jnp.array([[room, rows, -1, -1, -1]], jnp.int32)
-    chosen = jnp.arange(rows, dtype=jnp.int32)
+    chosen, programs = jnp.arange(rows, dtype=jnp.int32), engine._programs
     begin = time.perf_counter()
     calls = max(1, s.tokens // room)
     for _ in range(calls):
-        out, engine._storage = decode.decode(
+        out, programs.storage = decode.decode(
             engine.model,
             engine.config,
-            engine._cast,
-            engine._storage,
+            programs.params,
+            programs.storage,
             chosen,
             control,
             shared,

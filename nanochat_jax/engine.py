@@ -19,15 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import decode, gpt, sharding
-from nanochat_jax.kv_cache import KVSlots
+from nanochat_jax import decode, gpt
 from nanochat_jax.request import Event, Request, SpecialTokens, TextCoder, checked_prompt
+from nanochat_jax.slot_programs import PREFILL_CHUNK, SlotPrograms
 from nanochat_jax.slot_table import SlotTable
 from nanochat_jax.tools import use_calculator
 
-PREFILL_CHUNK = 512
-SMALLEST_BUCKET = 16
-SMALLEST_VISIBLE = 64
 # A decode call ends when this share of its rows has stopped. Ending at the first would let the host in after nearly
 # every token when many rows run; waiting for more would let stopped rows compute tokens that nobody reads.
 ENOUGH_STOPPED = 8
@@ -69,27 +66,17 @@ class Engine:
             raise ValueError(f"capacity must be between 1 and 10 x sequence_len = {limit}, got {self.capacity}")
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
-        self._mesh = sharding.make_mesh(list(devices)) if devices is not None and len(devices) > 1 else None
-        self._devices = self._mesh.size if self._mesh is not None else 1
-        slots = _round_up(slots, self._devices)
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.steps_per_call = steps_per_call or _default_steps(config)
         self._logprobs = logprobs
-        self._table = SlotTable(slots, self._devices)
+        self._programs = SlotPrograms(model, config, slots, self.capacity, self.steps_per_call, logprobs, devices)
+        self._table = SlotTable(self._programs.slots, self._programs.devices)
         self._queue: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
         self._numbers = itertools.count()
         self._tool, self._tools = tool, ThreadPoolExecutor(max_workers=2, thread_name_prefix="tool")
         self._next_params: gpt.Params | None = None
         self._set_params(params)
-        # Every slot is a little longer than promised: padding of a prefill chunk and unused columns of a decode call
-        # are written too, and XLA would move such a write back over valid tokens rather than let it overhang.
-        self._physical = max(
-            _round_up(self.capacity, SMALLEST_VISIBLE), self.capacity + max(self.steps_per_call, SMALLEST_BUCKET)
-        )
-        shape = config.n_layer, slots, config.n_kv_head, self._physical, config.head_dim, config.dtype
-        place = None if self._mesh is None else sharding.named(self._mesh, sharding.rows_spec())
-        self._storage = KVSlots.create(*shape, sharding=place)
         self._special = SpecialTokens.of(tokenizer)
 
     # --- parameters -------------------------------------------------------------------------------------------------
@@ -116,12 +103,8 @@ class Engine:
         self._next_params = params
 
     def _set_params(self, params: gpt.Params) -> None:
-        dtype = self.config.dtype  # matmuls cast the weights anyway: do it once, not once a token
         self._params = params
-        cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and dtype != np.float32 else x, params)
-        if self._mesh is not None:
-            cast = jax.device_put(cast, sharding.named(self._mesh, sharding.replicated_spec()))
-        self._cast = cast
+        self._programs.set_params(params)
         self._table.forget()
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -233,11 +216,7 @@ class Engine:
     def _share(self, source: int, request: Request) -> None:
         """The beginning of a prompt, from the slot where it was computed."""
         if source != request.slot:
-            device, target = divmod(request.slot, self._table.per_device)
-            pair = np.zeros((self._devices, 2), np.int32)
-            pair[device] = source % self._table.per_device, target
-            visible = self._visible(request.reused)
-            self._storage = decode.copy_row(self._storage, pair, visible=visible, mesh=self._mesh)
+            self._programs.copy(source, request.slot, request.reused)
         request.prefilled = request.reused
 
     def _prefill(self) -> None:
@@ -256,7 +235,11 @@ class Engine:
                 elif not request.ready:
                     turn[device] = request
             if turn:
-                spent += self._prefill_chunk(turn)
+                rows = list(turn.values())
+                cost, taken = self._programs.prefill([(r.slot, r.prefilled, r.prompt[r.prefilled : -1]) for r in rows])
+                for request, n in zip(rows, taken, strict=True):
+                    request.prefilled += n
+                spent += cost
             self._prefilling.extend([*waiting, *(r for r in turn.values() if not r.ready)])
 
     def _must_wait(self, request: Request) -> bool:
@@ -274,57 +257,26 @@ class Engine:
             request.reused = 0
         return False
 
-    def _prefill_chunk(self, turn: dict[int, Request]) -> int:
-        """One chunk of one row on every device that has one; returns the chunk's length."""
-        left = min(PREFILL_CHUNK, max(len(r.prompt) - 1 - r.prefilled for r in turn.values()))
-        overhang = self._physical - max(r.prefilled for r in turn.values())
-        length = min(_bucket(left), 1 << (overhang.bit_length() - 1))
-        ids = np.zeros((self._devices, length), np.int32)
-        where = np.zeros((self._devices, 3), np.int32)
-        visible = self._visible_to_prompts(max(r.prefilled for r in turn.values()))
-        for device, request in turn.items():
-            begin = request.prefilled
-            chunk = request.prompt[begin : min(begin + length, len(request.prompt) - 1)]
-            ids[device, : len(chunk)] = chunk
-            where[device] = request.slot % self._table.per_device, begin, 1
-            request.prefilled += len(chunk)
-        self._storage = decode.prefill(
-            self.model, self.config, self._cast, self._storage, ids, where, visible=visible, mesh=self._mesh
-        )
-        return length
-
     def _decode(self) -> list[Event]:
         ready = [r for r in self._table.busy if r.ready and r.finished is None]
         if not ready:
             return []
-        room, per_device = self.steps_per_call, self._table.per_device
-        chosen = self._choose(ready)
+        programs = self._programs
+        room, per_device = self.steps_per_call, programs.per_device
+        chosen = programs.choose([r.slot for r in ready])
         rows = np.zeros((chosen.size, decode.N_COLUMNS + room), np.int32)
-        slots: list[int] = (chosen + per_device * np.arange(self._devices)[:, None]).ravel().tolist()
+        slots: list[int] = (chosen + per_device * np.arange(programs.devices)[:, None]).ravel().tolist()
         for row, slot in zip(rows, slots, strict=True):
             self._fill_row(row, slot, self._table.requests[slot])
-        shared = np.full((self._devices, decode.N_SHARED + 2), -1, np.int32)
+        shared = np.full((programs.devices, decode.N_SHARED + 2), -1, np.int32)
         shared[:, decode.STEPS] = min(room, max(r.max_tokens - len(r.tokens) for r in ready))
-        for device in range(self._devices):
+        for device in range(programs.devices):
             running = sum(r.slot // per_device == device for r in ready)
             shared[device, decode.ENOUGH] = -(-running // ENOUGH_STOPPED)
         shared[:, decode.TOOL] = self._special.python_end
         ends = sorted(self._special.ends)[:2]
         shared[:, decode.N_SHARED : decode.N_SHARED + len(ends)] = ends
-        packed, self._storage = decode.decode(
-            self.model,
-            self.config,
-            self._cast,
-            self._storage,
-            chosen.ravel(),
-            rows,
-            shared,
-            visible=self._visible(max(r.position for r in ready)),
-            room=room,
-            logprobs=self._logprobs,
-            mesh=self._mesh,
-        )
-        packed = np.asarray(packed).reshape(self._devices, -1)
+        packed = programs.decode(chosen, rows, shared, max(r.position for r in ready))
         events = []
         for request in sorted(ready, key=lambda r: r.number):
             if request.finished is not None:  # cancelled meanwhile
@@ -337,26 +289,6 @@ class Engine:
                 request.logprobs += parts[1, : len(event.tokens)].view(np.float32).tolist()
             events.append(event)
         return events
-
-    def _choose(self, ready: list[Request]) -> np.ndarray:
-        """The slots that a call decodes, (devices, B) numbered on their device: those of ready requests, and as many
-        others as make B one of the few sizes there are programs for."""
-        per_device = self._table.per_device
-        of_device: list[list[int]] = [[] for _ in range(self._devices)]
-        for request in ready:
-            device, slot = divmod(request.slot, per_device)
-            of_device[device].append(slot)
-        most = max(map(len, of_device))
-        size = next(size for size in self._batch_sizes() if size >= most)
-        if size == per_device:
-            return np.tile(np.arange(size, dtype=np.int32), (self._devices, 1))
-        others = ([slot for slot in range(per_device) if slot not in used] for used in of_device)
-        return np.array([(mine + rest)[:size] for mine, rest in zip(of_device, others, strict=True)], np.int32)
-
-    def _batch_sizes(self) -> list[int]:
-        """Rows that a decode call may have on each device: powers of four, and all."""
-        sizes = itertools.takewhile(lambda size: size < self._table.per_device, (4**i for i in itertools.count()))
-        return [*sizes, self._table.per_device]
 
     def _run_tool(self, text: str):
         return self._tools.submit(self._tool, text)
@@ -382,18 +314,6 @@ class Engine:
         row[decode.N_FORCED] = len(forced)
         row[decode.N_COLUMNS : decode.N_COLUMNS + len(forced)] = forced
 
-    def _visible(self, tokens: int) -> int:
-        """How many old positions a call looks at: powers of two, so that there are few programs."""
-        if tokens == 0:
-            return 0
-        return min(max(SMALLEST_VISIBLE, 1 << (tokens - 1).bit_length()), _round_up(self.capacity, SMALLEST_VISIBLE))
-
-    def _visible_to_prompts(self, tokens: int) -> int:
-        """The same for a prompt's chunk, of which there are programs for each length too: powers of four."""
-        visible = self._visible(tokens)
-        odd = visible.bit_length() % 2 == 0
-        return self._visible(2 * visible) if visible and odd else visible
-
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Compiles every program this engine can need, so that nothing is compiled while it serves; returns how many.
 
@@ -403,38 +323,7 @@ class Engine:
         if self.live:
             raise RuntimeError("warm_up needs an idle engine")
         self._table.forget()
-        prefixes = range(self.capacity)
-        sizes = sorted({self._visible(n) for n in range(self.capacity + 1)})
-        lengths = sorted({_bucket(n) for n in range(1, min(PREFILL_CHUNK, max(1, self.capacity - 1)) + 1)})
-        chunks = [(v, n) for v in sorted({self._visible_to_prompts(n) for n in prefixes}) for n in lengths]
-        chunks = [(v, n) for v, n in chunks if n <= self._physical]
-        batches = [np.tile(np.arange(n, dtype=np.int32), self._devices) for n in self._batch_sizes()]
-        total, done = len(sizes) * (1 + len(batches)) + len(chunks), 0
-        progress(done, total)
-        pair = np.zeros((self._devices, 2), np.int32)
-        where = np.zeros((self._devices, 3), np.int32)
-        shared = np.zeros((self._devices, decode.N_SHARED + 2), np.int32)
-        before = decode.compiled_programs()
-        for visible in sizes:
-            self._storage = decode.copy_row(self._storage, pair, visible=visible, mesh=self._mesh)
-            done += 1
-            progress(done, total)
-            for chosen in batches:
-                rows = np.zeros((chosen.size, decode.N_COLUMNS + self.steps_per_call), np.int32)
-                _, self._storage = decode.decode(
-                    self.model, self.config, self._cast, self._storage, chosen, rows, shared,
-                    visible=visible, room=self.steps_per_call, logprobs=self._logprobs, mesh=self._mesh,
-                )  # fmt: skip
-                done += 1
-                progress(done, total)
-        for visible, length in chunks:
-            ids = np.zeros((self._devices, length), np.int32)
-            self._storage = decode.prefill(
-                self.model, self.config, self._cast, self._storage, ids, where, visible=visible, mesh=self._mesh
-            )
-            done += 1
-            progress(done, total)
-        return decode.compiled_programs() - before
+        return self._programs.warm_up(progress)
 
     # --- many samples of one prompt ---------------------------------------------------------------------------------
 
@@ -516,11 +405,3 @@ def _default_steps(config: gpt.GPTConfig) -> int:
     bytes_per_second = 25e9 if jax.default_backend() == "cpu" else 1.5e12
     seconds = gpt.num_params(config) * 4 / bytes_per_second
     return int(min(32, max(4, 0.05 / seconds)))
-
-
-def _bucket(n: int) -> int:
-    return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -110,7 +110,7 @@ def test_golden_tool_machine(tiny, case, steps):
     def scripted():
         """Scripts go by row, so row, slot and request must be one: a new engine, all of whose slots are decoded."""
         made = Engine(config, params, tokenizer, slots=4, capacity=128, steps_per_call=steps, model=ScriptedModel)
-        made._batch_sizes = lambda: [4]
+        made._programs.batch_sizes = lambda: [4]
         return made
 
     prompt, n, limit = case["prompt_tokens"], case["num_samples"], case["max_tokens"]
@@ -315,11 +315,11 @@ def test_nothing_is_compiled_after_warm_up(tiny):
 
 def test_the_storage_is_donated_and_never_copied(tiny):
     engine = Engine(tiny[0], tiny[1], None, slots=2, capacity=128, steps_per_call=4)
-    old = engine._storage
+    old = engine._programs.storage
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(old)]
     engine.generate_batch([1, 2, 3], num_samples=2, max_tokens=9)
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
-    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(engine._storage)] == pointers
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(engine._programs.storage)] == pointers
 
 
 def test_parameters_are_arguments_of_the_programs(tiny):

@@ -300,18 +300,19 @@ def test_devices_do_not_talk_to_each_other_and_nothing_is_copied(spread):
     chosen = np.tile(np.arange(B // 4, dtype=np.int32), 4)
     rows, shared = zeros((B, decode.N_COLUMNS + 4), np.int32), zeros((4, decode.N_SHARED + 2), np.int32)
     ids, where = zeros((4, 16), np.int32), zeros((4, 3), np.int32)
-    common = spread.model, spread.config, spread._cast, spread._storage
+    slots = spread._programs
+    common = spread.model, spread.config, slots.params, slots.storage
     programs: Any = decode
     texts = [
-        programs.decode.lower(*common, chosen, rows, shared, visible=64, room=4, mesh=spread._mesh).compile().as_text(),
-        programs._compute.lower(*common, ids, where, visible=64, mesh=spread._mesh).compile().as_text(),
+        programs.decode.lower(*common, chosen, rows, shared, visible=64, room=4, mesh=slots.mesh).compile().as_text(),
+        programs._compute.lower(*common, ids, where, visible=64, mesh=slots.mesh).compile().as_text(),
     ]
     for text in texts:
         for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
             assert collective not in text
-    pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(spread._storage) for s in x.addressable_shards]
+    pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(slots.storage) for s in x.addressable_shards]
     spread.generate_batch([1, 2, 3], num_samples=8, max_tokens=9)
-    after = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(spread._storage) for s in x.addressable_shards]
+    after = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(slots.storage) for s in x.addressable_shards]
     assert after == pointers
 
 

@@ -1,0 +1,161 @@
+"""The engine's device side: the slots' storage, the parameters as they are multiplied, and the calls that use them.
+
+What the host decides comes in as numbers of slots and tokens; what has to be rounded up, so that there are few compiled
+programs, is rounded up here. `decode` has the programs themselves.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from nanochat_jax import decode, sharding
+from nanochat_jax.kv_cache import KVSlots
+
+PREFILL_CHUNK = 512
+SMALLEST_BUCKET = 16
+SMALLEST_VISIBLE = 64
+
+
+class SlotPrograms:
+    """`slots` rows of `capacity` tokens, rounded up to a multiple of the devices; slots 0 .. per_device - 1 are on the
+    first device, and so on. `room`: the tokens of one decode call."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: Any,
+        slots: int,
+        capacity: int,
+        room: int,
+        logprobs: bool,
+        devices: Sequence[Any] | None,
+    ):
+        self.mesh = sharding.make_mesh(list(devices)) if devices is not None and len(devices) > 1 else None
+        self.devices = self.mesh.size if self.mesh is not None else 1
+        self.slots = _round_up(slots, self.devices)
+        self.per_device = self.slots // self.devices
+        self.room, self.capacity = room, capacity
+        self._model, self._config, self._logprobs = model, config, logprobs
+        # Every slot is a little longer than promised: padding of a prefill chunk and unused columns of a decode call
+        # are written too, and XLA would move such a write back over valid tokens rather than let it overhang.
+        self._physical = max(_round_up(capacity, SMALLEST_VISIBLE), capacity + max(room, SMALLEST_BUCKET))
+        shape = config.n_layer, self.slots, config.n_kv_head, self._physical, config.head_dim, config.dtype
+        place = None if self.mesh is None else sharding.named(self.mesh, sharding.rows_spec())
+        self.storage = KVSlots.create(*shape, sharding=place)
+
+    def set_params(self, params: Any) -> None:
+        """New parameters, cast and placed once: matmuls would cast the weights for every token."""
+        dtype = self._config.dtype
+        cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and dtype != np.float32 else x, params)
+        if self.mesh is not None:
+            cast = jax.device_put(cast, sharding.named(self.mesh, sharding.replicated_spec()))
+        self.params = cast
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first tokens of a slot into another one of the same device."""
+        pair = np.zeros((self.devices, 2), np.int32)
+        pair[target // self.per_device] = source % self.per_device, target % self.per_device
+        self.storage = decode.copy_row(self.storage, pair, visible=self._visible(tokens), mesh=self.mesh)
+
+    def prefill(self, turn: Sequence[tuple[int, int, Sequence[int]]]) -> tuple[int, list[int]]:
+        """One chunk of at most one prompt on each device: (slot, how much of it is there, the tokens to come).
+
+        Returns what it cost, in tokens, and how many tokens of each were taken.
+        """
+        begins = [begin for _, begin, _ in turn]
+        left = min(PREFILL_CHUNK, max(len(tokens) for *_, tokens in turn))
+        length = min(_bucket(left), 1 << ((self._physical - max(begins)).bit_length() - 1))
+        ids = np.zeros((self.devices, length), np.int32)
+        where = np.zeros((self.devices, 3), np.int32)
+        taken = []
+        for slot, begin, tokens in turn:
+            device, place = divmod(slot, self.per_device)
+            taken.append(min(length, len(tokens)))
+            ids[device, : taken[-1]] = tokens[: taken[-1]]
+            where[device] = place, begin, 1
+        self._prefill(ids, where, self._visible_to_prompts(max(begins)))
+        return length, taken
+
+    def _prefill(self, ids: np.ndarray, where: np.ndarray, visible: int) -> None:
+        self.storage = decode.prefill(
+            self._model, self._config, self.params, self.storage, ids, where, visible=visible, mesh=self.mesh
+        )
+
+    def choose(self, slots: Sequence[int]) -> np.ndarray:
+        """The slots that a call decodes, (devices, B) numbered on their device: those wanted, and as many others as
+        make B one of the few sizes there are programs for."""
+        wanted: list[list[int]] = [[] for _ in range(self.devices)]
+        for slot in slots:
+            wanted[slot // self.per_device].append(slot % self.per_device)
+        size = next(size for size in self.batch_sizes() if size >= max(map(len, wanted)))
+        if size == self.per_device:
+            return np.tile(np.arange(size, dtype=np.int32), (self.devices, 1))
+        others = ([slot for slot in range(self.per_device) if slot not in used] for used in wanted)
+        return np.array([(mine + rest)[:size] for mine, rest in zip(wanted, others, strict=True)], np.int32)
+
+    def batch_sizes(self) -> list[int]:
+        """Rows that a decode call may have on each device: powers of four, and all."""
+        sizes = itertools.takewhile(lambda size: size < self.per_device, (4**i for i in itertools.count()))
+        return [*sizes, self.per_device]
+
+    def decode(self, chosen: np.ndarray, rows: np.ndarray, shared: np.ndarray, longest: int) -> np.ndarray:
+        """One call over the chosen slots, of which the longest that matters holds `longest` tokens.
+
+        rows and shared as `decode.decode` wants them; returns what that does, one row per device.
+        """
+        return np.asarray(self._decode(chosen, rows, shared, self._visible(longest))).reshape(self.devices, -1)
+
+    def _decode(self, chosen, rows, shared, visible: int) -> jax.Array:
+        packed, self.storage = decode.decode(
+            self._model, self._config, self.params, self.storage, chosen.ravel(), rows, shared,
+            visible=visible, room=self.room, logprobs=self._logprobs, mesh=self.mesh,
+        )  # fmt: skip
+        return packed
+
+    def _visible(self, tokens: int) -> int:
+        """How many old positions a call looks at: powers of two, so that there are few programs."""
+        if tokens == 0:
+            return 0
+        return min(max(SMALLEST_VISIBLE, 1 << (tokens - 1).bit_length()), _round_up(self.capacity, SMALLEST_VISIBLE))
+
+    def _visible_to_prompts(self, tokens: int) -> int:
+        """The same for a prompt's chunk, of which there are programs for each length too: powers of four."""
+        visible = self._visible(tokens)
+        odd = visible.bit_length() % 2 == 0
+        return self._visible(2 * visible) if visible and odd else visible
+
+    def warm_up(self, progress: Callable[[int, int], None]) -> int:
+        """Compiles every program there can be need for, overwriting what the slots hold; returns how many."""
+        sizes = sorted({self._visible(n) for n in range(self.capacity + 1)})
+        lengths = sorted({_bucket(n) for n in range(1, min(PREFILL_CHUNK, max(1, self.capacity - 1)) + 1)})
+        beginnings = sorted({self._visible_to_prompts(n) for n in range(self.capacity)})
+        chunks = [(v, n) for v in beginnings for n in lengths if n <= self._physical]
+        batches = [np.tile(np.arange(n, dtype=np.int32), self.devices) for n in self.batch_sizes()]
+        total, done = len(sizes) * (1 + len(batches)) + len(chunks), itertools.count(1)
+        progress(0, total)
+        before = decode.compiled_programs()
+        shared = np.zeros((self.devices, decode.N_SHARED + 2), np.int32)
+        for visible in sizes:
+            self.storage = decode.copy_row(
+                self.storage, np.zeros((self.devices, 2), np.int32), visible=visible, mesh=self.mesh
+            )
+            progress(next(done), total)
+            for chosen in batches:
+                self._decode(chosen, np.zeros((chosen.size, decode.N_COLUMNS + self.room), np.int32), shared, visible)
+                progress(next(done), total)
+        for visible, length in chunks:
+            where = np.zeros((self.devices, 3), np.int32)
+            self._prefill(np.zeros((self.devices, length), np.int32), where, visible)
+            progress(next(done), total)
+        return decode.compiled_programs() - before
+
+
+def _bucket(n: int) -> int:
+    return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
