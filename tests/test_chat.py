@@ -519,6 +519,8 @@ def test_a_person_at_a_terminal(base_dir):
     assert "Try:" not in two.expect("User: "), "only the first time"
     two.type("\x10\x10\n")  # twice up in the history
     two.expect("nothing to undo")
+    two.expect("User: ")
+    time.sleep(0.3)  # until readline waits, the terminal itself would take Ctrl-D
     two.type("\x04")
     two.expect("Goodbye!")
     assert two.process.wait(10) == 0
