@@ -1,6 +1,6 @@
 """Processes killed at random moments, -9 and TERM, in every stage: resumed runs are bit-equal to uninterrupted ones.
 
-NANOCHAT_KILLS is the number of kills over all stages (default 16). A hundred take about half an hour of two cores.
+NANOCHAT_KILLS is the number of kills over all stages (default 16).
 """
 
 import hashlib
@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 TIMING = ("seconds", "tok_per_sec", "data_wait", "mfu")
 KILLS = max(1, int(os.environ.get("NANOCHAT_KILLS", "16")) // 4)  # a stage
 # A process that is killed has saved at least one step more, but for "early", and mostly not many more.
-STEPS = 12 + 4 * KILLS
+STEPS = 20 + 5 * KILLS
 COMMON = dict(device="cpu", device_batch_size=4, eval_tokens=1024, save_every=1, sample_every=0, run_name="r")
 STAGES = {
     "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, eval_every=10),
@@ -35,7 +36,8 @@ STAGES = {
     | dict(eval_every=10),
 }
 SOURCE = {"base": None, "mid": "base", "sft": "base", "rl": "sft"}
-# When: at any time after a step was saved; while a checkpoint is being written; at any time, also before the first step
+# When: at any time after a step was saved; while a checkpoint is being written; at any time from the first instruction
+# to a little after the usual time of the first save
 MOMENTS = ("between", "saving", "early")
 
 
@@ -100,15 +102,17 @@ def test_killed_at_any_moment_equals_uninterrupted(stage, parents):
         shutil.copytree(parents, home)
     finish(whole, stage, save_every=0)  # when it saves changes nothing
     run, rng = cut / "runs" / "r", random.Random(7)
-    inside_a_save = terminated = 0
+    inside_a_save = terminated = before_a_step = 0
+    ready = [5.0]  # seconds from a process's start to its first save
     for kill in range(KILLS):
         number = signal.SIGTERM if kill % 4 == 3 else signal.SIGKILL
         moment = MOMENTS[kill % 3]
-        process, before = start(cut, stage), newest(run)
+        began, process, before = time.monotonic(), start(cut, stage), newest(run)
         if moment == "early":
-            time.sleep(rng.random() * 8)
+            time.sleep(rng.random() * 1.2 * statistics.median(ready))
         else:
             wait_until(lambda before=before: newest(run) > before, process, cut)
+            ready.append(time.monotonic() - began)
             if moment == "saving":
                 wait_until(lambda: saving(run), process, cut)
             else:
@@ -119,6 +123,7 @@ def test_killed_at_any_moment_equals_uninterrupted(stage, parents):
         assert code in ((0, -number) if number == signal.SIGTERM else (-number,)), (cut / "log.txt").read_text()[-2000:]
         inside_a_save += saving(run)
         terminated += number == signal.SIGTERM and code == 0
+        before_a_step += newest(run) == before
         assert newest(run) < STEPS, f"the run ended after {kill + 1} kills: give it more steps"
     finish(cut, stage)
     assert result(cut) == result(whole)
@@ -126,7 +131,10 @@ def test_killed_at_any_moment_equals_uninterrupted(stage, parents):
     if KILLS >= 4:
         assert inside_a_save, "no kill hit a save: this test means nothing"
         assert terminated and "stopped by SIGTERM" in (cut / "log.txt").read_text()
-    print(f"{stage}: {KILLS} kills, {inside_a_save} of them during a save, {terminated} clean ends after TERM")
+    print(
+        f"{stage}: {KILLS} kills, {inside_a_save} of them during a save, {before_a_step} before anything was saved, "
+        f"{terminated} clean ends after TERM; first save after {statistics.median(ready):.1f} s; bit-equal"
+    )
 
 
 @pytest.mark.slow

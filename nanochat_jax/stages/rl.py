@@ -11,7 +11,7 @@ import numpy as np
 from nanochat_jax import checkpoint, rollouts, sharding
 from nanochat_jax.cli import flag
 from nanochat_jax.engine import Engine
-from nanochat_jax.evals.chat import evaluate_generative
+from nanochat_jax.evals.chat import evaluate_generative, longest_prompt
 from nanochat_jax.loss import token_statistics
 from nanochat_jax.plan import PlanError
 from nanochat_jax.schedules import linear_to_zero
@@ -107,7 +107,8 @@ def _train(settings: RlSettings, folder: Path, parent: Parent, mesh) -> Outcome:
     steps = settings.num_iterations
     if steps <= 0:
         steps = max(1, len(task) // settings.examples_per_step * settings.num_epochs)
-    longest = max(len(tokenizer.render_for_completion(t[i])) for t in (task, val) for i in range(len(t)))
+    asked = min(len(task), steps * settings.examples_per_step)  # not all of them: there may be a hundred thousand
+    longest = max(longest_prompt(tokenizer, task, asked), longest_prompt(tokenizer, val, settings.eval_examples))
     T = -(-(longest + settings.max_new_tokens) // 64) * 64
     rows = settings.examples_per_step * settings.num_samples
     print(

@@ -10,12 +10,16 @@ version (the generated world does not). A document belongs to "train" or "val" b
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
+import platform
 import re
 import sysconfig
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from nanochat_jax.paths import data_dir, sha256_hex, write_atomic
 from nanochat_jax.world.chance import SPLITS, side
 
 MODULES = (
@@ -84,12 +88,15 @@ def _topics(root: Path) -> Iterator[str]:
 
 def _docstrings(root: Path) -> Iterator[str]:
     for module in MODULES:
-        path = root / f"{module}.py"
-        if not path.is_file():
-            path = root / module / "__init__.py"  # modules that later Pythons made into packages
-        if not path.is_file():
-            continue  # and those that later Pythons dropped: the list is for several versions
-        yield from _docstrings_below(ast.parse(path.read_text(encoding="utf-8")))
+        path = _source(root, module)
+        if path is not None:
+            yield from _docstrings_below(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _source(root: Path, module: str) -> Path | None:
+    """The file of a module, which later Pythons may have made into a package; None where they have dropped it."""
+    places = root / f"{module}.py", root / module / "__init__.py"
+    return next((path for path in places if path.is_file()), None)
 
 
 def _docstrings_below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
@@ -104,7 +111,30 @@ def _docstrings_below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.As
 
 @lru_cache(maxsize=1)
 def _all_documents() -> tuple[str, ...]:
+    """The prose of this Python. Reading it out of the sources takes two seconds, so it is kept in the base directory,
+    under a name that changes with the sources and with this file."""
     root = Path(sysconfig.get_path("stdlib"))
+    sources = [root / "pydoc_data" / "topics.py", *filter(None, (_source(root, module) for module in MODULES))]
+    facts = [[str(path), *_size_and_time(path)] for path in sources]
+    key = sha256_hex(json.dumps([platform.python_version(), facts]).encode(), Path(__file__).read_bytes())
+    name = f"python-prose-{key[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(json.loads((data_dir() / name).read_text(encoding="utf-8")))
+    out = _read_documents(root)
+    with contextlib.suppress(OSError):  # a full or read-only disk: the next process reads the sources again
+        write_atomic(data_dir() / name, json.dumps(out))
+    return out
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        facts = path.stat()
+    except OSError:
+        return 0, 0
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _read_documents(root: Path) -> tuple[str, ...]:
     seen: set[str] = set()
     out: list[str] = []
     gathered: list[str] = []
