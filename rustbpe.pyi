@@ -1,6 +1,6 @@
 """Byte-pair encoding in Rust: train on a stream of texts, encode to lists or straight into NumPy arrays.
 
-And two kernels that have nothing to do with it: this is the project's only compiled module.
+And three kernels that have nothing to do with it: this is the project's only compiled module.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,6 +26,12 @@ def decode_attention() -> object | None:
 
     Arguments q (n, H, D), old keys and values (n, S, D), new keys and values (n, R, D), int32 start (b,), filled (),
     window () (negative: none); result (n, H, D). None where the processor has no AVX2.
+    """
+
+def keep_largest() -> object | None:
+    """The custom call `keep_largest`: float32 x (b, n) with all but the k (b,) int32 largest of each row at -infinity.
+
+    Where equals compete the first ones stay. None where the processor has no AVX2.
     """
 
 class Tokenizer:

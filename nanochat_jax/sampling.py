@@ -6,11 +6,14 @@ count). Nothing is static, so no combination of settings recompiles, and a batch
 an all-greedy batch is one maximum.
 
 Written for XLA on CPU as much as for GPUs. There, `argmax` of 8 x 65,536 logits takes 2.4 ms and `top_k` 89 ms (it
-sorts); a maximum and a search for its index take 0.3 ms, and the k-th largest is found by bisecting its bits.
+sorts); a maximum and a search for its index take 0.3 ms, and the k-th largest is found by bisecting its bits, or by a
+kernel of our own (`rustbpe/src/largest.rs`).
 """
 
 import jax
 import jax.numpy as jnp
+
+from nanochat_jax import cpu_kernels
 
 _LANES = 256  # vocabularies are folded to rows of this many: reductions over the rows use the whole vector unit
 
@@ -91,6 +94,19 @@ def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 def _keep_largest(folded: jax.Array, k: jax.Array) -> jax.Array:
     """All but the k (B,) largest logits of each row set to -inf; the lower id wins a tie. Exact for every k."""
+    if not cpu_kernels.available("keep_largest"):
+        return _bisect(folded, k)
+    return jax.lax.platform_dependent(folded, k, cpu=_kernel, default=_bisect)
+
+
+def _kernel(folded: jax.Array, k: jax.Array) -> jax.Array:
+    flat = folded.reshape(k.shape[0], -1)
+    out = jax.ShapeDtypeStruct(flat.shape, flat.dtype)
+    return jax.ffi.ffi_call("keep_largest", out)(flat, k).reshape(folded.shape)
+
+
+def _bisect(folded: jax.Array, k: jax.Array) -> jax.Array:
+    """`_keep_largest` in plain JAX."""
     # as integers in the order of the floats, so that the k-th largest can be found bit by bit
     bits = jax.lax.bitcast_convert_type(folded + 0.0, jnp.int32)  # + 0.0: -0.0 ties with 0.0
     keys = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))

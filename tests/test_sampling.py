@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import sampling
+from nanochat_jax import cpu_kernels, sampling
 from tests.tokenizer_fixtures import golden
 
 N = 5000
@@ -76,6 +76,23 @@ def test_ties_at_the_edge_of_top_k_keep_exactly_k(top_k):
     seen = np.flatnonzero(frequencies(row, n=N, top_k=top_k))
     expected = sorted({50, *[i for i in range(100) if i != 50][: top_k - 1]})
     assert seen.tolist() == expected
+
+
+@pytest.mark.parametrize("find", [sampling._bisect, sampling._kernel], ids=["plain JAX", "kernel"])
+@pytest.mark.parametrize("V", [200, 256, 5000])
+def test_the_k_largest_are_those_that_a_stable_sort_puts_first(find, V):
+    if find is sampling._kernel and not cpu_kernels.available("keep_largest"):
+        pytest.skip("the kernel cannot run here")
+    rng = np.random.default_rng(V)
+    k = np.array([1, 2, 50, V - 1, V, V + 3, 7], np.int32)
+    logits = rng.normal(size=(len(k), V)).astype(np.float32) * 4
+    logits[1::2] = logits[1::2].round()  # many ties, 0.0 with -0.0 among them
+    kept = np.full_like(logits, -np.inf)
+    for row, best in enumerate(np.argsort(-logits, axis=-1, kind="stable")):
+        kept[row, best[: k[row]]] = logits[row, best[: k[row]]]
+    found = jax.jit(find)(sampling._fold(jnp.asarray(logits)), jnp.asarray(k)).reshape(len(k), -1)
+    np.testing.assert_array_equal(found[:, :V], kept)
+    assert np.all(found[:, V:] == -np.inf)
 
 
 @pytest.mark.parametrize("top_p,top_k,temperature", [(0.5, 0, 1.0), (0.9, 0, 0.7), (0.99, 40, 1.3), (1e-6, 0, 1.0)])

@@ -1,6 +1,7 @@
 //! The kernels as custom calls of XLA on CPU: what arrays each takes.
 
 use crate::attend::Attention;
+use crate::largest::Largest;
 use crate::skinny::{MAX_ROWS, Product};
 use crate::vector::Isa;
 use crate::xla::{CallFrame, Error, handle};
@@ -69,5 +70,31 @@ fn attention(frame: &CallFrame) -> Result<Attention, &'static CStr> {
         let arrays = (q, old_keys, old_values, new_keys, new_values, y);
         Attention::new(isa, arrays, (n, heads, dim, old, new), start, *filled, *window, frame.threads())
             .ok_or(c"decode_attention: more tokens are said to be valid than the arrays hold")
+    }
+}
+
+/// Arguments x (b, n) float32 and k (b,) int32; result (b, n): the k largest of each row, else -infinity. See `largest`.
+///
+/// # Safety
+/// For XLA alone to call.
+pub unsafe extern "C" fn keep_largest(frame: *mut CallFrame) -> Error {
+    unsafe { handle(frame, largest) }
+}
+
+fn largest(frame: &CallFrame) -> Result<Largest, &'static CStr> {
+    let wrong = c"keep_largest wants float32 x (b, n), int32 k (b,) and y (b, n)";
+    if frame.arity().ok_or(OTHER_XLA)? != (2, 1) {
+        return Err(wrong);
+    }
+    let (x, [rows, n]) = frame.argument(0).ok_or(wrong)?;
+    let (k, [rows_of_k]) = frame.argument::<i32, 1>(1).ok_or(wrong)?;
+    let (y, y_shape) = frame.result(0).ok_or(wrong)?;
+    if rows_of_k != rows || y_shape != [rows, n] {
+        return Err(wrong);
+    }
+    // SAFETY: XLA's arrays have the shapes it says and live until the call returns; a result is no argument.
+    unsafe {
+        let k = std::slice::from_raw_parts(k, rows).to_vec();
+        Ok(Largest::new(x, y, n, k, frame.threads()))
     }
 }

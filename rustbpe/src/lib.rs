@@ -1,4 +1,4 @@
-//! What nanochat_jax has in Rust, as a Python extension module: byte-pair encoding, a trainer and an encoder, and two
+//! What nanochat_jax has in Rust, as a Python extension module: byte-pair encoding, a trainer and an encoder, and three
 //! kernels for the decoder on CPU.
 //!
 //! - `unicode`, `fast_split`, `split`: cutting text into pieces
@@ -6,7 +6,8 @@
 //! - `words`, `train`: the merge loop
 //! - `vocab`, `cache`, `encode`: text to tokens
 //! - `huge`, `prefetch`: kindness to the memory system
-//! - `vector`, `parts`, `skinny`, `attend`: a few rows times a large matrix, and attention of one token per row
+//! - `vector`, `parts`, `skinny`, `attend`, `largest`: a few rows times a large matrix, attention of one token per row,
+//!   the k largest of a row
 //! - `xla`, `custom_calls`: the same as custom calls of XLA
 //! - `python`: the Python class and function; nothing else knows Python
 
@@ -20,6 +21,7 @@ pub mod error;
 pub mod fast_split;
 mod huge;
 pub mod key;
+pub mod largest;
 pub mod parts;
 mod prefetch;
 mod python;

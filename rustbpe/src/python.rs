@@ -405,12 +405,19 @@ fn decode_attention(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
     custom_call(py, custom_calls::decode_attention)
 }
 
+#[pyfunction]
+fn keep_largest(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
+    custom_call(py, custom_calls::keep_largest)
+}
+
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
     use super::Tokenizer;
     #[pymodule_export]
     use super::decode_attention;
+    #[pymodule_export]
+    use super::keep_largest;
     #[pymodule_export]
     use super::skinny_matmul;
     #[pymodule_export]
