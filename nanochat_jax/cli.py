@@ -14,6 +14,7 @@ flag's last value wins. A mistake ends the process with status 2 and one line on
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import textwrap
 import types
@@ -197,13 +198,24 @@ def _fail(message: str) -> NoReturn:
 
 
 def _help(flags: dict[str, _Flag], description: str) -> str:
-    lines = [*textwrap.wrap(description, 100), ""] if description else []
+    lines = [*_paragraphs(description), ""] if description.strip() else []
     for spec in flags.values():
         short = f"-{spec.short}, " if spec.short else ""
         lines.append(f"  {short}--{spec.name}={_hint(spec)}")
         default = "required" if spec.default is dataclasses.MISSING else f"default {spec.shown(spec.default)}"
         lines += textwrap.wrap(f"{spec.help} ({default})" if spec.help else f"({default})", 92, **_INDENT)
     return "\n".join(lines)
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Lines of a module's docstring for a terminal: paragraphs wrapped anew, but as they are written where lines are
+    indented or set in columns (commands with their explanations)."""
+    lines: list[str] = []
+    for block in re.split(r"\n\s*\n", text.strip()):
+        written = block.splitlines()
+        as_it_is = any(line.startswith(" ") or "   " in line for line in written)
+        lines += ["", *(written if as_it_is else textwrap.wrap(block, 100))]
+    return lines[1:]
 
 
 _INDENT: dict[str, Any] = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}

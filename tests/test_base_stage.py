@@ -2,9 +2,17 @@
 
 import random
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, metrics
+from nanochat_jax import checkpoint, gpt, metrics, sharding
+from nanochat_jax.data.rows import build_rows
+from nanochat_jax.data.text import FileDocuments
+from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.loss import token_nll
+from nanochat_jax.stages.common import held_out
 from nanochat_jax.stages.launch import main
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -58,6 +66,22 @@ def test_one_run_then_every_rule_of_going_on(base, capsys):
     assert train(base, resume=False, num_iterations=1) == 0
     assert checkpoint.steps(run.with_name("r.old1"))[-1] == 6
     assert checkpoint.steps(run) == [1]
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batch_size(base):
+    tokenizer = Tokenizer.load()
+    rows = build_rows(FileDocuments(base / "text.txt", "all"), tokenizer, 16, split="val", max_rows=33)
+    config = GPTConfig.from_depth(1, tokenizer.vocab_size, 16)
+    params = gpt.init(config, jax.random.key(0))
+    params = jax.tree.map(lambda a: a + jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) / 9, params)
+    tokens = np.stack([rows[i] for i in range(33)]).astype(np.int32)
+    nats = np.asarray(token_nll(config, params, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])))
+    sizes = tokenizer.token_bytes()[tokens[:, 1:]]
+    bits = nats[sizes > 0].sum() / sizes.sum() / np.log(2)
+    for mesh in (sharding.make_mesh(jax.devices()[:1]), sharding.make_mesh()):
+        for size in (1, 4):  # on 8 devices 33 rows leave a last batch that is not full
+            found = held_out(config, rows, size, tokenizer, mesh)(params)
+            assert found == {"val_loss": pytest.approx(nats.mean(), rel=1e-5), "val_bpb": pytest.approx(bits, rel=1e-5)}
 
 
 def test_mistakes_name_the_flag_and_the_remedy(base, capsys):

@@ -106,7 +106,7 @@ def _train(settings: BaseSettings, folder: Path, tokenizer: Tokenizer, plan: Bas
     open_run(folder, settings, tokenizer)
     train_rows, val_rows = make_rows(source, tokenizer, plan, settings.eval_tokens)
     rows_per_step = plan.total_batch_size // plan.max_seq_len
-    bits = held_out(config, val_rows, settings.device_batch_size, None, tokenizer, mesh)
+    bits = held_out(config, val_rows, settings.device_batch_size, tokenizer, mesh)
     recipe = Recipe(
         stage="base",
         settings=settings,

@@ -124,7 +124,7 @@ def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Le
                 RowLoader(train_rows, rows_per_step, shuffle=False), step, accumulation, mesh
             ),
             evaluations=(
-                Evaluation(held_out(config, val_rows, rows, None, tokenizer, mesh), settings.eval_every),
+                Evaluation(held_out(config, val_rows, rows, tokenizer, mesh), settings.eval_every),
                 *lesson.evaluations(parent, distributed.local_mesh(mesh)),
             ),
             sample=greedy_sampler(config, tokenizer, prompts, ANSWER),
