@@ -10,13 +10,16 @@ Starts `python -m scripts.serve` in a process of its own and talks to it over HT
   engine of one slot, which shows what idle slots cost;
 * requests cancelled at random: slots and queue empty afterwards, and how the server's memory grows.
 
-Streams are completions of `--tokens` tokens. A trained model may end some of them earlier; only whole ones are compared
-with each other (if fewer than three are, all of them, by their time per token). Needs httpx (`pip install '.[dev]'`).
+Streams are completions of up to `--tokens` tokens; a trained model may end some earlier. Each client asks for the next
+as soon as it has one, so there are always as many streams as is said; the server's own count of tokens is read before
+and after `--seconds` of that, or as long as every client takes for one more answer. The clients share the machine with
+the server: they are written against sockets, because an HTTP library would take more of it than the server does.
 The last line of the output is one JSON object.
 """
 
 import asyncio
 import contextlib
+import http.client
 import json
 import math
 import os
@@ -28,12 +31,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from nanochat_jax import cli, paths
 from nanochat_jax.cli import flag
@@ -50,7 +51,8 @@ class Settings:
     streams: int = flag(32, "concurrent streams")
     slots: int | None = flag(None, "the server's slots; default: as many as streams")
     tokens: int = flag(128, "tokens per stream")
-    rounds: int = flag(3, "how often the streams run; the median counts")
+    rounds: int = flag(3, "how often one stream and all of them are measured, in turn; the median counts")
+    seconds: float = flag(5.0, "how long each time")
     cancels: int = flag(1000, "requests to cancel at random, 0 = leave that out")
     seed: int = flag(0, "of the cancellations")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
@@ -99,17 +101,17 @@ def events(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line[6:])
 
 
-def load_figures(streams: Sequence[Stream], wall: float) -> dict[str, float]:
-    """Throughput and fairness of streams that ran together for `wall` seconds."""
+def fairness(streams: Sequence[Stream]) -> dict[str, float]:
+    """How evenly streams that ran together were served."""
     longest = max(s.tokens for s in streams)
     whole = [s.seconds for s in streams if s.tokens == longest]
     times = whole if len(whole) >= 3 else [s.per_token for s in streams]
     return {
-        "tok_per_sec": sum(s.tokens for s in streams) / wall,
         "first_median_sec": statistics.median(s.first for s in streams),
         "first_max_sec": max(s.first for s in streams),
         "stream_median_sec": statistics.median(s.seconds for s in streams),
         "slowest_to_median": max(times) / statistics.median(times),
+        "streams_measured": len(streams),
         "whole_streams": len(whole),
     }
 
@@ -191,12 +193,17 @@ class HealthWatch:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        with httpx.Client(timeout=30) as client:
-            while not self._stop.is_set():
-                began = time.perf_counter()
-                client.get(self._address + "/health").raise_for_status()
-                self.times.append(time.perf_counter() - began)
-                time.sleep(self._every)
+        connection = http.client.HTTPConnection(self._address.removeprefix("http://"), timeout=30)
+        while not self._stop.is_set():
+            began = time.perf_counter()
+            connection.request("GET", "/health")
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    raise RuntimeError(f"/health: status {response.status}")
+                response.read()
+            self.times.append(time.perf_counter() - began)
+            time.sleep(self._every)
+        connection.close()
 
     def __enter__(self) -> "HealthWatch":
         self._thread.start()
@@ -208,6 +215,45 @@ class HealthWatch:
 
 
 # --- the clients ------------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """One kept-alive HTTP/1.1 connection to the server, opened when it is first needed."""
+
+    def __init__(self, address: str):
+        self._host, _, port = address.removeprefix("http://").rpartition(":")
+        self._port = int(port)
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+    async def request(self, method: str, path: str, data: bytes = b"") -> AsyncGenerator[bytes]:
+        """The pieces of the answer's body. A request that is dropped half-way closes the connection."""
+        reader, writer = self._streams = self._streams or await asyncio.open_connection(self._host, self._port)
+        whole = False
+        try:
+            head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
+            writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+            headers = dict(line.split(": ", 1) for line in lines[1:] if line)
+            if "chunked" in headers.get("transfer-encoding", ""):
+                while size := int(await reader.readuntil(b"\r\n"), 16):
+                    piece = (await reader.readexactly(size + 2))[:-2]
+                    if " 200 " in lines[0]:
+                        yield piece
+                await reader.readexactly(2)
+            else:
+                piece = await reader.readexactly(int(headers["content-length"]))
+                if " 200 " not in lines[0]:
+                    raise RuntimeError(f"{lines[0]}: {piece[:300]!r}")
+                yield piece
+            whole = True
+        finally:
+            if not whole:
+                self.close()
 
 
 def body(number: int, tokens: int) -> dict[str, Any]:
@@ -222,16 +268,17 @@ def body(number: int, tokens: int) -> dict[str, Any]:
     }
 
 
-async def stream(client: httpx.AsyncClient, number: int, tokens: int) -> Stream:
+async def stream(connection: Connection, number: int, tokens: int) -> Stream:
     """Runs one stream to its end."""
     began = time.perf_counter()
-    first, usage, reason = None, None, None
-    async with client.stream("POST", "/v1/completions", json=body(number, tokens)) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"status {response.status_code}: {(await response.aread())[:300]!r}")
-        async for line in response.aiter_lines():
-            for event in events([line]):
-                first = first or time.perf_counter()
+    first, usage, reason, held = None, None, None, b""
+    async with contextlib.aclosing(
+        connection.request("POST", "/v1/completions", json.dumps(body(number, tokens)).encode())
+    ) as pieces:
+        async for piece in pieces:
+            first = first or time.perf_counter()
+            *lines, held = (held + piece).split(b"\n")
+            for event in events([line.decode() for line in lines]):
                 usage = event.get("usage") or usage
                 if event.get("choices"):
                     reason = event["choices"][0].get("finish_reason") or reason
@@ -241,13 +288,73 @@ async def stream(client: httpx.AsyncClient, number: int, tokens: int) -> Stream:
     return Stream((first or ended) - began, ended - began, usage["completion_tokens"], reason)
 
 
-async def together(address: str, n: int, tokens: int, numbers: Iterator[int]) -> tuple[list[Stream], float]:
-    """n streams at once; (each of them, seconds until the last had ended)."""
-    limits = httpx.Limits(max_connections=n + 1)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
-        began = time.perf_counter()
-        streams = await asyncio.gather(*(stream(client, next(numbers), tokens) for _ in range(n)))
-        return streams, time.perf_counter() - began
+async def alone(address: str, tokens: int, number: int) -> Stream:
+    """One stream with nothing beside it, on a connection that is open already."""
+    connection = Connection(address)
+    async for _ in connection.request("GET", "/health"):
+        pass
+    try:
+        return await stream(connection, number, tokens)
+    finally:
+        connection.close()
+
+
+async def generated(address: str) -> float:
+    """How many tokens the server has generated so far."""
+    connection = Connection(address)
+    try:
+        text = b"".join([piece async for piece in connection.request("GET", "/metrics")]).decode()
+    finally:
+        connection.close()
+    return metric(text, "nanochat_generated_tokens_total")
+
+
+async def crowd(
+    address: str, n: int, tokens: int, numbers: Iterator[int], seconds: float
+) -> tuple[list[Stream], float]:
+    """n streams at any time; (those that began and ended in the time that was measured, tokens per second)."""
+    measuring = over = False
+    warm, done = asyncio.Barrier(n + 1), asyncio.Barrier(n + 1)
+    inside: list[Stream] = []
+
+    async def one() -> None:
+        connection = Connection(address)
+        background: list[asyncio.Task] = []
+
+        def arrive(barrier: asyncio.Barrier) -> None:  # the others are not waited for
+            background.append(asyncio.ensure_future(barrier.wait()))
+
+        await stream(connection, next(numbers), tokens)  # connections, caches, the mix of lengths
+        arrive(warm)
+        measured = False
+        while not over:
+            counts = measuring
+            found = await stream(connection, next(numbers), tokens)
+            if counts and not over:
+                inside.append(found)
+                if not measured:
+                    arrive(done)
+                measured = True
+        connection.close()
+        await asyncio.gather(*background)
+
+    clients = asyncio.gather(*(one() for _ in range(n)))
+
+    async def all_of(barrier: asyncio.Barrier) -> None:
+        waiting = asyncio.ensure_future(barrier.wait())
+        await asyncio.wait([waiting, clients], return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
+            clients.result()  # a client failed: raises what it did
+
+    await all_of(warm)
+    measuring, before, began = True, await generated(address), time.perf_counter()
+    await asyncio.sleep(seconds)
+    await all_of(done)
+    rate = (await generated(address) - before) / (time.perf_counter() - began)
+    over = True
+    await clients
+    return inside, rate
 
 
 async def cancel_many(
@@ -260,33 +367,34 @@ async def cancel_many(
     left, done = iter(enumerate(plan)), 0
     ended = {"cancelled": 0, "finished": 0}
 
-    async def client_loop(client: httpx.AsyncClient) -> None:
+    async def client_loop() -> None:
         nonlocal done
+        connection = Connection(address)
         for number, (length, seconds) in left:
             try:
-                await asyncio.wait_for(stream(client, number, length), seconds)
+                await asyncio.wait_for(stream(connection, number, length), seconds)
                 ended["finished"] += 1
             except TimeoutError:
                 ended["cancelled"] += 1
             done += 1
             tick(done)
+        connection.close()
 
-    limits = httpx.Limits(max_connections=at_once + 1)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
-        await asyncio.gather(*(client_loop(client) for _ in range(at_once)))
+    await asyncio.gather(*(client_loop() for _ in range(at_once)))
     return ended
 
 
 async def settled(address: str, within: float = 10.0) -> dict[str, float]:
     """Slots busy and requests queued, once both are zero or after `within` seconds."""
     deadline = time.monotonic() + within
-    async with httpx.AsyncClient(base_url=address, timeout=30) as client:
-        while True:
-            text = (await client.get("/metrics")).text
-            found = {"busy": metric(text, "nanochat_slots_busy"), "queued": metric(text, "nanochat_queue_length")}
-            if not any(found.values()) or time.monotonic() > deadline:
-                return found
-            await asyncio.sleep(0.05)
+    connection = Connection(address)
+    while True:
+        text = b"".join([piece async for piece in connection.request("GET", "/metrics")]).decode()
+        found = {"busy": metric(text, "nanochat_slots_busy"), "queued": metric(text, "nanochat_queue_length")}
+        if not any(found.values()) or time.monotonic() > deadline:
+            connection.close()
+            return found
+        await asyncio.sleep(0.05)
 
 
 class Bare:
@@ -329,24 +437,20 @@ def measure(s: Settings, run: str | None) -> dict[str, Any]:
         return asyncio.run(work)  # type: ignore[arg-type]
 
     with Server(run, slots, s.device) as server:
-        go(together(server.address, s.streams, 16, numbers))  # connections, caches, everything once
-        alone, crowd, health = [], [], []
+        singles, crowds, health = [], [], []
         for n in range(s.rounds):
-            singles: list[Stream] = []
-            for _ in range(4):  # their lengths differ where the model ends by itself
-                singles += go(together(server.address, 1, s.tokens, numbers))[0]
-            alone.append(load_figures(singles, sum(one.seconds for one in singles))["tok_per_sec"])
+            singles.append(go(crowd(server.address, 1, s.tokens, numbers, s.seconds))[1])
             with HealthWatch(server.address) as watch:
-                many, wall = go(together(server.address, s.streams, s.tokens, numbers))
-            crowd.append(figures := load_figures(many, wall))
+                streams, rate = go(crowd(server.address, s.streams, s.tokens, numbers, s.seconds))
+            crowds.append(figures := {"tok_per_sec": rate} | fairness(streams))
             health += watch.times
             say(
-                f"round {n + 1}/{s.rounds}: one stream {alone[-1]:,.0f} tok/s, {s.streams} streams "
-                f"{figures['tok_per_sec']:,.0f} tok/s, slowest/median {figures['slowest_to_median']:.2f}"
+                f"round {n + 1}/{s.rounds}: one stream {singles[-1]:,.0f} tok/s, {s.streams} streams {rate:,.0f} "
+                f"tok/s, slowest/median {figures['slowest_to_median']:.2f}"
             )
-        result["one_tok_per_sec"] = statistics.median(alone)
-        for key in crowd[0]:
-            result[f"many_{key}"] = statistics.median(figures[key] for figures in crowd)
+        result["one_tok_per_sec"] = statistics.median(singles)
+        for key in crowds[0]:
+            result[f"many_{key}"] = statistics.median(figures[key] for figures in crowds)
         result["throughput_ratio"] = result["many_tok_per_sec"] / result["one_tok_per_sec"]
         result["health_p99_ms"] = 1e3 * percentile(health, 99)
         result["health_requests"] = len(health)
@@ -358,7 +462,7 @@ def measure(s: Settings, run: str | None) -> dict[str, Any]:
         http, rates = [], {n: [] for n in pairs}
         for _ in range(max(5, s.rounds)):
             number = next(numbers)
-            (one,), _ = go(together(server.address, 1, s.tokens, iter([number])))
+            one = go(alone(server.address, s.tokens, number))
             http.append(one.tokens / one.seconds)
             for n, bare in pairs.items():
                 same = bare.stream(number, s.tokens)
@@ -389,7 +493,7 @@ def measure(s: Settings, run: str | None) -> dict[str, Any]:
             result["cancel"]["health_p99_ms"] = 1e3 * percentile(watch.times, 99)
             later = memory[len(memory) // 2 :]  # the first half fills caches
             result["cancel"]["rss_bytes_per_request"] = slope([n for n, _ in later], [m for _, m in later])
-            (after,), _ = go(together(server.address, 1, s.tokens, numbers))
+            after = go(alone(server.address, s.tokens, next(numbers)))
             result["cancel"]["answers_afterwards"] = after.tokens > 0
     return result
 

@@ -128,13 +128,13 @@ def test_events_are_read():
     assert list(serve_load.events(lines)) == [{"a": 1}]
 
 
-def test_load_figures_and_verdicts():
+def test_fairness_and_verdicts():
     streams = [serve_load.Stream(0.1 * i, 2.0, 20, "length") for i in range(1, 4)]
     streams.append(serve_load.Stream(0.4, 3.0, 10, "stop"))
-    figures = serve_load.load_figures(streams, wall=3.5)
-    assert figures["tok_per_sec"] == 70 / 3.5 and figures["first_max_sec"] == 0.4
+    figures = serve_load.fairness(streams)
+    assert figures["first_max_sec"] == 0.4 and figures["streams_measured"] == 4
     assert figures["slowest_to_median"] == 1.0 and figures["whole_streams"] == 3, "whole streams only"
-    assert serve_load.load_figures(streams[1:], wall=3.5)["slowest_to_median"] == pytest.approx(3), "per token"
+    assert serve_load.fairness(streams[1:])["slowest_to_median"] == pytest.approx(3), "per token"
     result = {"throughput_ratio": 4.0, "many_slowest_to_median": 2.1, "health_p99_ms": 3.0, "http_to_bare": 0.8,
               "http_to_bare_one_slot": 0.9}  # fmt: skip
     said = serve_load.verdicts({**result, "cancel": {"busy": 0.0, "queued": 1.0, "rss_bytes_per_request": 3.2}})
