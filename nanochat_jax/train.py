@@ -8,12 +8,9 @@ A step that must not be learnt from (see `incidents.py`) leaves the state as it 
 held back by the device itself, so that the state is still the same when the host sees what happened.
 """
 
-import os
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from jax.experimental import multihost_utils
 from nanochat_jax import auto_batch, checkpoint, devices, distributed, incidents, metrics
 from nanochat_jax.progress import Clock, Progress, Smoothed
 from nanochat_jax.saving import Saver
+from nanochat_jax.stopping import Interrupted, Stop, stop_on_signals
 from nanochat_jax.train_step import TrainState
 from nanochat_jax.watchdog import HungError, Watchdog
 
@@ -146,7 +144,12 @@ class _Loop:
                             break
                         if batches is None and job.batches is not None:
                             batches = job.batches(step)
-                        self._one_step(step, batches)
+                        try:
+                            batch, extra = self._next_batch(step, batches, stop)
+                        except Interrupted as signal:
+                            self._stop(step, evaluated=True, why=str(signal))
+                            break
+                        self._one_step(step, batch, extra)
                     except HungError as error:
                         self._save_what_is_left(step)
                         raise HungError(f"{error}; {self._last_good()}. The same command goes on from there.") from None
@@ -162,7 +165,7 @@ class _Loop:
                 self.watchdog.step_begins(n)
                 with self.watchdog.busy():
                     self.saver.close()
-                return Outcome(self.state, not stop or int(self.state.step) == n, self.results)
+                return Outcome(self.state, not stop.name or int(self.state.step) == n, self.results)
         except Exception:
             self.saver.give_up()
             raise
@@ -171,7 +174,7 @@ class _Loop:
                 batches.close()  # pyright: ignore[reportAttributeAccessIssue]
             self.log.close()
 
-    def _between_steps(self, step: int, stop: list[str]) -> bool:
+    def _between_steps(self, step: int, stop: Stop) -> bool:
         """Evaluates, samples and saves what is due before the update of `step`; False if there is to be none."""
         job, last, resumed = self.job, step == self.job.num_iterations, step == self.start and self.evaluated
         evals_now = [] if resumed else [e for e in job.evaluations if last or _eval_due(step, e)]
@@ -179,15 +182,12 @@ class _Loop:
         sample_now = not resumed and (last or before or (step > 0 and _due(step, job.sample_every)))
         save_now = last or (step > self.start and _due(step, job.save_every))
         stopped = stop_requested(stop, step)
-        # all of them, and a rollout, need the numbers of the step before
-        if stopped or evals_now or sample_now or save_now or job.rollout is not None:
-            self._settle()
         if stopped:
-            with self.watchdog.busy():
-                self._save(step, evaluated=resumed)
-                self.saver.close()
-            self.progress.say(f"stopped by {stopped} at step {step}; saved. The same command goes on from here.")
+            self._stop(step, evaluated=resumed, why=stopped)
             return False
+        # all of them, and a rollout, need the numbers of the step before
+        if evals_now or sample_now or save_now or job.rollout is not None:
+            self._settle()
         if evals_now:
             began = time.perf_counter()
             with self.watchdog.busy():
@@ -206,20 +206,34 @@ class _Loop:
                 self._save(step, evaluated=True)
         return not last
 
-    def _one_step(self, step: int, batches: Iterator[Batch] | None) -> None:
+    def _stop(self, step: int, evaluated: bool, why: str) -> None:
+        """Ends the run before the update of `step`, with a checkpoint to go on from."""
+        self._settle()
+        with self.watchdog.busy():
+            self.saver.close()
+            if not distributed.agree(step in checkpoint.steps(self.job.run)):
+                self._save(step, evaluated)
+                self.saver.close()
+        self.progress.say(f"stopped by {why} at step {step}; saved. The same command goes on from here.")
+
+    def _next_batch(self, step: int, batches: Iterator[Batch] | None, stop: Stop) -> tuple[Batch, dict[str, float]]:
+        """The batch of `step`, and numbers to log with it. Raises Interrupted when a signal ends the wait for it."""
         job = self.job
-        extra: dict[str, float] = {}
         if job.rollout is not None:
             self.clock.restart()
             rollout = job.rollout(job.local(self.state.params), step)
-            batch, extra = rollout.batch, rollout.numbers
             if rollout.transcripts:
                 self.log.write({"kind": "transcripts", "step": step, "samples": rollout.transcripts})
-        else:
-            assert batches is not None, "a job has either batches or rollouts"
-            self.clock.wait_begins()
+            return rollout.batch, rollout.numbers
+        assert batches is not None, "a job has either batches or rollouts"
+        self.clock.wait_begins()
+        with stop.ends_this():
             batch = next(batches)
-            self.clock.wait_ends()
+        self.clock.wait_ends()
+        return batch, {}
+
+    def _one_step(self, step: int, batch: Batch, extra: dict[str, float]) -> None:
+        job = self.job
         placed, limits = job.place(batch), self.level.limits(step)
         if self.compiled is None:  # once, ahead of time: a changed shape later is an error, not a silent recompile
             with self.watchdog.busy():
@@ -316,10 +330,10 @@ def _limits_if_kept(kept: jax.Array, limits: jax.Array) -> jax.Array:
     return jnp.where(kept > 0, limits, incidents.HELD)
 
 
-def stop_requested(stop: list[str], step: int) -> str:
+def stop_requested(stop: Stop, step: int) -> str:
     """The signal that asks all processes to stop before this step, or ""."""
     if not distributed.several():
-        return stop[0] if stop else ""
+        return stop.name
     return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
 
 
@@ -356,31 +370,3 @@ def _last_results(records: list[dict]) -> dict[str, float]:
         if record["kind"] == "eval":
             results.update({k: v for k, v in record.items() if k not in ("kind", "step", "seconds")})
     return results
-
-
-@contextmanager
-def stop_on_signals():
-    """A list that becomes non-empty (the signal's name) on SIGTERM or the first Ctrl-C; the second Ctrl-C raises.
-
-    With several processes, JAX listens to SIGTERM and brings all of them to the same step; Ctrl-C is sent on to it.
-    """
-    stop: list[str] = []
-
-    def request(number, frame):
-        if stop and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.append(signal.Signals(number).name)
-        if distributed.several():
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    previous = {}
-    try:
-        for number in (signal.SIGINT,) if distributed.several() else (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, request)
-    except ValueError:  # not the main thread: signals are the caller's business
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,6 +1,10 @@
 """Pretraining as a user starts it: flags, errors with remedies, resume rules. Small model, eight simulated devices."""
 
+import os
 import random
+import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +13,14 @@ import pytest
 
 from nanochat_jax import checkpoint, gpt, metrics, sharding
 from nanochat_jax.data.rows import build_rows
+from nanochat_jax.data.shards import Shard, ShardList
 from nanochat_jax.data.text import FileDocuments
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loss import token_nll
 from nanochat_jax.stages.common import held_out
 from nanochat_jax.stages.launch import main
 from nanochat_jax.tokenizer import Tokenizer
+from tests.web_server import WebServer
 
 WORDS = "the a cat dog sun moon walks sings sees under over river tree red blue and then she he".split()
 
@@ -57,7 +63,7 @@ def test_one_run_then_every_rule_of_going_on(base, capsys):
     error = capsys.readouterr().err
     assert "matrix_lr: 0.02 -> 0.01" in error and "--run_name" in error and "--resume=False" in error
 
-    Tokenizer.train(corpus(2), 290).save(base / "base" / "tokenizer")
+    Tokenizer.train(corpus(2), 300).save(base / "base" / "tokenizer")
     assert train(base) == 1
     error = capsys.readouterr().err
     assert "tokenizer" in error and str(run) in error
@@ -82,6 +88,26 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(base):
         for size in (1, 4):  # on 8 devices 33 rows leave a last batch that is not full
             found = held_out(config, rows, size, tokenizer, mesh)(params)
             assert found == {"val_loss": pytest.approx(nats.mean(), rel=1e-5), "val_bpb": pytest.approx(bits, rel=1e-5)}
+
+
+def test_sigterm_while_the_first_text_is_fetched(base, capsys):
+    folder, server = base / "shards", WebServer()
+    folder.mkdir()
+    server.files, server.plan = {"shard_00000.parquet": bytes(100)}, [{"stall": 10}]
+    shards = [Shard(f"shard_0000{i}.parquet", 100, "0" * 64) for i in range(2)]
+    ShardList(server.url, tuple(shards), shards[0].name).save(folder)
+    timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        began = time.monotonic()
+        assert train(base, data=folder) == 0 and server.requests, "it was waiting"
+        assert time.monotonic() - began < 3 + 2
+    finally:
+        timer.cancel()
+        server.close()
+    assert "stopped by SIGTERM" in capsys.readouterr().out
+    assert not checkpoint.steps(checkpoint.run_dir("r"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_mistakes_name_the_flag_and_the_remedy(base, capsys):

@@ -117,25 +117,48 @@ def test_resume_gives_the_same_records_and_state(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_return_and_the_rest_is_identical(tmp_path, number):
+@pytest.mark.parametrize("moment", ["waiting for the batch of step 5", "in step 4"])
+def test_signals_save_and_return_and_the_rest_is_identical(tmp_path, number, moment):
     whole = fit(job(tmp_path / "whole"), fresh())
 
     def with_signal(start):
         for i, batch in enumerate(batches(start)):
-            if start + i == 5:
+            if start + i == 5 and moment.startswith("waiting"):
                 os.kill(os.getpid(), number)
             yield batch
 
-    stopped = fit(job(tmp_path / "cut", batches=with_signal), fresh())
+    def schedule(step):  # of the step whose numbers are read
+        if step == 4 and moment.startswith("in"):
+            os.kill(os.getpid(), number)
+        return {}
+
+    stopped = fit(job(tmp_path / "cut", batches=with_signal, schedule=schedule), fresh())
     assert not stopped.finished
     step = checkpoint.steps(tmp_path / "cut")[-1]
-    assert step == int(stopped.state.step) == 6
+    assert step == int(stopped.state.step) == (5 if moment.startswith("waiting") else 6)
     state, evaluated = resumed(tmp_path / "cut")
     again = fit(job(tmp_path / "cut"), state, evaluated)
     assert again.finished and again.results == whole.results
     np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers must be put back"
+
+
+def test_a_wait_for_data_is_ended_by_sigterm_and_nothing_is_saved_twice(tmp_path, capfd, monkeypatch):
+    def never(start):
+        for i, batch in enumerate(batches(start)):
+            if start + i == 5:
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                threading.Event().wait(20)
+            yield batch
+
+    began = time.monotonic()
+    assert not fit(job(tmp_path, batches=never), fresh()).finished
+    assert time.monotonic() - began < 10 and checkpoint.steps(tmp_path)[-1] == 5
+    assert "stopped by SIGTERM at step 5" in capfd.readouterr().out
+    state, evaluated = resumed(tmp_path)
+    monkeypatch.setattr(checkpoint, "begin_save", lambda *a, **k: pytest.fail("step 5 is saved already"))
+    assert not fit(job(tmp_path, batches=never), state, evaluated).finished
 
 
 def test_a_finished_run_does_nothing_when_started_again(tmp_path):

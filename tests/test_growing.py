@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.streamed import ShardDocuments
 from nanochat_jax.data.text import CallableDocuments
 from nanochat_jax.data.web import FetchError, OfflineError
+from nanochat_jax.stopping import Interrupted, stop_on_signals
 from tests.test_rows import contents, document, slow_stream
 from tests.tokenizer_fixtures import golden_tokenizer
 from tests.web_server import WebServer
@@ -234,6 +236,28 @@ CHILD = textwrap.dedent("""
 def child(server, tmp_path, start=0):
     command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), server.url, str(start)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True)
+
+
+def test_a_signal_ends_the_wait_for_text(server, tmp_path):
+    server.plan = [{}, {}, {"stall": 10}, {"stall": 10}]
+    grown = grow(server, tmp_path, workers=1)
+    signalled = []
+
+    def signal_us():
+        signalled.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with stop_on_signals() as stop:
+        batches = RowLoader(grown, 12, seed=5).iterate(0)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            for step in range(1000):
+                if step == 20:
+                    threading.Timer(1.0, signal_us).start()
+                with stop.ends_this():
+                    next(batches)
+        batches.close()
+        grown.close()
+    assert time.monotonic() - signalled[0] < 1 and stop.name == "SIGTERM"
 
 
 def test_killed_and_gone_on_and_two_at_once(server, tmp_path):

@@ -277,7 +277,8 @@ def _fill(
 
     if limit is not None and writer.rows >= limit:  # interrupted between the last shard and the manifest
         return _facts(writer, start["now"])
-    with contextlib.closing(read_ahead(_batches(documents, batch["document"]))) as batches:
+    stop = getattr(documents, "stop", lambda: None)  # of documents that may be waited for
+    with contextlib.closing(read_ahead(_batches(documents, batch["document"]), stop)) as batches:
         for texts, repairs in batches:
             encoded, _ = tokenizer.encode_to_numpy(texts, num_threads)
             recent.append(now)
@@ -360,8 +361,11 @@ def _plus(before: dict[str, Any], since: TextStats) -> dict[str, Any]:
     return total.as_dict()
 
 
-def read_ahead(items: Iterable[Any]) -> Generator[Any, None, None]:
-    """The same items, the next one being made in a thread while the caller works on this one."""
+def read_ahead(items: Iterable[Any], stop: Callable[[], None] = lambda: None) -> Generator[Any, None, None]:
+    """The same items, the next one being made in a thread while the caller works on this one.
+
+    Closing it waits for the item at hand; ``stop``, called then, may hurry that up.
+    """
     waiting: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
@@ -395,4 +399,5 @@ def read_ahead(items: Iterable[Any]) -> Generator[Any, None, None]:
             yield value
     finally:
         stopped.set()
+        stop()
         thread.join()

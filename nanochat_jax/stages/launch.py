@@ -9,6 +9,7 @@ from typing import Any
 
 import nanochat_jax
 from nanochat_jax import cli, devices, watchdog
+from nanochat_jax.stopping import Interrupted, signals_raise
 
 # stage -> settings class and its variant for the demo, in the stage's module
 STAGES = {
@@ -29,7 +30,10 @@ def main(argv: list[str]) -> int:
     settings_type = getattr(module, STAGES[stage][cli.is_set("demo", rest)])
     settings = cli.parse(settings_type, rest, f"python -m scripts.train --stage={stage}: {module.__doc__}")
     try:
-        module.run(settings)
+        with signals_raise():
+            module.run(settings)
+    except Interrupted as signal:
+        print(f"stopped by {signal} outside of training; nothing to save. The same command goes on from here.")
     except devices.DeviceError as error:
         print(f"error: {error}", file=sys.stderr)
         return devices.NO_USABLE_GPU
