@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import rustbpe
 from nanochat_jax import cpu_kernels
 
-LARGE = 1 << 18  # entries of a matrix from which on the kernel is faster; smaller ones stay in the cache
+# The kernel is faster for matrices from so many entries on (smaller ones stay in the cache), or from so many products.
+LARGE = 1 << 18
+MANY = 1 << 21
 
 
 @jax.custom_vjp
@@ -29,7 +31,8 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _product(x, kernel):
     rows = math.prod(x.shape[:-1])
     # one row is a product with a vector, which XLA does at full speed
-    eligible = rows > 1 and kernel.size >= LARGE and x.dtype == kernel.dtype == jnp.float32
+    large = kernel.size >= LARGE or rows * kernel.size >= MANY
+    eligible = rows > 1 and large and x.dtype == kernel.dtype == jnp.float32
     if eligible and cpu_kernels.available("skinny_matmul") and rows <= rustbpe.skinny_rows():
         flat = x.reshape(rows, x.shape[-1])
         y = jax.lax.platform_dependent(flat, kernel, cpu=_skinny, default=jnp.matmul)

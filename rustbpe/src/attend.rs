@@ -163,8 +163,8 @@ mod x86 {
             for head in 0..a.heads {
                 let at = (problem * a.heads + head) * a.dim;
                 let (before, after) = scores.split_at_mut(n_old);
-                dots::<V>(a.q.add(at), keys[0].0, a.dim, before);
-                dots::<V>(a.q.add(at), keys[1].0, a.dim, after);
+                dots::<V>(a.q.add(at), keys[0].0, values[0].0, a.dim, before);
+                dots::<V>(a.q.add(at), keys[1].0, values[1].0, a.dim, after);
                 let most = scores.iter().fold(f32::NEG_INFINITY, |most, &score| most.max(score));
                 let mut total = 0.0;
                 for score in scores.iter_mut() {
@@ -176,13 +176,16 @@ mod x86 {
         }
     }
 
-    /// scores[j] = q . keys[j]
+    /// scores[j] = q . keys[j], while the values, which are needed next, are on their way from memory
     #[inline(always)]
-    unsafe fn dots<V: Vector>(q: *const f32, keys: *const f32, dim: usize, scores: &mut [f32]) {
+    unsafe fn dots<V: Vector>(q: *const f32, keys: *const f32, values: *const f32, dim: usize, scores: &mut [f32]) {
         let whole = dim / V::LANES * V::LANES;
         for (block, scores) in scores.chunks_mut(KEYS).enumerate() {
             unsafe {
                 let keys = keys.add(block * KEYS * dim);
+                for line in (0..scores.len() * dim).step_by(16) {
+                    _mm_prefetch::<_MM_HINT_T1>(values.add(block * KEYS * dim + line).cast());
+                }
                 let mut sums = [V::splat(0.0); KEYS];
                 for d in (0..whole).step_by(V::LANES) {
                     let q = V::load(q.add(d));
