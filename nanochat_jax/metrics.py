@@ -1,8 +1,8 @@
 """The run's numbers: `metrics.jsonl` always, other sinks on request.
 
 Kinds of records: "session" (a process began or went on training: when, on what, with which versions), "train" (one a
-step), "skip" (instead, for a step that was not learnt from), "eval", "sample", "transcripts" (of rollouts). All have
-the step; a resumed run drops what it will write again.
+step), "skip" (instead, for a step that was not learnt from), "eval", "sample", "transcripts" (of rollouts), "incident"
+(memory ran out, or a step hung). All have the step; a resumed run drops what it will write again.
 
 A sink can be slow, hang or raise without stopping or slowing the run: records go through a bounded queue to a daemon
 thread, and a sink that fails is reported once and dropped.
@@ -96,10 +96,10 @@ def read(path: Path) -> list[dict]:
 
 def rewind(path: Path, step: int, keep_eval: bool) -> None:
     """Drops what a resumed run will write again: training records from `step` on, and evaluations after `step` (the
-    one at `step` too, unless `keep_eval`). What is known of the sessions stays."""
+    one at `step` too, unless `keep_eval`). What is known of the sessions and of incidents stays."""
 
     def kept(record):
-        if record["kind"] == "session" or record["step"] < step:
+        if record["kind"] in ("session", "incident") or record["step"] < step:
             return True
         return keep_eval and record["step"] == step and record["kind"] not in ("train", "skip", "transcripts")
 

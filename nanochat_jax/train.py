@@ -132,7 +132,7 @@ class _Loop:
             with (
                 stop_on_signals() as stop,
                 Progress(n, self.start) as self.progress,
-                Watchdog(job.hang_timeout) as self.watchdog,
+                Watchdog(job.hang_timeout, noted=self._note_hang) as self.watchdog,
             ):
                 if self.start < n:
                     self.log.write({"kind": "session", "step": self.start, **devices.session()})
@@ -156,6 +156,8 @@ class _Loop:
                     except jax.errors.JaxRuntimeError as error:
                         if not auto_batch.is_out_of_memory(error):
                             raise
+                        rows = job.meta.get("settings", {}).get("device_batch_size")
+                        self.log.write({"kind": "incident", "step": step, "what": "out of memory", "rows": rows})
                         with self.watchdog.busy():
                             self._save_what_is_left(step)
                         what = str(error).splitlines()[0]
@@ -317,6 +319,9 @@ class _Loop:
         if at not in checkpoint.steps(self.job.run):
             self._save(at, evaluated=False)
         self.saver.close()
+
+    def _note_hang(self, step: int, waited: float) -> None:
+        self.log.write({"kind": "incident", "step": step, "what": "hang", "seconds": waited})
 
     def _last_good(self) -> str:
         self.saver.close()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 HUNG = 4  # exit code
 FACTOR = 20.0  # a step may always take this many times the median
@@ -27,11 +27,18 @@ class Watchdog:
     A step may take `limit_s` seconds, or FACTOR times the median step if that is longer; 0 watches nothing. When it
     takes longer, all stacks go to stderr, and HungError is raised in the main thread where that waits in Python (for
     data, a lock, a file), so that it can still save. After GRACE_S the process ends with status HUNG in any case.
+    `noted` is called with the step and the seconds it waited, in a thread.
     """
 
     def __init__(
-        self, limit_s: float, grace_s: float = GRACE_S, poll_s: float = 1.0, end: Callable[[int], object] = os._exit
+        self,
+        limit_s: float,
+        grace_s: float = GRACE_S,
+        poll_s: float = 1.0,
+        end: Callable[[int], object] = os._exit,
+        noted: Callable[[int, float], object] = lambda step, waited: None,
     ):
+        self._noted = noted
         self.limit_s, self._grace_s, self._poll_s, self._end = limit_s, grace_s, min(poll_s, max(limit_s, 0.01)), end
         self._seconds: deque[float] = deque(maxlen=50)
         self._since = time.monotonic()
@@ -102,6 +109,8 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        with suppress(Exception):  # a full disk, for instance: the process has to end all the same
+            self._noted(self._step, waited)
         if self._wakes and self._main is not None:
             signal.pthread_kill(self._main, signal.SIGUSR1)
             if self._stop.wait(self._grace_s):

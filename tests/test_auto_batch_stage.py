@@ -99,6 +99,8 @@ def test_a_memory_that_runs_out_halves_the_batch_and_goes_on(train, whole, monke
     assert "ran out of memory at step 3" in out and "Going on with --device_batch_size=1" in out
     assert f"from step {2 if donated else 3}" in out
     assert losses(name) == pytest.approx(whole, abs=2e-6)  # accumulation: the same step
+    noted = [r for r in metrics.read(checkpoint.run_dir(name) / "metrics.jsonl") if r["kind"] == "incident"]
+    assert noted == [{"kind": "incident", "step": 3, "what": "out of memory", "rows": 2}]
 
 
 def test_memory_that_never_suffices_ends_with_the_remedy(train, monkeypatch, capsys):

@@ -312,6 +312,9 @@ def test_a_step_that_hangs_leaves_a_checkpoint_and_says_where_it_hangs(tmp_path,
     whole = fit(job(tmp_path / "whole"), fresh())
     np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
     assert [r["step"] for r in numbers(tmp_path) if r["kind"] == "train"] == list(range(10))
+    records = metrics.read(tmp_path / "metrics.jsonl")
+    (noted,) = [r for r in records if r["kind"] == "incident"]  # for the report; a resumed run keeps it
+    assert (noted["step"], noted["what"]) == (7, "hang") and noted["seconds"] > 1
 
 
 def test_errors_of_the_data_reach_the_caller_and_nothing_saved_is_lost(tmp_path):

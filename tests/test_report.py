@@ -287,6 +287,25 @@ def test_a_single_step_and_values_that_are_no_numbers(base):
     assert summary_rows(Page((base / "report" / "report.html").read_text()))["bits per byte"][0] == "inf"
 
 
+def test_skipped_steps_and_incidents_are_shown(base):
+    folder = make_run("one", "base", 40, evaluations=False)
+    with open(folder / "metrics.jsonl", "a") as f:
+        for step in range(10, 17):
+            why = f"loss nan, gradient norm {step}" if step < 16 else EVIL
+            f.write(json.dumps({"kind": "skip", "step": step, "loss": "nan", "grad_norm": "nan", "reason": why}) + "\n")
+        f.write('{"kind": "incident", "step": 1200, "what": "out of memory", "rows": 32}\n')
+        f.write('{"kind": "incident", "step": 12, "what": "hang", "seconds": 601.5}\n')
+    write(ReportSettings())
+    pages = [(base / "report" / name).read_text() for name in ("report.html", "report.md")]
+    for text in ["".join(Page(pages[0]).text), pages[1]]:
+        assert "10 (loss nan, gradient norm 10), " in text and "14 (loss nan, gradient norm 14) and 2 more" in text
+        assert "at step 1,200 with 32 rows a device" in text and "12 (nothing for 10m02s)" in text
+    assert pages[0].count("stroke-dasharray") >= 7, "a mark on the loss curve for each"
+    make_run("two", "base", 40, evaluations=False)
+    write(ReportSettings(runs="two"))
+    assert "skipped steps" not in (base / "report" / "report.html").read_text(), "no trouble, no line"
+
+
 def test_no_run_and_unknown_runs_are_errors_that_say_what_to_do(base, capsys):
     assert main([]) == 1
     error = capsys.readouterr().err

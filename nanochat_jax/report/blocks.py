@@ -69,6 +69,8 @@ class Plot:
     title: str
     series: Sequence[Series]
     x_label: str = "step"
+    marks: Sequence[float] = ()  # steps with a vertical line, named in the legend
+    marks_name: str = ""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class Run:
     samples: list[dict] = field(default_factory=list)
     sessions: list[dict] = field(default_factory=list)
     transcripts: list[dict] = field(default_factory=list)
+    skips: list[dict] = field(default_factory=list)  # steps that were not learnt from
+    incidents: list[dict] = field(default_factory=list)  # memory that ran out, steps that hung
     kept: dict[int, dict[str, Result]] = field(default_factory=dict)  # results of scripts.eval: step -> task -> result
     tokenizer: dict[str, Any] = field(default_factory=dict)  # what tokenizer.json says of its training
 
@@ -127,6 +129,8 @@ def load_run(name: str) -> Run:
         saved,
         **sorted_out,
         transcripts=records.get("transcripts", []),
+        skips=records.get("skip", []),
+        incidents=records.get("incident", []),
         kept=_evaluations(folder),
         tokenizer=_tokenizer(folder),
     )

@@ -21,6 +21,7 @@ from nanochat_jax.report.blocks import Dots, Plot, Series, number  # noqa: E402
 
 COLORS = ("#3f86e0", "#e2792b", "#2f9e6e", "#a465d6", "#cf4a63", "#8a8f98")
 MAX_POINTS = 400
+MAX_MARKS = 100
 _INK, _GRID = "#010203", "#040506"  # stand-ins that no series uses, replaced in the finished SVG
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # real text: small, selectable, in the page's font
@@ -70,10 +71,13 @@ def plot_svg(plot: Plot) -> str:
         axes = figure.subplots()
         for color, series in zip(COLORS * (len(plot.series) // len(COLORS) + 1), plot.series, strict=False):
             _draw(axes, series, color)
+        for i, x in enumerate(plot.marks[:MAX_MARKS]):
+            label = plot.marks_name if i == 0 else None
+            axes.axvline(x, color=COLORS[4], linewidth=0.8, alpha=0.7, linestyle=(0, (3, 2)), label=label)
         axes.set_xlabel(plot.x_label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.margins(x=0.02)
-        if len(plot.series) > 1:
+        if len(plot.series) > 1 or plot.marks:
             axes.legend(fontsize=8, labelcolor=_INK)
         return _svg(figure, plot.title)
 

@@ -28,6 +28,7 @@ TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetu
 _PACE = {"seconds", "tok_per_sec", "mfu", "data_wait"}
 _FIRST = {"loss": "loss", "lr_multiplier": "learning rate (share of its peak)", "grad_norm": "gradient norm"}
 MAX_QUOTES = 4
+MAX_TROUBLES = 5
 
 
 def stage_section(run: Run, label: str, parent: Run | None) -> Section:
@@ -79,7 +80,23 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("waiting for data", f"{100 * statistics.fmean(waits):.2f} % of the time"))
     if len(run.sessions) > 1:
         facts.append(("sessions", f"{len(run.sessions)} (continued {count_of(len(run.sessions) - 1, 'time')})"))
-    return facts
+    return facts + _troubles(run)
+
+
+def _troubles(run: Run) -> list[tuple[str, str]]:
+    """A line for each kind of trouble the run had."""
+    rows = lambda r: f" with {r['rows']} rows a device" if r.get("rows") else ""  # noqa: E731
+    waited = lambda r: f" (nothing for {duration(r['seconds'])})" if "seconds" in r else ""  # noqa: E731
+    kinds = {
+        "skipped steps": [f"{r['step']:,} ({clean(r.get('reason', 'no reason kept'))})" for r in run.skips],
+        "out of memory": [f"at step {r['step']:,}{rows(r)}" for r in run.incidents if r.get("what") == "out of memory"],
+        "hung steps": [f"{r['step']:,}{waited(r)}" for r in run.incidents if r.get("what") == "hang"],
+    }
+    return [(name, f"{len(found):,}: {_some(found)}") for name, found in kinds.items() if found]
+
+
+def _some(texts: list[str]) -> str:
+    return ", ".join(texts[:MAX_TROUBLES]) + (f" and {len(texts) - MAX_TROUBLES:,} more" * (len(texts) > MAX_TROUBLES))
 
 
 def _first_to_last(values: list[float]) -> str:
@@ -100,7 +117,8 @@ def _plots(run: Run) -> list[Plot]:
         for k, v in r.items()
         if k not in {"kind", "step", *_PACE, *_FIRST} and isinstance(v, int | float) and not isinstance(v, bool)
     )
-    plots = [Plot("loss", [Series("loss", *curve(run.train, "loss"), kind="noisy")])]
+    skips = [float(r["step"]) for r in run.skips]
+    plots = [Plot("loss", [Series("loss", *curve(run.train, "loss"), kind="noisy")], marks=skips, marks_name="skipped")]
     plots += _eval_plots(run)
     if passes := [k for k in extra if PASS_AT.fullmatch(k)]:
         series = [Series(k, *curve(run.train, k), kind="noisy") for k in passes]
