@@ -90,8 +90,9 @@ class SlotTable:
         elif 2 * best.shared < self.held(in_place):  # another conversation with the same beginning: leave it there
             target = self._beside(in_place, free)
             best = Seat(in_place if target is None else target, in_place, best.shared)
+        beginning = list(prompt[:WORTH_SHARING])
         for slot, occupant in enumerate(self.requests):
-            if occupant is None:
+            if occupant is None or occupant.prompt[:WORTH_SHARING] != beginning:
                 continue
             common = _common(wanted, np.array(occupant.prompt[:-1], np.int64))
             if common >= WORTH_SHARING and common > best.shared and (target := self._beside(slot, free)) is not None:
@@ -109,7 +110,9 @@ _EMPTY = np.zeros(0, np.int64)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common beginning."""
+    """Length of the common beginning; 0 where it is not `WORTH_SHARING` (found out a hundred times a request)."""
+    if len(b) < WORTH_SHARING or a[:WORTH_SHARING].tobytes() != b[:WORTH_SHARING].tobytes():
+        return 0
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     return int(differs.argmax()) if differs.any() else n
