@@ -55,6 +55,18 @@ def no_network():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compile_cache(tmp_path_factory) -> Path:
+    """One folder for what the tests compile: the workers and the processes that tests start find it there again."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compile_cache"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder with the numbers produced by the reference system."""

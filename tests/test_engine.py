@@ -296,8 +296,14 @@ def test_parameters_can_be_swapped_between_requests(tiny, engine):
     assert compiled_programs() == before
 
 
-def test_nothing_is_compiled_after_warm_up(tiny):
-    warm = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=3, capacity=300, steps_per_call=4)
+@pytest.mark.parametrize("model", ["scripted", pytest.param("real", marks=pytest.mark.slow)])
+def test_nothing_is_compiled_after_warm_up(tiny, model):
+    """Which programs there are depends on lengths and rows only, so a model that compiles quickly shows it too."""
+    config, params = tiny
+    other: dict[str, Any] = {}
+    if model == "scripted":
+        params, other = ScriptedModel.params(CASES["scripted"][0]), {"model": ScriptedModel}
+    warm = Engine(config, params, golden_tokenizer(), slots=3, capacity=300, steps_per_call=4, **other)
     assert warm.warm_up() > 0
     before = compiled_programs()
     rng = np.random.default_rng(0)
