@@ -50,9 +50,20 @@ show() {
   printf '\n'
 }
 
+# Ctrl-C or SIGTERM ends the command at hand, which saves first, and then the script: what follows needs its results.
+# Commands run in the background, so that a signal to the script alone reaches them at once.
+running=
+stopped=
+stop() {
+  stopped=$1
+  if [ "$running" ]; then kill -TERM "$running" 2>/dev/null || true; fi
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
 # step TITLE COMMAND...: runs a command and says how long it took, or only shows it.
 step() {
-  local title=$1 began=$SECONDS
+  local title=$1 began=$SECONDS status
   shift
   if [ "$plan_only" ]; then
     printf '%s:\n ' "$title"
@@ -60,7 +71,19 @@ step() {
     return
   fi
   printf '\n=== %s\n' "$title"
-  "$@"
+  "$@" <&0 &
+  running=$!
+  while true; do # a signal to this script ends `wait`, not the command
+    status=0
+    wait "$running" || status=$?
+    kill -0 "$running" 2>/dev/null || break
+  done
+  running=
+  if [ "$stopped" ]; then
+    echo "=== $title: stopped. To go on, run the same again."
+    exit "$stopped"
+  fi
+  [ "$status" -eq 0 ] || exit "$status"
   local took=$((SECONDS - began))
   printf '=== %s: %d min %02d s\n' "$title" $((took / 60)) $((took % 60))
 }

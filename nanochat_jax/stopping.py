@@ -59,10 +59,17 @@ def stop_on_signals() -> Iterator[Stop]:
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise Interrupted meanwhile: for what comes before and after training."""
+    """The first SIGTERM or Ctrl-C raises Interrupted meanwhile: for what comes before and after training. The second
+    Ctrl-C raises KeyboardInterrupt."""
+    asked = False
 
     def request(number: int, frame: object) -> None:
-        raise Interrupted(signal.Signals(number).name)
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not asked:
+            asked = True
+            raise Interrupted(signal.Signals(number).name)
 
     with _handling((signal.SIGINT, signal.SIGTERM), request):
         yield

@@ -121,7 +121,8 @@ def test_a_step_says_how_long_it_took_and_a_failure_ends_the_run(tmp_path):
     """The script's own `step`, cut out of it."""
     text = SCRIPT.read_text(encoding="utf-8")
     functions = "\n".join(re.search(rf"^{name}\(\) \{{.*?^\}}", text, re.M | re.S)[0] for name in ("show", "step"))  # pyright: ignore[reportOptionalSubscript]
-    run = f"set -euo pipefail\nplan_only=\n{functions}\nstep 'a nap' sleep 1\nstep wrong false\necho not reached"
+    run = f"set -euo pipefail\nplan_only= running= stopped=\n{functions}\n"
+    run += "step 'a nap' sleep 1\nstep wrong false\necho not reached"
     done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
     assert re.search(r"=== a nap: 0 min 0[12] s", done.stdout)
     assert done.returncode == 1 and "not reached" not in done.stdout

@@ -1,0 +1,153 @@
+"""The d20 preset run for real on a CPU, as far as pretraining, with tiny flags and shards from a release local hub."""
+
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax import checkpoint, metrics
+from nanochat_jax.data.shards import DEFAULT_REPO
+from nanochat_jax.world import demo_documents
+from tests.web_server import WebServer
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN_SHARDS, FIRST, STEPS = 14, 8, 60
+# more text than the first shards have
+FLAGS = dict(depth=1, max_seq_len=64, device_batch_size=16, total_batch_size=8192, num_iterations=STEPS, device="cpu")
+FLAGS |= dict(eval_tokens=1024, eval_every=0, sample_every=0, save_every=5)
+# The tests' own Python, which makes a smaller tokenizer of less text than the script says
+PYTHON = f"""#!/bin/sh
+for argument; do
+  shift
+  case $argument in
+    --max_chars=*) argument=--max_chars=700000 ;;
+    --vocab_size=*) argument=--vocab_size=1000 ;;
+  esac
+  set -- "$@" "$argument"
+done
+exec {shlex.quote(sys.executable)} "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> dict[str, bytes]:
+    """Made of lines of the demo world's text as a user makes them; no shard has less than 1,024 documents."""
+    folder = tmp_path_factory.mktemp("shards")
+    lines = (line for text in demo_documents("train", 10**7) for line in text.splitlines() if line)
+    texts = [json.dumps({"text": line}) for line in itertools.islice(lines, (TRAIN_SHARDS + 1) * 1024)]
+    (folder / "text.jsonl").write_text("\n".join(texts))
+    command = [sys.executable, "dev/repackage_data.py", f"--data={folder / 'text.jsonl'}", f"--out={folder / 'out'}"]
+    subprocess.run([*command, "--shard_chars=1000"], cwd=ROOT, check=True, timeout=120)
+    found = {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.parquet"))}
+    assert TRAIN_SHARDS <= len(found) - 1 <= TRAIN_SHARDS + 1
+    return found
+
+
+class Hub(WebServer):
+    """A hub whose shards after the first ones come once `release` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.release = threading.Event()
+
+
+@pytest.fixture
+def hub(shards):
+    """The list of files with checksums, and the files."""
+    server = Hub()
+    entries = [
+        {"type": "file", "path": name, "size": len(data), "lfs": {"oid": hashlib.sha256(data).hexdigest()}}
+        for name, data in shards.items()
+    ]
+    server.publish_json(f"/api/datasets/{DEFAULT_REPO}/tree/main", entries)
+    server.files.update(shards)
+    real = server._answer
+
+    def answer(handler):
+        if handler.path.rpartition("/")[2] in sorted(shards)[FIRST:-1]:
+            server.requests.append((handler.path, {}))
+            server.release.wait()
+        real(handler)
+
+    server._answer = answer
+    yield server
+    server.release.set()
+    server.close()
+
+
+@pytest.fixture
+def speedrun(tmp_path, hub):
+    """Starts the script; its environment is the tests' own, and said to be complete."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    sources = "cat pyproject.toml constraints.txt rustbpe/Cargo.* rustbpe/src/*.rs | cksum | tr ' ' -"
+    made_of = subprocess.run(["bash", "-c", sources], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "venv" / ".nanochat_setup").write_text(f"{made_of.strip()} . cuda12\n")
+    env = {k: v for k, v in os.environ.items() if k not in ("WANDB_RUN", "MAX_PROBLEMS", "PRICE_PER_HOUR", "XLA_FLAGS")}
+    env |= {"PRESET": "d20", "VENV": str(tmp_path / "venv"), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    env |= {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+    def start(log: Path) -> subprocess.Popen:
+        flags = [f"--base.{k}={v}" for k, v in FLAGS.items()]
+        with open(log, "w") as file:
+            return subprocess.Popen(["bash", "speedrun_jax.sh", *flags], cwd=ROOT, env=env, stdout=file, stderr=file)
+
+    return start
+
+
+def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_download_hands_over_to_training_and_further_runs_go_on(speedrun, hub, shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    run, folder = tmp_path / "base" / "runs" / "d20-base", tmp_path / "base" / "data" / "fineweb_edu"
+    logs = [tmp_path / f"{i}.log" for i in range(3)]
+
+    def asked() -> int:
+        return sum(path.rpartition("/")[2] in sorted(shards)[FIRST:-1] for path, _ in hub.requests)
+
+    process = speedrun(logs[0])
+    wait_for(lambda: "device: " in logs[0].read_text(), process, logs[0])
+    before = asked()  # by the download beside the tokenizer, which has been ended
+    assert before and {p.name for p in folder.glob("*.parquet")} == {*sorted(shards)[:FIRST], max(shards)}
+    wait_for(lambda: asked() > before, process, logs[0])  # training waits for what is not there yet
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)  # to the script alone
+    assert process.wait(30) == 143 and time.monotonic() - began < 5
+    shown = logs[0].read_text()
+    assert "=== tokenizer: compression" in shown and "stopped by SIGTERM outside of training" in shown
+    assert "train: base: stopped. To go on, run the same again" in shown and not checkpoint.steps(run)
+
+    hub.release.set()  # from now on files come at once
+    process = speedrun(logs[1])
+    wait_for(lambda: checkpoint.steps(run), process, logs[1])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    step, shown = checkpoint.steps(run)[-1], logs[1].read_text()
+    assert "already trained on this text" in shown and f"stopped by SIGTERM at step {step}; saved" in shown
+    assert "evaluate" not in shown
+
+    process = speedrun(logs[2])
+    wait_for(lambda: "=== evaluate: base" in logs[2].read_text(), process, logs[2])
+    process.terminate()
+    assert process.wait(60) == 143
+    assert f"going on with {run} from step {step}" in logs[2].read_text()
+    trained = [r["step"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"]
+    assert trained == list(range(STEPS)) and checkpoint.steps(run)[-1] == STEPS
+    assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == shards
