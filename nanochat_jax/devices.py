@@ -31,11 +31,12 @@ class DeviceError(RuntimeError):
     """The wanted device cannot be used; the message says how to mend it."""
 
 
-def prepare(device: str = "auto") -> None:
+def prepare(device: str = "auto", *, alone: bool = False) -> None:
     """Sets what must be set before JAX starts: memory reuse, platform, GPU flags, the persistent compilation cache.
 
-    `device` is "auto", "cpu" or "gpu". Call it first thing in a script, before any array is made. Raises DeviceError
-    for another device and for XLA_FLAGS that would end the process.
+    `device` is "auto", "cpu" or "gpu". alone: take nearly all of the GPUs' memory at once, as training does; without it
+    memory is taken as it is needed. Call it first thing in a script, before any array is made. Raises DeviceError for
+    another device and for XLA_FLAGS that would end the process.
     """
     if device not in ("auto", "cpu", "gpu"):
         raise DeviceError(f"--device must be auto, cpu or gpu, got {device!r}")
@@ -48,7 +49,7 @@ def prepare(device: str = "auto") -> None:
     keep_freed_memory()
     if device != "cpu" and (gpus := visible_gpus()):
         try:
-            notes = xla_flags.apply(xla_flags.Node(gpus[0], len(gpus)))
+            notes = xla_flags.apply(xla_flags.Node(gpus[0], len(gpus), alone))
         except xla_flags.FlagError as error:
             raise DeviceError(str(error)) from None
         for note in notes:
@@ -136,6 +137,19 @@ def _cuda_advice() -> str:
     clash = os.environ.get("LD_LIBRARY_PATH", "")
     hint = f" LD_LIBRARY_PATH is set ({clash}) and may hide the bundled CUDA libraries: unset it." if clash else ""
     return f"Install the CUDA build: pip install '.[cuda12]' (needs driver 525 or newer; see `nvidia-smi`).{hint}"
+
+
+def activation_dtype():
+    """What activations and matmuls are computed in: float32 on CPU and on NVIDIA GPUs before Ampere, which have no
+    bfloat16 units; else bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() == "cpu":
+        return jnp.float32
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    old = capability is not None and float(capability) < 8
+    return jnp.float32 if old else jnp.bfloat16
 
 
 def peak_flops() -> tuple[float, str]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nanochat_jax import devices
 from nanochat_jax.attention import attention
 from nanochat_jax.kv_cache import KVCache, cached_attention
 from nanochat_jax.matmul import project
@@ -80,7 +81,7 @@ class GPTConfig:
     def dtype(self) -> Any:
         """dtype of activations and matmuls (parameters are always float32)."""
         if self.compute_dtype == "auto":
-            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+            return devices.activation_dtype()
         return jnp.dtype(self.compute_dtype)
 
     def window(self, layer: int) -> int | None:

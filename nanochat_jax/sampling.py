@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from nanochat_jax import cpu_kernels
 
+_PRNG = "threefry2x32"  # not left to JAX's default: a seed means the same in every release
 _LANES = 256  # vocabularies are folded to rows of this many: reductions over the rows use the whole vector unit
 
 
@@ -80,7 +81,8 @@ def _first_maximum(folded: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _uniforms(seed, stream, count) -> jax.Array:
     """Two uniforms in [0, 1)."""
-    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), count), (2,))
+    key = jax.random.fold_in(jax.random.key(seed, impl=_PRNG), stream)
+    return jax.random.uniform(jax.random.fold_in(key, count), (2,))
 
 
 def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -34,10 +34,11 @@ _GENERATIONS = {
 
 @dataclass(frozen=True)
 class Node:
-    """The GPUs of one machine: the maker's name of the first, and how many."""
+    """The GPUs of one machine: the maker's name of the first, how many, and whether this process has them to itself."""
 
     kind: str
     gpus: int
+    alone: bool = True
 
     @property
     def generation(self) -> str:
@@ -75,6 +76,13 @@ SETTINGS = (
         "XLA_CLIENT_MEM_FRACTION",
         str(MEMORY_FRACTION),
         "JAX takes three quarters of the memory by default; a training process has the card to itself",
+        lambda node: node.alone,
+    ),
+    Setting(
+        "XLA_PYTHON_CLIENT_PREALLOCATE",
+        "false",
+        "memory is taken as it is needed, so that a chat or a server finds room beside a run that trains",
+        lambda node: not node.alone,
     ),
     Setting(
         "CUDA_DEVICE_MAX_CONNECTIONS",

@@ -30,10 +30,28 @@ def xla_attention(q, k, v, window):
 PATHS = {"blocked": blocked_attention, "xla": xla_attention}
 
 
+def attention_by_xla(q, k, v, window):
+    """`attention` as it runs on accelerators without cuDNN."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "choose_implementation", lambda *_: ("xla", "asked for by a test"))
+        return attention(q, k, v, window=window)
+
+
 def tensors(shape, dtype=jnp.float32, seed=0):
     B, T, H, G, D = shape
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=(B, T, n, D)), dtype) for n in (H, G, G)]
+
+
+def out_and_gradients(f, tensors, d_out):
+    """f(*tensors), and what d_out means for each of them, as one program."""
+
+    @jax.jit
+    def both(tensors, d_out):
+        out, back = jax.vjp(f, *tensors)
+        return out, back(d_out)
+
+    return both(tuple(tensors), d_out)
 
 
 def slow_attention(q, k, v, window):
@@ -56,9 +74,11 @@ def slow_attention(q, k, v, window):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_slow_version(shape, window):
     q, k, v = tensors(shape)
-    out = jax.jit(functools.partial(attention, window=window))(q, k, v)
-    assert out.dtype == q.dtype and out.shape == q.shape
-    np.testing.assert_allclose(out, slow_attention(q, k, v, window), atol=1e-5)
+    expected = slow_attention(q, k, v, window)
+    for path in (attention, attention_by_xla):
+        out = jax.jit(functools.partial(path, window=window))(q, k, v)
+        assert out.dtype == q.dtype and out.shape == q.shape
+        np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -80,14 +100,14 @@ def test_causal_on_every_path(path, shape, window):
             assert moved[min(t + window, T - 1)]
 
 
-@pytest.mark.parametrize("window", [None, 0, 64])
+@pytest.mark.parametrize("window", [None, pytest.param(0, marks=pytest.mark.slow), 64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_match_plain_formula(shape, window):
     q, k, v = tensors(shape)
     d_out = tensors(shape, seed=1)[0]
 
     def gradients(f):
-        return jax.jit(lambda *x: jax.vjp(functools.partial(f, window=window), *x)[1](d_out))(q, k, v)
+        return out_and_gradients(functools.partial(f, window=window), (q, k, v), d_out)[1]
 
     for ours, plain in zip(gradients(blocked_attention), gradients(xla_attention), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
@@ -100,27 +120,27 @@ def test_bf16_inputs(window):
     low = tensors(shape, jnp.bfloat16)
     exact = [x.astype(jnp.float32) for x in low]
     d_low = tensors(shape, jnp.bfloat16, seed=1)[0]
-    out_low, back_low = jax.vjp(functools.partial(blocked_attention, window=window), *low)
-    out, back = jax.vjp(functools.partial(xla_attention, window=window), *exact)
+    out_low, grads_low = out_and_gradients(functools.partial(blocked_attention, window=window), low, d_low)
+    out, grads = out_and_gradients(functools.partial(xla_attention, window=window), exact, d_low.astype(jnp.float32))
     assert out_low.dtype == jnp.bfloat16
     np.testing.assert_allclose(out_low.astype(jnp.float32), out, atol=0.03)
-    for ours, plain in zip(back_low(d_low), back(d_low.astype(jnp.float32)), strict=True):
+    for ours, plain in zip(grads_low, grads, strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(ours.astype(jnp.float32), plain, atol=0.03 * float(jnp.abs(plain).max()))
 
 
 def test_large_scores_do_not_overflow():
     q, k, v = tensors((1, 80, 1, 1, 16))
-    out, back = jax.vjp(blocked_attention, 300.0 * q, 300.0 * k, v)
+    out, grads = out_and_gradients(blocked_attention, (300.0 * q, 300.0 * k, v), v)
     np.testing.assert_allclose(out, slow_attention(300.0 * q, 300.0 * k, v, None), atol=1e-4)
-    assert all(bool(jnp.isfinite(x).all()) for x in back(v))
+    assert all(bool(jnp.isfinite(x).all()) for x in grads)
 
 
 def test_probabilities_are_not_kept_for_the_backward_pass():
     """What the forward pass hands over is linear in the length: no (T, T) array."""
     T = 1024
     q, k, v = tensors((1, T, 2, 2, 8))
-    _, back = jax.vjp(blocked_attention, q, k, v)
+    _, back = jax.jit(lambda *x: jax.vjp(blocked_attention, *x))(q, k, v)
     assert max(x.size for x in jax.tree.leaves(back)) <= q.size
 
 
@@ -132,10 +152,10 @@ def test_same_under_shard_map():
         return jnp.sum(jnp.square(attention(q, k, v, window=9)))
 
     grad = jax.grad(loss, (0, 1, 2))
-    rows = jax.P("data")
+    rows, expected = jax.P("data"), jax.jit(grad)(q, k, v)
     for check in (False, True):
         sharded = jax.shard_map(grad, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check)
-        for ours, plain in zip(jax.jit(sharded)(q, k, v), grad(q, k, v), strict=True):
+        for ours, plain in zip(jax.jit(sharded)(q, k, v), expected, strict=True):
             np.testing.assert_allclose(ours, plain, atol=1e-6)
 
 
@@ -158,10 +178,11 @@ def gpu(monkeypatch):
     choose_implementation.cache_clear()
 
 
-def test_cudnn_is_chosen_on_a_capable_gpu(gpu):
-    gpu()
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+def test_cudnn_is_chosen_on_a_capable_gpu(gpu, capability):
+    gpu(capability=capability)
     chosen, reason = choose_implementation("auto", "gpu", "bfloat16", 128)
-    assert chosen == "cudnn" and "9.0" in reason
+    assert chosen == "cudnn" and capability in reason
     assert choose_implementation("cudnn", "gpu", "bfloat16", 128)[0] == "cudnn"
     assert choose_implementation("xla", "gpu", "bfloat16", 128) == ("xla", "requested")
 
@@ -174,6 +195,7 @@ def test_cudnn_is_chosen_on_a_capable_gpu(gpu):
         ({}, "bfloat16", 36, "36"),
         ({"version": "rocm 6"}, "bfloat16", 128, "NVIDIA"),
         ({"capability": "7.5"}, "bfloat16", 128, "7.5"),
+        ({"capability": "7.0"}, "bfloat16", 128, "7.0"),
     ],
 )
 def test_gpu_without_cudnn_says_why(gpu, device, dtype, head, word):
@@ -223,3 +245,8 @@ def test_cudnn_request_lowers_to_cudnn_calls(monkeypatch, window):
     text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     calls = set(re.findall(r"custom_call @([\w$.]+)", text))
     assert calls >= {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    # what each call is told: a causal mask, and the window as the number of keys seen (0: all)
+    told = text.replace("\\22", "")  # quotation marks
+    masks, windows = (re.findall(rf"{name}: (\w+)", told) for name in ("mask_type", "sliding_window_length"))
+    assert set(masks) == {"CAUSAL"} and len(masks) == 2
+    assert set(windows) == {"0" if window is None else str(window + 1)} and len(windows) == 2

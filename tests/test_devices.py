@@ -1,6 +1,9 @@
 """The choice of device never falls back to the CPU in silence."""
 
+import types
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 from nanochat_jax import devices
@@ -58,3 +61,16 @@ def test_visible_gpus(monkeypatch, visible, count):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert len(devices.visible_gpus()) == count
+
+
+@pytest.mark.parametrize(
+    "capability,dtype", [("7.5", "float32"), ("8.0", "bfloat16"), ("12.0", "bfloat16"), (None, "bfloat16")]
+)
+def test_cards_without_bfloat16_units_compute_in_float32(monkeypatch, capability, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert jnp.dtype(devices.activation_dtype()) == dtype
+
+
+def test_the_cpu_computes_in_float32():
+    assert jnp.dtype(devices.activation_dtype()) == "float32"

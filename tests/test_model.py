@@ -30,6 +30,13 @@ def case(request, golden):
     return config, params_from_reference(config, group(arrays, "param/")), arrays
 
 
+# Run at once, not operation by operation: each of those would be a program to compile.
+run_forward = jax.jit(forward, static_argnums=0)
+hidden_states = jax.jit(gpt.hidden_states, static_argnums=0)
+forward_cached = jax.jit(gpt.forward_cached, static_argnums=0)
+loss_and_gradients = jax.jit(jax.value_and_grad(next_token_loss, 1), static_argnums=0)
+
+
 def group(arrays, prefix):
     return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
 
@@ -42,8 +49,8 @@ def assert_gradients(ours, theirs):
 
 def test_logits(case):
     config, params, arrays = case
-    np.testing.assert_allclose(forward(config, params, arrays["ids"]), arrays["logits"], atol=1e-4, rtol=1e-4)
-    hidden = gpt.hidden_states(config, params, arrays["ids"])
+    np.testing.assert_allclose(run_forward(config, params, arrays["ids"]), arrays["logits"], atol=1e-4, rtol=1e-4)
+    hidden = hidden_states(config, params, arrays["ids"])
     np.testing.assert_allclose(hidden, arrays["inner/final_normed"], atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(gpt.unembed(config, params, hidden), arrays["logits"], atol=1e-4, rtol=1e-4)
 
@@ -51,18 +58,18 @@ def test_logits(case):
 def test_losses(case):
     config, params, arrays = case
     ids, targets = arrays["ids"], arrays["targets"]
-    np.testing.assert_allclose(next_token_loss(config, params, ids, targets), arrays["loss_mean"], atol=2e-5)
-    np.testing.assert_allclose(token_nll(config, params, ids, targets), arrays["loss_none"], atol=2e-5)
-    every = arrays["loss_none_unmasked_targets"]
-    np.testing.assert_allclose(token_nll(config, params, ids, every), arrays["loss_none_unmasked"], atol=2e-5)
-    np.testing.assert_allclose(next_token_loss(config, params, ids, every), arrays["loss_mean_unmasked"], atol=2e-5)
+    every, nll = arrays["loss_none_unmasked_targets"], jax.jit(token_nll, static_argnums=0)
+    for of, kind in ((targets, ""), (every, "_unmasked")):
+        loss, _ = loss_and_gradients(config, params, ids, of)
+        np.testing.assert_allclose(loss, arrays[f"loss_mean{kind}"], atol=2e-5)
+        np.testing.assert_allclose(nll(config, params, ids, of), arrays[f"loss_none{kind}"], atol=2e-5)
 
 
 @pytest.mark.parametrize("remat", gpt.REMAT_MODES)
 def test_gradients(case, remat):
     config, params, arrays = case
     config = dataclasses.replace(config, remat=remat)
-    grads = jax.jit(jax.grad(lambda p: next_token_loss(config, p, arrays["ids"], arrays["targets"])))(params)
+    _, grads = loss_and_gradients(config, params, arrays["ids"], arrays["targets"])
     assert_gradients(params_to_reference(config, grads), group(arrays, "grad/"))
 
 
@@ -85,7 +92,7 @@ def test_cached_chunks(case):
     cache = KVCache.create(config.n_layer, B, config.n_kv_head, T + 3, config.head_dim, jnp.float32)
     at, logits = 0, []
     for n in arrays["kv/splits"].tolist():
-        hidden, cache = gpt.forward_cached(config, params, ids[:, at : at + n], cache)
+        hidden, cache = forward_cached(config, params, ids[:, at : at + n], cache)
         cache = cache.advance(n)
         logits.append(gpt.unembed(config, params, hidden))
         at += n
@@ -150,9 +157,9 @@ def slow_forward(config, weights, ids):
 
 def noisy(config, seed, scale=0.1):
     """Initial parameters moved away from the zeros that would hide everything behind them."""
-    leaves, tree = jax.tree.flatten(init(config, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    return tree.unflatten([p + scale * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+    rng = np.random.default_rng(seed)
+    drawn = init(config, jax.random.key(seed))
+    return jax.tree.map(lambda p: p + np.float32(scale) * rng.standard_normal(p.shape, np.float32), drawn)
 
 
 VARIED = [
@@ -168,7 +175,7 @@ VARIED = [
 def test_other_shapes_against_the_slow_version(seed, config):
     params = noisy(config, seed)
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, config.sequence_len))
-    logits = np.asarray(forward(config, params, jnp.asarray(ids)))
+    logits = np.asarray(run_forward(config, params, jnp.asarray(ids)))
     weights = params_to_reference(config, params)
     for row in range(2):
         np.testing.assert_allclose(logits[row], slow_forward(config, weights, ids[row]), atol=1e-4, rtol=1e-4)
@@ -181,7 +188,7 @@ def test_gradient_of_the_whole_model_is_the_slope_of_the_slow_version():
     params, ids = noisy(config, 7), np.random.default_rng(7).integers(0, config.vocab_size, (1, 21))
     x, y = jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:])
     direction = jax.tree.map(lambda p: jnp.sign(p) * 0.01, noisy(config, 8))
-    grads = jax.grad(lambda p: next_token_loss(config, p, x, y))(params)
+    _, grads = loss_and_gradients(config, params, x, y)
     slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
     base, along = params_to_reference(config, params), params_to_reference(config, direction)
 
@@ -199,12 +206,11 @@ def test_causal(config):
     """Changing token t changes no logit before t, bit for bit, and does change t."""
     params = noisy(config, 3)
     ids = np.random.default_rng(3).integers(0, config.vocab_size, (1, config.sequence_len))
-    run = jax.jit(lambda ids: forward(config, params, ids))
-    base = np.asarray(run(ids))
+    base = np.asarray(run_forward(config, params, ids))
     for t in (1, config.sequence_len // 2, config.sequence_len - 1):
         other = ids.copy()
         other[0, t] = (other[0, t] + 1) % config.vocab_size
-        moved = np.abs(np.asarray(run(other)) - base).max(-1)[0]
+        moved = np.abs(np.asarray(run_forward(config, params, other)) - base).max(-1)[0]
         assert (moved[:t] == 0).all() and moved[t] > 0
 
 
@@ -213,11 +219,11 @@ def test_bf16_activations_keep_float32_norms_and_logits():
     low = dataclasses.replace(config, compute_dtype="bfloat16")
     params = noisy(config, 0, scale=0.02)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 40)))
-    logits = forward(low, params, ids)
+    logits = run_forward(low, params, ids)
     assert logits.dtype == jnp.float32
-    assert gpt.hidden_states(low, params, ids).dtype == jnp.bfloat16
-    np.testing.assert_allclose(logits, forward(config, params, ids), atol=0.15)
-    grads = jax.grad(lambda p: next_token_loss(low, p, ids, ids))(params)
+    assert jax.eval_shape(lambda: gpt.hidden_states(low, params, ids)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits, run_forward(config, params, ids), atol=0.15)
+    _, grads = loss_and_gradients(low, params, ids, ids)
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
 
 
@@ -270,6 +276,24 @@ def test_initialisation(golden):
     other = params_to_reference(config, init(config, jax.random.key(43)))
     assert all((again[n] == drawn[n]).all() for n in drawn)
     assert not (other["transformer.wte.weight"] == drawn["transformer.wte.weight"]).any()
+
+
+def test_a_seed_draws_the_same_values_in_every_release():
+    """Ours, not the reference's: pinned so that a run can be begun again years later."""
+    config = GPTConfig(sequence_len=8, vocab_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
+    drawn = params_to_reference(config, init(config, jax.random.key(42, impl="threefry2x32")))
+    pinned = {
+        "transformer.wte.weight": [0.68500477, -1.1071224],
+        "transformer.h.0.attn.c_q.weight": [0.10807662, 0.23112284],
+        "transformer.h.0.attn.c_k.weight": [0.01342187, -0.35148892],
+        "transformer.h.0.attn.c_v.weight": [-0.04983241, 0.01064044],
+        "transformer.h.0.mlp.c_fc.weight": [0.16372944, 0.04868789],
+        "transformer.h.1.attn.c_q.weight": [0.03596184, 0.02018248],
+        "transformer.h.1.attn.c_k.weight": [-0.04497265, -0.11665713],
+        "transformer.h.1.mlp.c_fc.weight": [0.01498275, 0.15503687],
+    }
+    for name, values in pinned.items():
+        np.testing.assert_allclose(drawn[name].ravel()[:2], values, rtol=1e-6, err_msg=name)
 
 
 def test_table_of_depths(golden):

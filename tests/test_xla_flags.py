@@ -74,6 +74,9 @@ def test_settings_depend_on_the_node():
     assert names(Node("NVIDIA H100 PCIe", 1)) == {"XLA_CLIENT_MEM_FRACTION"}
     assert {"CUDA_DEVICE_MAX_CONNECTIONS", "xla_gpu_enable_latency_hiding_scheduler"} <= names(EIGHT)
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in names(Node("NVIDIA B200", 8))
+    assert names(Node("NVIDIA H100 PCIe", 1, alone=False)) == {"XLA_PYTHON_CLIENT_PREALLOCATE"}, (
+        "leaves room for others"
+    )
 
 
 def test_what_the_user_set_wins():

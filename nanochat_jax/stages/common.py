@@ -95,7 +95,7 @@ FREE = {
 
 def open_devices(settings: StageSettings) -> Mesh:
     """Readies JAX, brings the processes of the job together and returns the mesh over all their devices."""
-    devices.prepare(settings.device)
+    devices.prepare(settings.device, alone=True)
     cluster.start(settings.distributed)
     print(f"device: {devices.check(settings.device)}")
     return sharding.make_mesh(fsdp=settings.fsdp, tensor=settings.tensor)
@@ -350,7 +350,8 @@ def _start_or_resume(folder: Path, recipe: Recipe, identity, optimizer, mesh) ->
     if not checkpoint.steps(folder):
         if recipe.parent is not None:
             return state_of(config, distributed.to_host(recipe.parent.params()), optimizer, mesh), False
-        return init_state(config, optimizer, mesh, jax.random.key(recipe.settings.seed)), False
+        key = jax.random.key(recipe.settings.seed, impl="threefry2x32")  # whatever JAX's default is one day
+        return init_state(config, optimizer, mesh, key), False
     meta = checkpoint.load_meta(folder)
     now, then = recipe.tokenizer.hash, meta["tokenizer_hash"]
     if now != then:

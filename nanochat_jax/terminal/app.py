@@ -26,7 +26,7 @@ Try:  The sky is   |   Once upon a time   |   /temperature 1 for surprises, /reg
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 fine, 1 no model or a prompt that does not fit, 2 bad flags,
-    130 interrupted)."""
+    3 a GPU that JAX cannot use, 130 interrupted)."""
     try:
         settings = cli.parse(ChatSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
         settings = _with_prompt(settings)
@@ -63,15 +63,18 @@ def _run(settings: ChatSettings) -> int:
     if talking:
         print("Loading ...", end="", flush=True)
     try:
-        devices.prepare()
+        devices.prepare(settings.device)
+        devices.check(settings.device)
         config, params, tokenizer, meta = load_model(settings.run or settings.model_tag, settings.stage, settings.step)
     except (ValueError, OSError, CheckpointError, devices.DeviceError) as error:
         print("\r" * talking + f"error: {error}", file=sys.stderr)
-        return 1
+        return devices.NO_USABLE_GPU if isinstance(error, devices.DeviceError) else 1
     engine = Engine(config, params, tokenizer, slots=1)
     chat = Chat(engine, tokenizer, settings, completing=meta["stage"] == "base")
     screen = Screen(sys.stdout, sys.stdout.isatty())
     if settings.prompt is not None:
+        if sys.stderr.isatty():
+            print(f"({meta['run']}, step {meta['step']})", file=sys.stderr)
         answered = ask(chat, screen, settings.prompt)
         if answered and chat.stopping.is_set():
             return 130

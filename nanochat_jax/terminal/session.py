@@ -28,6 +28,7 @@ class ChatSettings:
     top_p: float = flag(1.0, "choose among the likeliest tokens that together have this probability, 1 = all")
     max_tokens: int = flag(256, "the longest answer, in tokens")
     seed: int = flag(42, "the same seed and conversation give the same answer")
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
 
     def __post_init__(self):
         for problem in problems(self):
