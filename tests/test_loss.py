@@ -1,5 +1,6 @@
 """The fused loss: against the dense formula for awkward sizes, its gradients, its memory, and its denominators."""
 
+import functools
 import math
 import re
 
@@ -16,13 +17,15 @@ CAP = 15.0
 SIZES = [(1, 8, 7), (5, 16, 33), (127, 8, 101), (128, 8, 64), (130, 12, 17), (300, 4, 1001)]  # N, C, V
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
-def chunks(request, monkeypatch):
-    """Small problems in one piece, and cut up as large ones are."""
-    if request.param == "many chunks":
-        monkeypatch.setattr(module, "chunk_size", lambda *_: 64)
-    jax.clear_caches()
-    yield request.param
+@pytest.fixture(scope="module", params=["one chunk", "many chunks"])
+def chunks(request):
+    """Small problems in one piece, and cut up as large ones are. What is compiled for the one is of no use to the
+    other; by module, so that it is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "many chunks":
+            patch.setattr(module, "chunk_size", lambda *_: 64)
+        jax.clear_caches()
+        yield request.param
     jax.clear_caches()
 
 
@@ -44,6 +47,9 @@ def dense_nll(hidden, kernel, targets, softcap):
     return -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
 
 
+value_and_grad = jax.jit(jax.value_and_grad(fused_weighted_nll, (0, 1)), static_argnums=4)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_value_and_gradients_equal_the_dense_formula(size, chunks):
     hidden, kernel, targets, weights = problem(*size)
@@ -51,10 +57,8 @@ def test_value_and_gradients_equal_the_dense_formula(size, chunks):
     def dense(hidden, kernel):
         return (weights * dense_nll(hidden, kernel, targets, CAP)).sum()
 
-    expected, expected_grads = jax.value_and_grad(dense, (0, 1))(hidden, kernel)
-    value, grads = jax.jit(jax.value_and_grad(fused_weighted_nll, (0, 1)), static_argnums=4)(
-        hidden, kernel, targets, weights, CAP
-    )
+    expected, expected_grads = jax.jit(jax.value_and_grad(dense, (0, 1)))(hidden, kernel)
+    value, grads = value_and_grad(hidden, kernel, targets, weights, CAP)
     plain = jax.jit(fused_weighted_nll, static_argnums=4)(hidden, kernel, targets, weights, CAP)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=1e-5)
@@ -64,17 +68,20 @@ def test_value_and_gradients_equal_the_dense_formula(size, chunks):
 
 def test_gradient_scales_with_the_cotangent(chunks):
     hidden, kernel, targets, weights = problem(130, 8, 33)
-    one = jax.grad(lambda h: fused_weighted_nll(h, kernel, targets, weights, CAP))(hidden)
-    scaled = jax.grad(lambda h: jnp.asarray(fused_weighted_nll(h, kernel, targets, weights, CAP)) * -2.5)(hidden)
+
+    @jax.jit
+    def gradient(factor, hidden):
+        return jax.grad(lambda h: jnp.asarray(fused_weighted_nll(h, kernel, targets, weights, CAP)) * factor)(hidden)
+
+    one, scaled = gradient(1.0, hidden), gradient(-2.5, hidden)
     np.testing.assert_allclose(scaled, -2.5 * one, rtol=1e-6)
 
 
 def test_bf16_activations_keep_a_float32_loss(chunks):
     hidden, kernel, targets, weights = problem(300, 16, 65, jnp.bfloat16)
-    value, grads = jax.value_and_grad(fused_weighted_nll, (0, 1))(hidden, kernel, targets, weights, CAP)
-    exact, exact_grads = jax.value_and_grad(lambda h, k: (weights * dense_nll(h, k, targets, CAP)).sum(), (0, 1))(
-        hidden.astype(jnp.float32), kernel.astype(jnp.float32)
-    )
+    value, grads = value_and_grad(hidden, kernel, targets, weights, CAP)
+    dense = jax.jit(jax.value_and_grad(lambda h, k: (weights * dense_nll(h, k, targets, CAP)).sum(), (0, 1)))
+    exact, exact_grads = dense(hidden.astype(jnp.float32), kernel.astype(jnp.float32))
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, exact, rtol=1e-4, atol=1e-3)  # bf16 logits would be off by 1e-2
     for ours, wanted in zip(grads, exact_grads, strict=True):
@@ -84,7 +91,7 @@ def test_bf16_activations_keep_a_float32_loss(chunks):
 
 def test_saturated_logits_have_finite_gradients():
     hidden, kernel, targets, weights = problem(40, 8, 33)
-    value, grads = jax.value_and_grad(fused_weighted_nll, (0, 1))(1e4 * hidden, kernel, targets, weights, CAP)
+    value, grads = value_and_grad(1e4 * hidden, kernel, targets, weights, CAP)
     assert np.isfinite(value) and all(bool(jnp.isfinite(g).all()) for g in grads)
 
 
@@ -92,7 +99,7 @@ def test_saturated_logits_have_finite_gradients():
 # on a model
 
 
-CONFIG = GPTConfig(sequence_len=32, vocab_size=61, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+CONFIG = GPTConfig(sequence_len=32, vocab_size=61, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
 
 
 def batch(rows=4, length=24, seed=0):
@@ -109,6 +116,7 @@ def params():
     return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), drawn)
 
 
+@jax.jit
 def dense_model_nll(params, inputs, targets):
     log_p = jax.nn.log_softmax(forward(CONFIG, params, inputs), axis=-1)
     nll = -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
@@ -117,7 +125,7 @@ def dense_model_nll(params, inputs, targets):
 
 def test_token_nll_equals_dense(params, chunks):
     inputs, targets, _ = batch()
-    nll = token_nll(CONFIG, params, inputs, targets)
+    nll = jax.jit(functools.partial(token_nll, CONFIG))(params, inputs, targets)
     assert nll.shape == targets.shape and nll.dtype == jnp.float32
     np.testing.assert_allclose(nll, dense_model_nll(params, inputs, targets), atol=1e-5)
     assert (np.asarray(nll)[targets < 0] == 0).all()
@@ -126,10 +134,14 @@ def test_token_nll_equals_dense(params, chunks):
 def test_next_token_loss_is_the_weighted_mean(params):
     inputs, targets, weights = batch()
     nll, kept = dense_model_nll(params, inputs, targets), targets >= 0
-    mean = next_token_loss(CONFIG, params, inputs, targets)
+    loss = jax.jit(functools.partial(next_token_loss, CONFIG))
+    mean = loss(params, inputs, targets)
     np.testing.assert_allclose(mean, nll.sum() / kept.sum(), rtol=1e-6)
-    weighted = next_token_loss(CONFIG, params, inputs, targets, weights)
+    weighted = loss(params, inputs, targets, weights)
     np.testing.assert_allclose(weighted, (weights * nll).sum() / (weights * kept).sum(), rtol=1e-6)
+
+
+model_value_and_grad = jax.jit(jax.value_and_grad(lambda p, *b: next_token_loss(CONFIG, p, *b)))
 
 
 @pytest.mark.parametrize("case", ["zero weights", "all targets ignored"])
@@ -139,7 +151,7 @@ def test_nothing_to_learn_is_zero_and_not_nan(params, case):
         weights = jnp.zeros_like(weights)
     else:
         targets = jnp.full_like(targets, -1)
-    value, grads = jax.value_and_grad(lambda p: next_token_loss(CONFIG, p, inputs, targets, weights))(params)
+    value, grads = model_value_and_grad(params, inputs, targets, weights)
     assert value == 0.0
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
 
@@ -147,8 +159,8 @@ def test_nothing_to_learn_is_zero_and_not_nan(params, case):
 def test_ignored_targets_equal_zero_weights(params):
     inputs, targets, _ = batch()
     filled = jnp.where(targets < 0, 3, targets)
-    by_target = jax.grad(lambda p: next_token_loss(CONFIG, p, inputs, targets))(params)
-    by_weight = jax.grad(lambda p: next_token_loss(CONFIG, p, inputs, filled, targets >= 0))(params)
+    _, by_target = model_value_and_grad(params, inputs, targets)
+    _, by_weight = model_value_and_grad(params, inputs, filled, (targets >= 0).astype(jnp.float32))
     for a, b in zip(jax.tree.leaves(by_target), jax.tree.leaves(by_weight), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -173,9 +185,7 @@ def test_too_large_a_softcap_is_refused():
 
 def test_first_loss_is_log_vocabulary():
     inputs, targets, _ = batch()
-    value, grads = jax.value_and_grad(lambda p: next_token_loss(CONFIG, p, inputs, targets))(
-        init(CONFIG, jax.random.key(0))
-    )
+    value, grads = model_value_and_grad(init(CONFIG, jax.random.key(0)), inputs, targets)
     np.testing.assert_allclose(value, np.log(CONFIG.vocab_size), rtol=1e-6)
     moving = {jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if (g != 0).any()}
     assert moving == {"['lm_head']['kernel']"}  # with zero projections only the unembedding learns at first
