@@ -4,6 +4,8 @@
 # pyright: reportOptionalSubscript=false, reportOperatorIssue=false
 # (optax types every tree as a union of arrays and containers)
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from nanochat_jax import optim, schedules
 from nanochat_jax.gpt import GPTConfig, abstract, init
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=20, n_layer=12, n_head=4, n_kv_head=2, n_embd=16)
+SMALL = dataclasses.replace(CONFIG, n_layer=2)
 NAMES = {"embedding": "transformer.wte.weight", "unembedding": "lm_head.weight"}
 
 
@@ -159,7 +162,7 @@ def test_adamw_against_float64():
 
 
 def test_zero_gradient_is_a_zero_update():
-    groups = optim.group(init(CONFIG, jax.random.key(0)))
+    groups = optim.group(init(SMALL, jax.random.key(0)))
     transform = optim.make_optimizer(optim.OptimHyper(), 10, CONFIG.n_embd)
     updates, _ = jax.jit(transform.update)(jax.tree.map(jnp.zeros_like, groups), transform.init(groups), groups)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
@@ -186,7 +189,7 @@ def test_schedule_is_a_length_or_a_function():
 
 def test_learning_rate_scales_every_group():
     """Half the multiplier, half the update, in each of the three groups."""
-    groups = optim.group(init(CONFIG, jax.random.key(0)))
+    groups = optim.group(init(SMALL, jax.random.key(0)))
     grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), groups)
     full, half = (optim.make_optimizer(optim.OptimHyper(), lambda t, f=f: f, CONFIG.n_embd) for f in (1.0, 0.5))
     a, _ = jax.jit(full.update)(grads, full.init(groups), groups)
@@ -196,7 +199,7 @@ def test_learning_rate_scales_every_group():
 
 
 def test_state_is_plain_arrays_and_resumes_exactly():
-    groups = optim.pad_stacks(optim.group(init(CONFIG, jax.random.key(0))), 8)
+    groups = optim.pad_stacks(optim.group(init(SMALL, jax.random.key(0))), 8)
     transform = optim.make_optimizer(optim.OptimHyper(momentum_warmup=3, warmdown_ratio=0.5), 6, CONFIG.n_embd)
     update = jax.jit(transform.update)
     state = transform.init(groups)
@@ -221,7 +224,7 @@ def test_state_is_plain_arrays_and_resumes_exactly():
 
 
 def test_update_needs_parameters():
-    groups = optim.group(init(CONFIG, jax.random.key(0)))
+    groups = optim.group(init(SMALL, jax.random.key(0)))
     transform = optim.make_optimizer(optim.OptimHyper(), 10, CONFIG.n_embd)
     with pytest.raises(ValueError, match="needs the parameters"):
         transform.update(groups, transform.init(groups))
