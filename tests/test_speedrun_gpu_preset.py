@@ -1,4 +1,4 @@
-"""The d20 preset run for real on a CPU, as far as pretraining, with tiny flags and shards from a release local hub."""
+"""The d20 preset run for real on a CPU, as far as pretraining, with tiny flags and shards from a slow local hub."""
 
 import hashlib
 import itertools
