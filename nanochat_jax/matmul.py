@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import rustbpe
 from nanochat_jax import cpu_kernels
 
-# The kernel is faster for matrices from so many entries on (smaller ones stay in the cache), or from so many products.
-LARGE = 1 << 18
-MANY = 1 << 21
+# Entries of a matrix from which on the kernel is used. Above 2^18 it is faster; below, about even. But XLA itself sums in
+# another order for one row than for several from somewhere between 2^14 and 2^16 on, and the kernel in that of one row:
+# so what a row becomes does not depend on how many are multiplied with it (up to `rustbpe.skinny_rows()`).
+LARGE = 1 << 15
 
 
 @jax.custom_vjp
@@ -31,8 +32,7 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _product(x, kernel):
     rows = math.prod(x.shape[:-1])
     # one row is a product with a vector, which XLA does at full speed
-    large = kernel.size >= LARGE or rows * kernel.size >= MANY
-    eligible = rows > 1 and large and x.dtype == kernel.dtype == jnp.float32
+    eligible = rows > 1 and kernel.size >= LARGE and x.dtype == kernel.dtype == jnp.float32
     if eligible and cpu_kernels.available("skinny_matmul") and rows <= rustbpe.skinny_rows():
         flat = x.reshape(rows, x.shape[-1])
         y = jax.lax.platform_dependent(flat, kernel, cpu=_skinny, default=jnp.matmul)

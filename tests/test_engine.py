@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rustbpe
 from nanochat_jax import gpt
 from nanochat_jax.decode import compiled_programs
 from nanochat_jax.engine import Engine
@@ -149,6 +150,28 @@ def test_a_request_gives_the_same_tokens_alone_and_in_a_crowd(tiny, engine):
     together = drain(engine, requests)
     drain(engine, others)
     assert together == [alone[i] for i in (3, 1, 0, 2)]
+
+
+@pytest.mark.skipif(rustbpe.skinny_rows() < 8, reason="this processor has no AVX2: XLA's rounding depends on the rows")
+def test_what_a_row_becomes_does_not_depend_on_its_company_to_the_bit():
+    """At a width where XLA would sum one row and several in different orders."""
+    config = gpt.GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=256)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32) * 0.05, gpt.abstract(config))
+    engine = Engine(config, params, None, slots=8, logprobs=True)
+
+    def ask(i):
+        return engine.submit([7 + i, 5, 9 * i], 12, temperature=0.9, seed=i)
+
+    alone = []
+    for i in range(8):
+        request = ask(i)
+        drain(engine, [request])
+        alone.append((request.tokens, request.logprobs))
+    for n in (2, 5, 8):
+        together = [ask(i) for i in range(n)]
+        drain(engine, together)
+        assert [(r.tokens, r.logprobs) for r in together] == alone[:n]
 
 
 def test_steps_per_call_and_slots_do_not_change_the_tokens(tiny, engine):
