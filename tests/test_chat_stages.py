@@ -41,10 +41,13 @@ def records(run, kind):
     return [r for r in metrics.read(checkpoint.run_dir(run) / "metrics.jsonl") if r["kind"] == kind]
 
 
-def test_the_chain_and_its_rules(home, capsys):
-    assert stage("sft", run_name="early") == 0, "without a midtrained model finetuning starts from the base"
+def test_without_a_midtrained_model_finetuning_starts_from_the_base(home, capsys):
+    assert stage("sft", run_name="early") == 0
     assert "from toy-base" in capsys.readouterr().out
 
+
+@pytest.mark.slow
+def test_the_chain_and_its_rules(home, capsys):
     assert stage("mid") == 0
     out = capsys.readouterr().out
     assert "mid starts from toy-base, step 3" in out
@@ -98,6 +101,7 @@ def cut_off_after_first_save(name, **changes):
             stage(name, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, source", [("mid", "toy-base"), ("sft", "toy-mid"), ("rl", "toy-sft")])
 def test_resumed_stages_go_on_with_the_same_numbers(home, name, source):
     cut_off_after_first_save(name, source=source, run_name=f"cut-{name}")
@@ -105,6 +109,7 @@ def test_resumed_stages_go_on_with_the_same_numbers(home, name, source):
     assert numbers(f"cut-{name}") == numbers(f"toy-{name}")
 
 
+@pytest.mark.slow
 def test_mistakes_name_the_flag_and_the_remedy(home, capsys):
     assert stage("mid", source="nowhere") == 1
     assert "nowhere" in capsys.readouterr().err
@@ -120,6 +125,7 @@ def test_mistakes_name_the_flag_and_the_remedy(home, capsys):
     assert "matrix_lr: 0.02 -> 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_unfinished_parent_is_refused_unless_asked_for(home, capsys):
     cut_off_after_first_save("mid", source="toy-base", run_name="half")
     assert checkpoint.steps(checkpoint.run_dir("half")) == [2]

@@ -206,7 +206,7 @@ def test_a_spike_is_skipped_once_the_usual_level_is_known(tmp_path):
     assert float(off.state.params["a"][0]) > 2 * float(whole.state.params["a"][0])
 
 
-@pytest.mark.parametrize("cut", [49, 50, 51])
+@pytest.mark.parametrize("cut", [*(pytest.param(n, marks=pytest.mark.slow) for n in (49, 51)), 50])
 def test_a_resumed_run_skips_the_same_steps(tmp_path, cut):
     spikes = poisoned(48, 50, 51, by=30)
     whole = fit(job(tmp_path / "whole", n=60, batches=spikes, save_every=1), fresh())

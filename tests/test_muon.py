@@ -64,7 +64,7 @@ def slow_muon(params, grads, lr, momentum, steps=5, nesterov=True, weight_decay=
 
 
 @pytest.mark.parametrize("case", NS_CASES)
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow), 5])
 def test_newton_schulz_fp32(data, case, steps):
     result = compiled(jnp.asarray(data[f"ns/{case}/input"]), steps, "float32")
     atol = 1e-4 if case == "rank1" else 2e-5

@@ -53,7 +53,7 @@ def single_device_losses():
     return losses(1)
 
 
-@pytest.mark.parametrize("n_devices", [2, 4, 8])
+@pytest.mark.parametrize("n_devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8])
 def test_losses_do_not_depend_on_the_number_of_devices(n_devices, single_device_losses):
     assert single_device_losses[-1] < single_device_losses[0] - 0.5, "the toy run must learn, or it proves nothing"
     np.testing.assert_allclose(losses(n_devices), single_device_losses, atol=1e-5, rtol=0)
@@ -73,7 +73,7 @@ def collectives(hlo: str) -> list[tuple[str, str]]:
 
 def test_one_reduction_per_gradient_outside_the_accumulation_loop():
     _, _, state, step = setup(8)
-    compiled = step.lower(state, *batch(0, accumulation=4)).compile()
+    compiled = step.lower(state, *batch(0)).compile()  # the program of the test above
     text = compiled.as_text()
     assert " while(" in text, "accumulation should be a loop"
     found = collectives(text)
