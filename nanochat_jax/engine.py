@@ -52,13 +52,15 @@ class Engine:
         logprobs: bool = False,
         devices: Sequence[Any] | None = None,
         tool: Callable[[str], Any] = use_calculator,
+        wait_for_tools: bool = False,
         model: ModuleType | Any = gpt,
     ):
         """capacity: positions per slot, default sequence_len, at most the rotary range 10 * sequence_len.
         steps_per_call: tokens per compiled call (default: fewer the larger the model, so that streaming stays smooth).
         logprobs: also give each request the log-probabilities of its tokens. devices: where the slots are dealt to, a
         multiple of their number (rounded up); default the first device alone. tool: what a tool call runs, from text to
-        an answer or None, on a thread of its own.
+        an answer or None, on a thread of its own. wait_for_tools: no row goes on before every tool is done, so that
+        which rows are decoded together depends on no clock: rollouts and evaluations are to repeat to the bit.
         """
         limit = 10 * config.sequence_len
         self.capacity = config.sequence_len if capacity is None else capacity
@@ -74,6 +76,7 @@ class Engine:
         self._queue: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
         self._numbers = itertools.count()
+        self._wait_for_tools = wait_for_tools
         self._tool, self._tools = tool, ThreadPoolExecutor(max_workers=2, thread_name_prefix="tool")
         self._next_params: gpt.Params | None = None
         self._set_params(params)
@@ -186,7 +189,9 @@ class Engine:
         """Goes on with the rows whose tool is done; waits a moment for one if no row can do anything else."""
         busy = [r for r in self._table.busy if r.finished is None]
         working = [r.tool for r in busy if r.tool is not None]
-        if working:
+        if working and self._wait_for_tools:
+            wait(working)
+        elif working:
             wait(working, 0.05 if len(working) == len(busy) else TOOL_GRACE, FIRST_COMPLETED)
         for request in busy:
             if request.tool is not None and request.tool.done():

@@ -1,6 +1,7 @@
 """What the engine does for many people at once: shared beginnings, tools beside the loop, chunks in turn, devices."""
 
 import threading
+import time
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from nanochat_jax import decode, gpt
 from nanochat_jax.engine import PREFILL_CHUNK, Engine
 from nanochat_jax.request import Request
+from nanochat_jax.slot_programs import SlotPrograms
 from nanochat_jax.slot_table import SlotTable
 from tests.tokenizer_fixtures import golden_tokenizer
 
@@ -199,6 +201,33 @@ def test_a_slow_tool_holds_up_its_own_slot_only(tiny):
     assert caller.tokens[3 : 5 + len(answer)] == [start, *answer, end]
     assert caller.masks[: 6 + len(answer)] == [1, 1, 1, 0, *[0] * len(answer), 0, 1]
     assert len(caller.tokens) == 30 == len(caller.masks)
+
+
+def test_an_engine_that_waits_for_tools_makes_the_same_calls_whatever_they_take(tiny, monkeypatch):
+    """Which rows are decoded together decides how sums are rounded: what is to repeat may not hang on the clock."""
+    calls: list[int] = []
+    real = SlotPrograms.decode
+
+    def decode(self, chosen, *args):
+        calls.append(chosen.size)
+        return real(self, chosen, *args)
+
+    monkeypatch.setattr(SlotPrograms, "decode", decode)
+
+    def history(slow: int):
+        turn = iter(range(8))
+
+        def tool(text):
+            time.sleep(0.05 * (next(turn) % 2 == slow))
+            return "77"
+
+        engine = calling_engine(tiny, tool, slots=4, wait_for_tools=True)
+        calls.clear()
+        tokens = drain(engine, *[engine.submit([i, *range(19)], 20, temperature=0.0) for i in range(4)])
+        return list(calls), tokens
+
+    histories = [history(0), history(1)]
+    assert histories[0] == histories[1] and len(histories[0][0]) > 2
 
 
 def test_a_tool_that_fails_or_has_no_answer_adds_nothing(tiny):

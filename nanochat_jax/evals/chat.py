@@ -267,7 +267,7 @@ def eval_engine(
         most = MAX_SLOTS_CPU if jax.default_backend() == "cpu" else MAX_SLOTS
         slots = len(devices or [0]) * min(most, max(1, _cache_bytes() // slot_bytes))
         slots = min(slots, rows or slots)
-    return Engine(config, params, tokenizer, slots=slots, capacity=capacity, devices=devices)
+    return Engine(config, params, tokenizer, slots=slots, capacity=capacity, devices=devices, wait_for_tools=True)
 
 
 def _cache_bytes() -> int:

@@ -164,13 +164,13 @@ class _Sampler:
             s = self.settings
             self._engine = Engine(
                 self.config, params, self.tokenizer, slots=s.slots, capacity=self.T, logprobs=True, steps_per_call=16,
-                devices=self._devices,
+                devices=self._devices, wait_for_tools=True,
             )  # fmt: skip
         self._engine.params = params
         return self._engine
 
     def evaluate(self, params, val) -> dict[str, float]:
-        """pass@k on held-out questions, sampled as in training; the interval of pass@1 beside it."""
+        """pass@k on held-out questions, sampled as in training, with their intervals (pass@k_low, pass@k_high)."""
         s = self.settings
         result = evaluate_generative(
             self.engine(params),
@@ -183,8 +183,9 @@ class _Sampler:
             max_problems=s.eval_examples,
         )
         numbers = {f"pass@{k}": value for k, value in result["pass_at_k"].items()}
-        low, high = result["pass_at_k_interval"]["1"]
-        return {**numbers, "pass@1_low": low, "pass@1_high": high}
+        for k, (low, high) in result["pass_at_k_interval"].items():
+            numbers |= {f"pass@{k}_low": low, f"pass@{k}_high": high}
+        return numbers
 
     def rollout(self, params, step: int) -> Rollout:
         """The batch of a step: a pure function of the parameters and the step."""
@@ -205,13 +206,15 @@ class _Sampler:
         answers = [a for group in groups for a in group]
         pad = self.tokenizer.encode_special("<|assistant_end|>")
         packed = rollouts.pack(answers, self.T, pad, s.train_stop_token)
-        now, entropy = self._policy(params, packed, everything=bool(s.clip or s.kl))
-        reference = self._policy(self._reference, packed, everything=True)[0] if s.kl else None
+        # the trainer's own view: of all rows where the loss needs it, else of one answer to every question
+        rows = np.arange(0, len(answers), 1 if s.clip or s.kl else s.num_samples)
+        now, entropy = self._policy(params, packed, rows)
+        reference = self._policy(self._reference, packed, rows)[0] if s.kl else None
         weight = rollouts.weights(
             packed, rollouts.advantages(rewards).ravel(), now=now, reference=reference, clip=s.clip, kl=s.kl
         )
         shape = (-1, self._micro, self.T)
-        seen = packed.mask[: len(now)]
+        seen = packed.mask[rows]
         counted = max(1.0, float(seen.sum()))
         numbers = {
             "reward": float(rewards.mean()),
@@ -219,7 +222,7 @@ class _Sampler:
             "completion_length": float(np.mean([len(a.tokens) for a in answers])),
             "unfinished": float(np.mean([not a.ended for a in answers])),
             "entropy": float(entropy.sum() / counted),
-            "logprob_difference": float(np.abs((now - packed.logprobs[: len(now)]) * seen).sum() / counted),
+            "logprob_difference": float(np.abs((now - packed.logprobs[rows]) * seen).sum() / counted),
         }
         return Rollout(
             (packed.inputs.reshape(shape), packed.targets.reshape(shape), weight.reshape(shape)),
@@ -227,14 +230,15 @@ class _Sampler:
             _transcripts(groups[:TRANSCRIPTS], self.tokenizer),
         )
 
-    def _policy(self, params, packed: rollouts.Packed, everything: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities and entropies of the trainer's forward pass, of all rows or of the first micro-batch."""
-        n = len(packed.inputs) if everything else self._micro
+    def _policy(self, params, packed: rollouts.Packed, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities and entropies (len(rows), T) of the trainer's forward pass over these rows."""
+        whole = np.resize(rows, -(-len(rows) // self._micro) * self._micro)  # the last micro-batch is filled up
         parts = [
-            self._statistics(params, packed.inputs[i : i + self._micro], packed.targets[i : i + self._micro])
-            for i in range(0, n, self._micro)
+            self._statistics(params, packed.inputs[some], packed.targets[some])
+            for some in whole.reshape(-1, self._micro)
         ]
-        return tuple(np.concatenate([np.asarray(part[k]) for part in parts]) for k in (0, 1))  # pyright: ignore
+        now, entropy = (np.concatenate([np.asarray(part[k]) for part in parts])[: len(rows)] for k in (0, 1))
+        return now, entropy
 
 
 def _transcripts(groups: list[list[rollouts.Answer]], tokenizer) -> list[dict]:
