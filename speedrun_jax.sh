@@ -9,6 +9,7 @@
 #
 # Every stage goes on where it stopped, and what is done is not done again: after an interruption, run it once more.
 # Further arguments go to all training stages, or to one of them: --num_iterations=50, --base.depth=12, --sft.num_epochs=2.
+# --model_name=Ada gives the model a name.
 # WANDB_RUN=name logs to Weights & Biases and names the runs (name-base, name-mid, ...). MAX_PROBLEMS=100 limits every
 # evaluation. PRICE_PER_HOUR=24 puts dollars on the report.
 # Results are kept in $NANOCHAT_BASE_DIR (default ~/.cache/nanochat_jax).
@@ -90,9 +91,16 @@ step() {
 
 # train STAGE FLAGS...: with the user's arguments at the end; those named --STAGE.flag go to that stage alone.
 train() {
-  local stage=$1 argument own=()
+  local stage=$1 argument name= own=()
   shift
   for argument in ${arguments[@]+"${arguments[@]}"}; do
+    if [ "$stage" = base ]; then # the base model has not learnt yet to say what it is called
+      if [ "$name" ]; then name=; continue; fi
+      case $argument in
+        --model_name=* | --model-name=*) continue ;;
+        --model_name | --model-name) name=follows; continue ;;
+      esac
+    fi
     case $argument in
       --"$stage".*) own+=("--${argument#--"$stage".}") ;;
       --base.* | --mid.* | --sft.* | --rl.*) ;;

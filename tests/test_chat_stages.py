@@ -1,11 +1,14 @@
 """Midtraining, finetuning and reinforcement learning as a user starts them, one after the other, on the demo world."""
 
+import dataclasses
 import json
 
 import pytest
 
 from nanochat_jax import checkpoint, metrics
 from nanochat_jax.saving import Saver
+from nanochat_jax.stages import mid, mixtures, sft
+from nanochat_jax.stages.common import find_parent
 from nanochat_jax.stages.launch import main
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
@@ -41,6 +44,7 @@ def records(run, kind):
     return [r for r in metrics.read(checkpoint.run_dir(run) / "metrics.jsonl") if r["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_without_a_midtrained_model_finetuning_starts_from_the_base(home, capsys):
     assert stage("sft", run_name="early") == 0
     assert "from toy-base" in capsys.readouterr().out
@@ -58,7 +62,7 @@ def test_the_chain_and_its_rules(home, capsys):
     assert {"val_bpb", "val_loss"} <= set(records("toy-mid", "eval")[-1])
     assert any("Who are you?" in text for text in records("toy-mid", "sample")[-1]["texts"])
 
-    assert stage("sft") == 0
+    assert stage("sft", model_name="Ada") == 0
     assert checkpoint.load_meta(checkpoint.run_dir("toy-sft"))["parent"]["run"] == "toy-mid"
     last = records("toy-sft", "eval")[-1]
     assert 0 <= last["choice_acc"] <= 1 and last["val_loss"] > 0
@@ -66,6 +70,9 @@ def test_the_chain_and_its_rules(home, capsys):
     assert lr == pytest.approx([1, 0.75, 0.5, 0.25])
 
     assert stage("rl") == 0
+    assert checkpoint.load_meta(checkpoint.run_dir("toy-rl"))["settings"]["model_name"] == "Ada", (
+        "evaluated by its name"
+    )
     train = records("toy-rl", "train")
     assert {"reward", "completion_length", "entropy", "logprob_difference", "unfinished"} <= set(train[0])
     # sampler and trainer are one model: in fp32 their log-probabilities differ by rounding only
@@ -139,9 +146,37 @@ def test_own_conversations_are_learnt(home, tmp_path, capsys):
     lines = [{"prompt": f"What is the code of number {i}?", "completion": f"It is {i * 7}."} for i in range(60)]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join([*map(json.dumps, lines), "{broken", json.dumps({"messages": [{"role": "owl"}]})]) + "\n")
-    assert stage("sft", source="toy-base", run_name="own", data=path, num_iterations=2) == 0
+    assert stage("sft", source="toy-base", run_name="own", data=path, num_iterations=2, model_name="Ada") == 0
     out = capsys.readouterr().out
+    assert "conversations about the name Ada" in out
+    assert checkpoint.load_meta(checkpoint.run_dir("own"))["settings"]["model_name"] == "Ada"
+    assert (
+        find_parent("own", ("sft",)).model_name == "Ada" and find_parent("toy-base", ("base",)).model_name == "nanochat"
+    )
     assert "line 61" in out and "line 62" in out, "bad lines are reported by number"
     assert "It is" in out, "the first samples are shown"
     assert stage("sft", source="toy-base", run_name="own2", data=tmp_path / "none.jsonl") == 1
     assert "none.jsonl" in capsys.readouterr().err
+
+
+def texts(conversations) -> str:
+    return json.dumps([conversations[i]["messages"] for i in range(len(conversations))])
+
+
+def test_the_given_name_is_taught_beside_own_conversations_and_else_the_parents(home, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"What is the code of number {i}?", "completion": f"It is {i * 7}."} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parent = dataclasses.replace(find_parent("toy-base", ("base",)), model_name="Robin")
+
+    def taught(**changes):
+        return mixtures.sft(sft.SftSettings(**changes), parent)
+
+    train, val = taught(data=path, model_name="Ada")
+    assert "Ada" in texts(train) and "It is 14." in texts(train) and "Robin" not in texts(train)
+    assert "Ada" not in texts(val)
+    assert train.fingerprint() != taught(data=path, model_name="Eve")[0].fingerprint()
+    assert "Robin" not in texts(taught(data=path)[0]), "the user's own conversations alone"
+    name = {"model_name": "Ada"}
+    assert "Robin" in texts(mixtures.mid(mid.MidSettings(demo=True), parent)[1])
+    assert "Robin" not in texts(mixtures.mid(mid.MidSettings(demo=True, **name), parent)[1])

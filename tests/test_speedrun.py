@@ -111,6 +111,13 @@ def test_flags_pass_through(speedrun):
     assert "--price_per_hour=24" in commands(done.stdout)[-1]
 
 
+@pytest.mark.parametrize("name", [["--model_name=Ada"], ["--model-name", "Ada"]])
+def test_the_models_name_goes_to_the_stages_that_learn_it(speedrun, name):
+    training = [c for c in commands(speedrun("demo", *name, "--seed=7").stdout) if c.startswith("scripts.train")]
+    assert ["Ada" in c for c in training] == [False, True, True, True]
+    assert all("--seed=7" in c for c in training)
+
+
 def test_unknown_preset(speedrun):
     done = speedrun("d99")
     assert done.returncode == 1

@@ -34,6 +34,8 @@ from nanochat_jax.train_step import (
     strip_padding,
 )
 
+MODEL_NAME = "nanochat"  # what a model is called that nobody gave a name
+
 
 def batch_flag(rows: int) -> Any:
     """--device_batch_size of a stage whose usual number of rows is given."""
@@ -103,7 +105,7 @@ def open_devices(settings: StageSettings) -> Mesh:
 
 @dataclass(frozen=True)
 class Parent:
-    """The model a stage starts from: `params` reads its parameters; meta is that of the parent's checkpoint."""
+    """The model a stage starts from: `params` reads its parameters; model_name is what it calls itself."""
 
     run: str
     step: int
@@ -111,6 +113,7 @@ class Parent:
     config: GPTConfig
     tokenizer: Tokenizer
     params: Callable[[], Params]
+    model_name: str = MODEL_NAME
 
     @property
     def meta(self) -> dict:
@@ -142,6 +145,7 @@ def find_parent(source: str, stages: tuple[str, ...], step: int | None = None) -
         config,
         checkpoint.load_tokenizer(folder, meta),
         lambda: checkpoint.load_params(folder, meta),
+        meta.get("settings", {}).get("model_name") or MODEL_NAME,
     )
 
 
@@ -180,6 +184,9 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
     settings, config = recipe.settings, recipe.config
     optimizer = _optimizer(settings, config, recipe.schedule, recipe.hyper)
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
+    if recipe.parent and "model_name" in flags:  # recorded for the stages to come and for evaluation
+        given = recipe.stage != "rl" and flags["model_name"]  # it has no conversations to learn a name from
+        flags["model_name"] = given or recipe.parent.model_name
     identity = {
         **{k: v for k, v in flags.items() if k not in FREE},
         "num_iterations": recipe.num_iterations,

@@ -44,7 +44,7 @@ def run(settings: MidSettings) -> Outcome:
     """Midtrains, or goes on midtraining, one model."""
 
     def lesson(parent: Parent) -> Lesson:
-        train, val = mixtures.mid(settings)
+        train, val = mixtures.mid(settings, parent)
         return Lesson("mid", PARENTS, "stream", train, val, partial(late_decay_over, fraction=0.2))
 
     return run_supervised(settings, "mid", PARENTS, lesson)

@@ -4,7 +4,7 @@ Spec of the reference: midtraining 7.2, finetuning 8.2, reinforcement learning 9
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tasks
 from nanochat_jax.data.chat_files import describe_samples, load_chat_file
@@ -16,6 +16,7 @@ from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 
 if TYPE_CHECKING:
+    from nanochat_jax.stages.common import Parent
     from nanochat_jax.stages.mid import MidSettings
     from nanochat_jax.stages.rl import RlSettings
     from nanochat_jax.stages.sft import SftSettings
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 IDENTITY_CONVERSATIONS = 1000
 
 
-def mid(settings: "MidSettings") -> tuple[Conversations, Conversations]:
+def mid(settings: "MidSettings", parent: "Parent") -> tuple[Conversations, Conversations]:
     """(training, held-out) conversations of midtraining."""
+    name = settings.model_name or parent.model_name
     if settings.demo:
-        name = settings.model_name
         return world.mid_mixture("train", model_name=name), world.mid_mixture("val", model_name=name)
     data = settings.task_data
-    identity = identity_task(settings.model_name)
+    identity = identity_task(name)
     train = [
         tasks.load("SmolTalk", "train", data),
         tasks.load("MMLU", "auxiliary_train", data),
@@ -47,12 +48,18 @@ def mid(settings: "MidSettings") -> tuple[Conversations, Conversations]:
     return TaskMixture(train), TaskMixture(val)
 
 
-def sft(settings: "SftSettings", tokenizer) -> tuple[Conversations, Conversations]:
-    """(training, held-out) conversations of finetuning."""
+def sft(settings: "SftSettings", parent: "Parent") -> tuple[Conversations, Conversations]:
+    """(training, held-out) conversations of finetuning. Beside the user's own, the name is learnt only if it is given:
+    what stands in them is theirs to choose."""
     if settings.data is not None:
-        return own(settings.data, tokenizer)
+        train, val = own(settings.data, parent.tokenizer)
+        if not settings.model_name:
+            return train, val
+        identity = identity_task(settings.model_name, stop=len(train))  # no more of them than of the user's
+        print(f"with {len(identity):,} conversations about the name {settings.model_name}")
+        return TaskMixture([_Rows(train), identity]), val
+    name = settings.model_name or parent.model_name
     if settings.demo:
-        name = settings.model_name
         return world.sft_mixture("train", model_name=name), world.sft_mixture("val", model_name=name)
     data = settings.task_data
     train = [
@@ -60,7 +67,7 @@ def sft(settings: "SftSettings", tokenizer) -> tuple[Conversations, Conversation
         tasks.load("ARC-Challenge", "train", data),
         tasks.load("GSM8K", "train", data),
         tasks.load("SmolTalk", "train", data, stop=10_000),
-        identity_task(settings.model_name),
+        identity_task(name),
         tasks.load("SimpleSpelling", "train", data, size=300),
         tasks.load("SpellingBee", "train", data, size=300),
     ]
@@ -86,15 +93,34 @@ def own(path: Path, tokenizer) -> tuple[Conversations, Conversations]:
     return file.held_out()
 
 
-def identity_task(name: str) -> Task:
+class _Rows(Task):
+    """Conversations as a task, so that they can be mixed with others."""
+
+    name = "own"
+
+    def __init__(self, conversations: Conversations):
+        super().__init__()
+        self._conversations = conversations
+
+    def num_examples(self) -> int:
+        return len(self._conversations)
+
+    def get_example(self, index: int) -> dict[str, Any]:
+        return self._conversations[index]
+
+    def identity(self) -> dict[str, Any]:
+        return {"rows": self._conversations.fingerprint()}
+
+
+def identity_task(name: str, stop: int | None = None) -> Task:
     """Conversations about who the model is: the user's `identity_conversations.jsonl` in the base directory if there is
-    one, else made from templates for the name."""
+    one, else made from templates for the name; the first `stop` of them."""
     given = base_dir() / "identity_conversations.jsonl"
     if given.is_file():
-        return CustomJSON(given)
+        return CustomJSON(given, stop=stop)
     path = base_dir() / "task_data" / "identity" / f"{''.join(c if c.isalnum() else '_' for c in name)}.jsonl"
     write_identity_file(path, name, n=IDENTITY_CONVERSATIONS)
-    return CustomJSON(path)
+    return CustomJSON(path, stop=stop)
 
 
 def eval_task(name: str, task_data: Path | None) -> Task:

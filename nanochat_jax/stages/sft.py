@@ -23,7 +23,9 @@ class SftSettings(ChatStageSettings):
 
     ROWS: ClassVar[int] = 1
 
-    data: Path | None = flag(None, "your own conversations (jsonl): learnt instead of the usual mixture")
+    data: Path | None = flag(
+        None, "your own conversations (jsonl), learnt instead of the usual mixture; --model_name adds its own"
+    )
     device_batch_size: int = batch_flag(ROWS)
     total_batch_size: int = flag(16384, "tokens per optimizer step, padding included")
     init_lr_frac: float = flag(0.02, "all learning rates as a share of pretraining's")
@@ -58,7 +60,7 @@ def run(settings: SftSettings) -> Outcome:
     """Finetunes, or goes on finetuning, one model."""
 
     def lesson(parent: Parent) -> Lesson:
-        train, val = mixtures.sft(settings, parent.tokenizer)
+        train, val = mixtures.sft(settings, parent)
 
         def evaluations(parent: Parent, mesh) -> tuple[Evaluation, ...]:
             measure = _accuracies(settings, parent, mesh)

@@ -15,6 +15,7 @@ from nanochat_jax.plan import check_batch
 from nanochat_jax.progress import RowsProgress
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.stages.common import (
+    MODEL_NAME,
     Parent,
     Recipe,
     Shapes,
@@ -48,7 +49,9 @@ class ChatStageSettings(StageSettings):
     num_epochs: int = flag(1, "passes over the conversations")
     init_lr_frac: float = flag(1.0, "all learning rates as a share of pretraining's")
     task_data: Path | None = flag(None, "folder with the data sets, instead of downloading them (see tasks/hub.py)")
-    model_name: str = flag("nanochat", "the name the model learns to give when asked who it is")
+    model_name: str = flag(
+        "", f"the name the model learns to give when asked who it is; default: the source's, at first {MODEL_NAME}"
+    )
 
 
 @dataclass(frozen=True)
