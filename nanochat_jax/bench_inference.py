@@ -20,6 +20,7 @@ import numpy as np
 
 from nanochat_jax import cli
 from nanochat_jax.cli import flag
+from nanochat_jax.errors import is_ours
 from nanochat_jax.gpt import GPTConfig, num_params
 
 
@@ -397,6 +398,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except (CheckpointError, devices.DeviceError, ValueError) as error:
+        if not is_ours(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json_line(result))

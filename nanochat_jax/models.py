@@ -13,6 +13,7 @@ from typing import Any
 
 from nanochat_jax import checkpoint, cli, devices, gpt, paths
 from nanochat_jax.cli import flag
+from nanochat_jax.errors import is_ours
 from nanochat_jax.evals import results
 from nanochat_jax.tokenizer import FILE_NAME
 
@@ -139,9 +140,15 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = cli.parse(ModelsSettings, argv, __doc__ or "", echo=False)
     devices.prepare("cpu")  # counting parameters must not take a GPU from a run that is still going
-    if settings.run:
-        checkpoint.run_dir(settings.run)  # refuses what is no run's name
-    found = models(settings.run, settings.stage)
+    try:
+        if settings.run:
+            checkpoint.run_dir(settings.run)  # refuses what is no run's name
+        found = models(settings.run, settings.stage)
+    except (ValueError, RuntimeError, OSError) as error:
+        if not is_ours(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if not found:
         what = " ".join(filter(None, (settings.stage, settings.run))) or "trained"
         print(

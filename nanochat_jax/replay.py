@@ -17,6 +17,7 @@ import numpy as np
 
 from nanochat_jax import checkpoint, cli, devices, incidents
 from nanochat_jax.cli import flag
+from nanochat_jax.errors import is_ours
 
 
 class ReplayError(ValueError):
@@ -180,6 +181,8 @@ def main(argv: list[str]) -> int:
         print(f"device: {devices.check(settings.device)}")
         print(describe(incident, replay(incident, settings), settings))
     except (ReplayError, checkpoint.CheckpointError, devices.DeviceError, ValueError, OSError) as error:
+        if not is_ours(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import tasks
 from nanochat_jax import cli, devices
 from nanochat_jax.cli import flag
+from nanochat_jax.errors import is_ours
 from nanochat_jax.evals import results
 from nanochat_jax.evals.results import Result
 from nanochat_jax.progress import duration
@@ -153,8 +154,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return devices.NO_USABLE_GPU
     except (ValueError, RuntimeError, OSError) as error:
-        ours = type(error).__module__.startswith(("nanochat_jax", "tasks"))
-        if not (ours or isinstance(error, ValueError | FileNotFoundError | ConnectionError)):
+        if not (is_ours(error) or isinstance(error, ConnectionError)):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1

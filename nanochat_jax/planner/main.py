@@ -12,6 +12,7 @@ import jax
 from nanochat_jax import auto_batch, cli, xla_flags
 from nanochat_jax.cli import flag
 from nanochat_jax.data.shards import CHARS_PER_TOKEN, SHARD_CHARS
+from nanochat_jax.errors import is_ours
 from nanochat_jax.plan import BasePlan, PlanError
 from nanochat_jax.planner import budget, cards, compiled, memory, roofline, target
 
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     try:
         facts = make(settings, _silent if settings.json else lambda line: print(line, file=sys.stderr, flush=True))
     except (ValueError, auto_batch.DoesNotFit) as error:
+        if not is_ours(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(facts, indent=1) if settings.json else describe(facts))

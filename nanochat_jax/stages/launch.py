@@ -3,12 +3,10 @@
 import importlib
 import logging
 import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
-import nanochat_jax
 from nanochat_jax import cli, devices, watchdog
+from nanochat_jax.errors import is_ours
 from nanochat_jax.stopping import Interrupted, signals_raise
 
 # stage -> settings class and its variant for the demo, in the stage's module
@@ -41,20 +39,11 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return watchdog.HUNG
     except (ValueError, RuntimeError, OSError) as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether the error was raised by a line of this project: then its text carries the remedy and no traceback is
-    needed. One that comes out of a library is shown whole."""
-    if isinstance(error, FileNotFoundError):
-        return True
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(nanochat_jax.__file__).parent in Path(raised_in).parents
 
 
 def _take_stage(argv: list[str]) -> tuple[str, list[str]]:
