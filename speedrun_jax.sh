@@ -30,6 +30,11 @@ done
 
 # "The operating system sees an NVIDIA GPU"; whether JAX can use it is checked, and insisted on, by the training command.
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+cards=${NVIDIA_CARDS:-/proc/driver/nvidia/gpus} # where the driver lists them, whether or not nvidia-smi works
+if [ -z "${PRESET:-}" ] && [ "${gpus:-0}" -eq 0 ] && [ -n "$(ls -A "$cards" 2>/dev/null)" ]; then
+  die "$cards lists NVIDIA GPUs, but nvidia-smi does not answer. Mend the driver (\`nvidia-smi -L\` must list them), or" \
+    "set PRESET=d20 to train on them all the same, PRESET=demo for the small model on the CPU"
+fi
 if [ -z "${PRESET:-}" ]; then
   if [ "${gpus:-0}" -gt 0 ]; then
     PRESET=d20; why="$gpus NVIDIA GPU(s) found"
@@ -193,4 +198,5 @@ Done. Talk to your model:
 
   $PY -m scripts.chat --run=$run-sft
   $PY -m scripts.chat --run=$run-sft -p "Who are you?"
+  $PY -m scripts.serve --run=$run-sft      in the browser, and for programs
 END

@@ -118,6 +118,18 @@ def test_the_models_name_goes_to_the_stages_that_learn_it(speedrun, name):
     assert all("--seed=7" in c for c in training)
 
 
+def test_gpus_that_nvidia_smi_does_not_show_are_not_passed_over(speedrun, tmp_path):
+    (tmp_path / "cards" / "0000:01:00.0").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    broken = tmp_path / "bin" / "nvidia-smi"
+    broken.write_text("#!/bin/sh\nexit 9\n")
+    broken.chmod(0o755)
+    env = {"NVIDIA_CARDS": str(tmp_path / "cards"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = speedrun("", **env)
+    assert done.returncode == 1 and "nvidia-smi" in done.stderr and "PRESET=demo" in done.stderr
+    assert speedrun("demo", **env).returncode == 0
+
+
 def test_unknown_preset(speedrun):
     done = speedrun("d99")
     assert done.returncode == 1
