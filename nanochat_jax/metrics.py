@@ -8,6 +8,7 @@ A sink can be slow, hang or raise without stopping or slowing the run: records g
 thread, and a sink that fails is reported once and dropped.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_jax.paths import write_atomic
+from nanochat_jax.paths import offline, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,22 @@ class MetricsLog:
     def __init__(self, path: Path | None, sinks: dict[str, Sink] | None = None):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = open(path or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._sinks = [_BackgroundSink(name, sink) for name, sink in (sinks or {}).items()]
 
     def write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Raises OSError, naming the file and the remedy, where it cannot be written (the disk is full)."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what is left in its buffer has nowhere to go
+                self._file.close()
+            raise OSError(
+                f"{self._path} cannot be written ({error.strerror}): free some space on that disk. What the run saved "
+                "last is whole, and the same command goes on from there"
+            ) from error
         for sink in self._sinks:
             sink.put(record)
 
@@ -118,7 +129,9 @@ def open_sinks(names: str, run: str, folder: Path, settings: dict) -> dict[str, 
             raise ValueError(f"--sinks={name}: known sinks are {', '.join(makers)}")
         try:
             sinks[name] = makers[name](run, folder, settings)
-        except Exception as error:  # missing package, no account, no network: the run goes on without it
+        except ImportError as error:
+            logger.warning("metrics sink %s cannot start (%s): pip install '.[%s]'", name, error, name)
+        except Exception as error:  # no account, no network: the run goes on without it
             logger.warning("metrics sink %s cannot start: %s", name, error)
     return sinks
 
@@ -126,7 +139,12 @@ def open_sinks(names: str, run: str, folder: Path, settings: dict) -> dict[str, 
 def _wandb(run: str, folder: Path, settings: dict) -> Sink:
     import wandb  # pyright: ignore[reportMissingImports]
 
-    wandb.init(project="nanochat_jax", name=run, dir=str(folder), config=settings, resume="allow", id=run)
+    limits = wandb.Settings(login_timeout=30, init_timeout=60)  # it asks for a key: a run must not wait for an answer
+    mode = "offline" if offline() else None  # None: what WANDB_MODE says
+    wandb.init(
+        project="nanochat_jax", name=run, dir=str(folder), config=settings, resume="allow", id=run, mode=mode,
+        settings=limits,
+    )  # fmt: skip
     return lambda r: wandb.log({f"{r['kind']}/{k}": v for k, v in r.items() if k not in ("kind", "step")}, r["step"])
 
 

@@ -1,6 +1,8 @@
 """The metrics file and its sinks: nothing that a sink does may reach the run."""
 
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,4 +66,39 @@ def test_unknown_sink_is_an_error_that_lists_the_known_ones(tmp_path):
 def test_a_missing_sink_package_is_reported_and_left_out(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     assert metrics.open_sinks("wandb", "run", tmp_path, {}) == {}
-    assert "cannot start" in caplog.text
+    assert "cannot start" in caplog.text and "pip install '.[wandb]'" in caplog.text
+
+
+@pytest.mark.parametrize("offline, mode", [("1", "offline"), ("", None)])
+def test_wandb_gets_every_number_and_cannot_wait_for_an_answer(tmp_path, monkeypatch, offline, mode):
+    begun, logged = {}, []
+    fake = SimpleNamespace(
+        init=lambda **options: begun.update(options),
+        log=lambda numbers, step: logged.append((step, numbers)),
+        Settings=lambda **options: options,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("NANOCHAT_OFFLINE", offline)
+    sinks = metrics.open_sinks("wandb", "toy", tmp_path, {"depth": 4})
+    sinks["wandb"]({"kind": "train", "step": 3, "loss": 1.5})
+    assert logged == [(3, {"train/loss": 1.5})]
+    assert (begun["id"], begun["config"], begun["mode"]) == ("toy", {"depth": 4}, mode)
+    assert begun["settings"] == {"login_timeout": 30, "init_timeout": 60}
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    logged = []
+    writer = SimpleNamespace(add_scalar=lambda *what: logged.append(what))
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    sinks = metrics.open_sinks("tensorboard", "toy", tmp_path, {})
+    sinks["tensorboard"]({"kind": "eval", "step": 3, "val_bpb": 1.5, "note": "text"})
+    assert logged == [("eval/val_bpb", 1.5, 3)]
+
+
+def test_a_full_disk_is_named_with_its_remedy(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    log = metrics.MetricsLog(path)
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(No space left.*free some space"):
+        log.write({"kind": "train", "step": 0})
+    log.close()
