@@ -39,6 +39,21 @@ def flag(
     return dataclasses.field(default=default, metadata=meta)
 
 
+# Flags of the reference that have another name here. They are not taken, since their meaning may differ a little.
+RENAMED = {
+    "core_metric_every": "scripts.eval evaluates CORE after training (--tasks=CORE)",
+    "core_metric_max_per_task": "scripts.eval evaluates CORE after training (--max_per_task)",
+    "run": "--run_name here",
+    "model_tag": "--run_name here, and --source for the run to start from",
+    "device_type": "--device here (auto, cpu or gpu)",
+    "eval_steps": "--eval_tokens here, in tokens",
+    "target_examples_per_step": "--total_batch_size here, in tokens",
+    "eval_metrics_every": "--metrics_every here",
+    "eval_metrics_max_problems": "--metrics_max_problems here",
+    "dry_run": "not needed here: nothing is logged elsewhere unless --sinks asks for it",
+}
+
+
 class _BadValue(Exception):
     """What a value should have been."""
 
@@ -175,12 +190,22 @@ def _lookup(flags: dict[str, _Flag], argument: str) -> tuple[_Flag, str | None]:
     if argument.startswith("--") and len(key) > 2:
         if _normal(key) in flags:
             return flags[_normal(key)], value if equals else None
+        if instead := _renamed(key, flags):
+            _fail(f"unknown flag {key}: {instead} (--help lists all)")
         nearest = difflib.get_close_matches(_normal(key), flags, n=1, cutoff=0.0)
         _fail(f"unknown flag {key}" + (f"; did you mean --{nearest[0]}?" if nearest else "") + " (--help lists all)")
     for spec in flags.values():
         if spec.short and key == f"-{spec.short}":
             return spec, value if equals else None
     _fail(f"unexpected argument {argument!r}: settings are given as --key=value (--help lists them)")
+
+
+def _renamed(key: str, flags: Mapping[str, Any]) -> str:
+    """What to write instead of a flag of the reference; "" where this command has nothing of the kind."""
+    instead = RENAMED.get(_normal(key), "")
+    if instead.startswith("scripts"):
+        return instead
+    return f"it is {instead}" if set(re.findall(r"--(\w+)", instead)) & set(flags) else ""
 
 
 def _is_value(spec: _Flag, text: str) -> bool:

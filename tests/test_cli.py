@@ -1,6 +1,7 @@
 """Flags from a dataclass: every way to write them, every mistake named."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,3 +191,19 @@ def test_round_trip(depth, clip, demo, name):
     argv = [f"--depth={depth}", f"--grad_clip={clip!r}", f"--demo={demo}", f"--run_name={name}"]
     result = cli.parse(Settings, argv, echo=False)
     assert (result.depth, result.grad_clip, result.demo, result.run_name) == (depth, clip, demo, name)
+
+
+def test_the_references_names_lead_to_ours(capsys):
+    assert "--run: it is --run_name here" in fails(capsys, "--run=d20")
+    assert "scripts.eval" in fails(capsys, "--core-metric-every", "10")
+
+
+def test_every_renamed_flag_leads_to_one_that_exists():
+    from nanochat_jax.evals.run import EvalSettings
+    from nanochat_jax.stages import base, mid, sft
+
+    fields = {f.name for s in (base.BaseSettings, mid.MidSettings, sft.SftSettings) for f in dataclasses.fields(s)}
+    fields |= {f.name for f in dataclasses.fields(EvalSettings)}
+    for old, instead in cli.RENAMED.items():
+        named = re.findall(r"--(\w+)", instead)
+        assert named and set(named) <= fields, old
