@@ -270,7 +270,7 @@ def with_batch_size(
     hyper: dict[str, Any] | None = None,
 ) -> Outcome:
     """Calls `attempt` with the settings, their --device_batch_size=auto made a number: on GPUs the largest that fits,
-    the stage's usual number elsewhere. When memory runs out all the same, it is called again with half of it, to go on
+    the stage's usual number elsewhere, or the next below that divides the batch. When memory runs out all the same, it is called again with half of it, to go on
     from where the run was saved.
 
     On GPUs the evaluation and the sampling are compiled first: DoesNotFit is raised at the start and not after hours.
@@ -278,7 +278,7 @@ def with_batch_size(
     limit = auto_batch.least_free_memory()
     rows = settings.device_batch_size
     if rows == AUTO:
-        rows = settings.ROWS
+        rows = usual_rows(settings.ROWS, shapes.rows_per_step // sharding.row_shards(mesh))
         if limit is not None:
             rows = _choose_rows(settings, mesh, shapes, schedule, normalize, hyper or {}, limit)
     if limit is not None:
@@ -293,6 +293,14 @@ def with_batch_size(
             rows = auto_batch.halved(settings.device_batch_size)
             print(f"{error}. Going on with --device_batch_size={rows}", flush=True)
         settings = dataclasses.replace(settings, device_batch_size=rows, resume=True)
+
+
+def usual_rows(most: int, total: int) -> int:
+    """The largest power of two up to `most`, itself one, that divides the `total` rows of a device and step."""
+    rows = most
+    while rows > 1 and total % rows:
+        rows //= 2
+    return rows
 
 
 def _choose_rows(settings, mesh, shapes: Shapes, schedule, normalize: bool, hyper: dict[str, Any], limit: int) -> int:
