@@ -49,6 +49,7 @@ def whole() -> list[float]:
     return []
 
 
+@pytest.mark.slow
 def test_auto_takes_the_largest_that_fits_and_checks_the_rest(train, whole, monkeypatch, capsys):
     monkeypatch.setattr(auto_batch, "least_free_memory", lambda: 2**33)
     compiled = []
@@ -74,6 +75,7 @@ def test_what_does_not_fit_is_said_before_training(train, monkeypatch, capsys):
     assert losses("small") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donated", [False, True])
 def test_a_memory_that_runs_out_halves_the_batch_and_goes_on(train, whole, monkeypatch, capsys, donated):
     """From the same step where the state is still there, from the last checkpoint where the failed step took it."""

@@ -272,6 +272,7 @@ def test_a_long_prompt_does_not_stall_the_others(tiny):
     drain(engine, running, *long)
 
 
+@pytest.mark.slow
 def test_rows_that_stop_do_not_lose_or_change_tokens(tiny):
     """With 16 rows a call goes on after the first has stopped: what the stopped one computes then is dropped."""
     many, one = make(tiny, slots=16, steps_per_call=8), make(tiny)

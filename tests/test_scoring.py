@@ -74,7 +74,7 @@ def test_lengths_of_rows():
     assert [suffix_length(n) for n in (0, 1, 16, 17, 64, 65, 256, 257)] == [0, 16, 16, 64, 64, 256, 256, 1024]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_spans_and_choices_equal_one_forward_pass_each(tiny, devices):
     config, params = tiny
     mesh = None if devices == 1 else sharding.make_mesh(jax.devices()[:devices])

@@ -122,7 +122,7 @@ def test_accumulation_does_not_change_the_step():
 
 
 def test_no_weight_at_all_is_a_zero_loss_and_a_finite_state():
-    _, _, state, step = setup(2)
+    _, _, state, step = setup(8)
     inputs, targets, weights = batch(0)
     state, metrics = step(state, inputs, np.full_like(targets, -1), weights)
     assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0

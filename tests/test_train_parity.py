@@ -176,6 +176,7 @@ def test_first_step_from_the_reference_init_moves_only_the_unembedding(data):
         assert np.array_equal(value, start[name]) == (name != "lm_head.weight"), name
 
 
+@pytest.mark.slow
 def test_padded_stacks_train_the_same(data):
     """Padding for a device count changes neither the losses nor, after eight steps, the zero rows."""
     config, groups, state, losses, norms, _ = train(data, "rand", "fp32", pad=5)
