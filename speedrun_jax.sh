@@ -130,7 +130,7 @@ environment() {
 # gpu_node DEPTH FIRST_SHARDS SHARDS TOKENIZER_CHARS: the reference's steps and sizes.
 gpu_node() {
   local depth=$1 first=$2 shards=$3 chars=$4 log download=
-  environment cuda12
+  environment "cuda12${WANDB_RUN:+,wandb}"
   if [ "$plan_only" ]; then plan_gpu_node "$depth"; fi
   step "download: first shards" "$PY" -m nanochat_jax.data.download -n "$first"
   # More arrive while the tokenizer is trained. Then training takes over: it fetches what it still lacks ahead of need.
@@ -173,7 +173,7 @@ plan_gpu_node() {
 run=${WANDB_RUN:-$PRESET}
 case $PRESET in
   demo)
-    environment ""
+    environment "${WANDB_RUN:+wandb}"
     cpu=(--device=cpu)
     step "tokenizer" "$PY" -m scripts.tok_train --demo --vocab_size=1024
     train base --demo --run_name="$run-base" "${cpu[@]}"
