@@ -270,8 +270,9 @@ def with_batch_size(
     hyper: dict[str, Any] | None = None,
 ) -> Outcome:
     """Calls `attempt` with the settings, their --device_batch_size=auto made a number: on GPUs the largest that fits,
-    the stage's usual number elsewhere, or the next below that divides the batch. When memory runs out all the same, it is called again with half of it, to go on
-    from where the run was saved.
+    the stage's usual number elsewhere, or the next below that divides the batch.
+
+    When memory runs out all the same, it is called again with half of it, to go on from where the run was saved.
 
     On GPUs the evaluation and the sampling are compiled first: DoesNotFit is raised at the start and not after hours.
     """
