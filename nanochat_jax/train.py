@@ -238,6 +238,7 @@ class _Loop:
         job = self.job
         placed, limits = job.place(batch), self.level.limits(step)
         if self.compiled is None:  # once, ahead of time: a changed shape later is an error, not a silent recompile
+            self.progress.say("compiling the training step ...")  # minutes for a large model, in which nothing moves
             with self.watchdog.busy():
                 self.compiled = _compile(job, self.state, placed, limits, self.progress)
             if job.rollout is None:
