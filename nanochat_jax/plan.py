@@ -1,7 +1,7 @@
 """From one dial to everything a pretraining run needs, printed before anything is spent."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nanochat_jax import optim
@@ -26,9 +26,10 @@ class BasePlan:
     num_iterations: int
     horizon: str  # which flag decided num_iterations
     vocab_size: int
-    devices: int
+    devices: int  # that have rows of their own
     config: GPTConfig
     hyper: optim.OptimHyper
+    tensor: int = 1  # devices that share the matrices and the rows of each of these
 
     @classmethod
     def derive(
@@ -77,7 +78,7 @@ class BasePlan:
             hyper = optim.OptimHyper(**given)
         except ValueError as error:
             raise PlanError(f"--{error}") from None
-        return cls.derive(
+        plan = cls.derive(
             depth=settings.depth,
             vocab_size=vocab_size,
             max_seq_len=settings.max_seq_len,
@@ -89,6 +90,7 @@ class BasePlan:
             devices=devices,
             hyper=hyper,
         )
+        return replace(plan, tensor=getattr(settings, "tensor", 1))
 
     @property
     def n_params(self) -> int:
@@ -136,7 +138,11 @@ class BasePlan:
         c, hyper = self.config, self.hyper
         rates = optim.initial_learning_rates(hyper, c.n_embd)
         warmup, warmdown = (round(r * self.num_iterations) for r in (hyper.warmup_ratio, hyper.warmdown_ratio))
-        plural = "s" if self.devices > 1 else ""
+        sharing = f"{self.devices} devices" if self.devices > 1 else "1 device"
+        held = f"{_bytes(self.state_bytes())} of parameters and training state on each"
+        if self.tensor > 1:
+            sharing = f"{self.devices} group{'s' if self.devices > 1 else ''} of {self.tensor} devices"
+            held = f"{_bytes(self.state_bytes())} of parameters and training state in each group of {self.tensor}"
         scaled = f"base rate x {self.lr_scale:.4f} for width {c.n_embd}"
         rows = [
             ("model", f"depth {self.depth}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads of {c.head_dim}"),
@@ -144,11 +150,11 @@ class BasePlan:
             ("context", f"{self.max_seq_len:,} tokens"),
             ("parameters", f"{self.n_params:,} ({self.n_params - 2 * self.vocab_size * c.n_embd:,} in matrices)"),
             ("FLOPs per token", f"{self.flops_per_token:,} (forward and backward)"),
-            ("devices", f"{self.devices}, with {_bytes(self.state_bytes())} of parameters and training state on each"),
+            ("devices", f"{self.devices * self.tensor}, with {held}"),
             (
                 "batch",
                 f"{self.total_batch_size:,} tokens = {self.device_batch_size} rows x {self.max_seq_len:,} tokens x "
-                f"{self.devices} device{plural} x {self.grad_accum} accumulated",
+                f"{sharing} x {self.grad_accum} accumulated",
             ),
             ("steps", f"{self.num_iterations:,} (from --{self.horizon})"),
             ("tokens", f"{self.total_tokens:,} ({self.total_tokens / self.n_params:.3g} per parameter)"),

@@ -1,5 +1,6 @@
 """The derived numbers of a run against the reference's table, and the errors of impossible runs."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -150,3 +151,10 @@ def test_from_settings_takes_optimizer_flags_along():
 def test_from_settings_names_the_flag(change, words):
     with pytest.raises(PlanError, match=words):
         BasePlan.from_settings(settings(**change), vocab_size=512, devices=1)
+
+
+def test_devices_that_share_matrices_are_counted():
+    plan = BasePlan.derive(depth=4, vocab_size=1024, total_batch_size=524288, num_iterations=5, devices=4)
+    assert "devices          4, with" in plan.describe() and "x 4 devices x" in plan.describe()
+    shared = dataclasses.replace(plan, tensor=2).describe()
+    assert "devices          8, with" in shared and "x 4 groups of 2 devices x" in shared
