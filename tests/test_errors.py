@@ -31,3 +31,11 @@ def test_models_names_what_is_wrong_with_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")
     assert models.main(["--run=../x"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_flags_that_a_stage_has_no_use_for_are_named():
+    from nanochat_jax.stages import launch, rl
+
+    given = rl.RlSettings(max_seq_len=64, eval_tokens=5, slots=8)
+    assert launch.unused("rl", given) == ["--max_seq_len", "--eval_tokens"]
+    assert launch.unused("rl", rl.DemoRlSettings()) == [] == launch.unused("sft", given)

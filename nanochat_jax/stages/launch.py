@@ -1,5 +1,6 @@
 """From a command line to a stage: which settings class, and how errors end the process."""
 
+import dataclasses
 import importlib
 import logging
 import sys
@@ -17,6 +18,15 @@ STAGES = {
     "rl": ("RlSettings", "DemoRlSettings"),
 }
 
+# Flags that a stage shares with others and has no use for; scripts pass the same ones to all stages.
+UNUSED = {"rl": ("max_seq_len", "total_batch_size", "eval_tokens", "model_name")}
+
+
+def unused(stage: str, settings: Any) -> list[str]:
+    """The flags that are set and that the stage does not use."""
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    return [f"--{name}" for name in UNUSED.get(stage, ()) if getattr(settings, name) != defaults[name]]
+
 
 def main(argv: list[str]) -> int:
     """Runs `--stage=NAME [flags]`. Exit status: 0 done or stopped cleanly, 1 error, 2 bad flags, 3 no GPU, 4 hung."""
@@ -27,6 +37,8 @@ def main(argv: list[str]) -> int:
     module: Any = importlib.import_module(f"nanochat_jax.stages.{stage}")  # only now: JAX takes a second to import
     settings_type = getattr(module, STAGES[stage][cli.is_set("demo", rest)])
     settings = cli.parse(settings_type, rest, f"python -m scripts.train --stage={stage}: {module.__doc__}")
+    if names := unused(stage, settings):
+        print(f"not used by {stage}: {', '.join(names)}")
     try:
         with signals_raise():
             module.run(settings)
