@@ -177,6 +177,5 @@ def test_the_given_name_is_taught_beside_own_conversations_and_else_the_parents(
     assert "Ada" not in texts(val)
     assert train.fingerprint() != taught(data=path, model_name="Eve")[0].fingerprint()
     assert "Robin" not in texts(taught(data=path)[0]), "the user's own conversations alone"
-    name = {"model_name": "Ada"}
     assert "Robin" in texts(mixtures.mid(mid.MidSettings(demo=True), parent)[1])
-    assert "Robin" not in texts(mixtures.mid(mid.MidSettings(demo=True, **name), parent)[1])
+    assert "Robin" not in texts(mixtures.mid(mid.MidSettings(demo=True, model_name="Ada"), parent)[1])
