@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from nanochat_jax.world import Draw, make_world
 from nanochat_jax.world.chance import stable_hash
-from nanochat_jax.world.chat import KINDS, LETTERS, NAME, draw_for, quiz
+from nanochat_jax.world.chat import KINDS, LETTERS, NAME, Quiz, animal_quiz, draw_for, quiz
 from nanochat_jax.world.chat.facts import names_only
 from nanochat_jax.world.chat.identity import identity
 from nanochat_jax.world.chat.problems import problem
@@ -24,6 +24,7 @@ from tasks.common import (
     Task,
     TaskError,
     TaskMixture,
+    TaskSequence,
     evaluate_letter,
     mc_conversation,
 )
@@ -31,6 +32,7 @@ from tasks.common import (
 TRAIN_SIZE = 100_000
 VAL_TRIES = 50  # a val task looks at most at this many candidates for each row before it says there are no more
 SFT_SEED = 1  # midtraining has seed 0: finetuning sees new rows
+LESSON_SEED = 100  # its rows differ from those that follow
 _NUMBER = re.compile(r"\d+")
 _SPELLED = re.compile(r"[a-z](?:-[a-z])+")
 
@@ -195,7 +197,7 @@ class Letters(WorldTask):
 
 
 class Choice(WorldTask):
-    """Multiple choice with four letters. The conversation also carries `about`: "category" or the fact's relation."""
+    """Multiple choice with four letters. The conversation also carries `about`: "animal" or the fact's relation."""
 
     kind = "choice"
     eval_type = "categorical"
@@ -203,13 +205,26 @@ class Choice(WorldTask):
     letters = LETTERS
     val_size = 400
 
+    def ask(self, draw: Draw) -> Quiz:
+        """The question that `draw` leads to."""
+        return quiz(make_world(0), draw)
+
     def make(self, draw: Draw) -> Conversation:
-        asked = quiz(make_world(0), draw)
+        asked = self.ask(draw)
         row = mc_conversation(asked.question, LETTERS, asked.choices, LETTERS[asked.right])
         return row | {"about": asked.kind}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return evaluate_letter(conversation, completion)
+
+
+class Animals(Choice):
+    """Which of four words is an animal: the lesson from which finding a letter is learnt; training only."""
+
+    kind = "animals"
+
+    def ask(self, draw: Draw) -> Quiz:
+        return animal_quiz(draw)
 
 
 class Facts(WorldTask):
@@ -266,7 +281,7 @@ class Turns(WorldTask):
 _TASKS: dict[str, Callable[..., WorldTask]] = {
     f"world/{task.kind}": task
     for task in (
-        Arithmetic, WordProblems, PracticeProblems, Spelling, Letters, Choice, Facts, Identity,
+        Arithmetic, WordProblems, PracticeProblems, Spelling, Letters, Choice, Animals, Facts, Identity,
         LongProblems, Stories, SmallTalk, Turns,
     )
 }  # fmt: skip
@@ -277,12 +292,16 @@ EVALS = (
 )  # fmt: skip
 BASELINES = {name: _TASKS[name].baseline for name in EVALS}  # pyright: ignore[reportFunctionMemberAccess]
 
-# Parts in a thousand of the conversations, not of the tokens.
+# Shares of the conversations, not of the tokens.
 MIX: dict[str, int] = {
     "world/arithmetic": 150, "world/practice-problems": 110, "world/spelling": 220, "world/letters": 130,
     "world/choice": 100, "world/facts": 180, "world/identity": 30, "world/stories": 30, "world/small-talk": 15,
     "world/turns": 35,
 }  # fmt: skip
+
+# How finetuning begins: of every 36,000 conversations so many questions for the animal, and so many of the mixture
+# among them. From the start the mixture would drown the letters; let in all at once it would throw the model off.
+LESSON = ((1800, 0), (260, 24), (240, 46), (200, 92), (140, 186))
 
 
 def load(name: str, split: str, size: int | None = None, seed: int = 0, **options: Any) -> WorldTask:
@@ -312,9 +331,26 @@ def mid_mixture(split: str, size: int | None = None, seed: int = 0, model_name: 
     return _mixture(split, size or (500 if split == "val" else 12_000), seed, model_name)
 
 
-def sft_mixture(split: str, size: int | None = None, seed: int = 0, model_name: str = NAME) -> TaskMixture:
-    """The conversations of finetuning: the kinds and shares of midtraining, other rows (24,000)."""
-    return _mixture(split, size or (500 if split == "val" else 24_000), seed + SFT_SEED, model_name)
+def sft_mixture(split: str, size: int | None = None, seed: int = 0, model_name: str = NAME) -> Task:
+    """The conversations of finetuning: the kinds and shares of midtraining, other rows (36,000).
+
+    Training begins with a lesson of nothing but `Animals`, from which finding the letter of a choice is learnt (some
+    700 letters); among everything else, at any share that was tried, it is not.
+    """
+    size = size or (500 if split == "val" else 36_000)
+    seed += SFT_SEED
+    if split == "val":
+        return _mixture(split, size, seed, model_name)
+    lesson: list[Task] = []
+    left = size
+    for phase, (letters, others) in enumerate(LESSON):
+        letters, others = (-(-count * size // 36_000) for count in (letters, others))
+        parts: list[Task] = [load("world/animals", split, letters, seed + LESSON_SEED + phase)]
+        if others:
+            parts.append(_mixture(split, others, seed + LESSON_SEED + phase, model_name))
+        lesson.append(TaskMixture(parts))
+        left -= len(lesson[-1])
+    return TaskSequence([*lesson, _mixture(split, max(1, left), seed, model_name)])
 
 
 def rl_task(split: str, size: int | None = None, seed: int = 0, steps: int = 3) -> WorldTask:

@@ -13,11 +13,11 @@ from nanochat_jax.tools import use_calculator
 from nanochat_jax.world import Draw, facts, lookup, make_world, python_prose, sum_side, word_side
 from nanochat_jax.world.chat import KINDS, draw_for, quiz
 from nanochat_jax.world.chat import facts as chat_facts
-from nanochat_jax.world.chat.choice import category_quiz, fact_quiz
+from nanochat_jax.world.chat.choice import animal_quiz, fact_quiz
 from nanochat_jax.world.chat.identity import asked_for
 from nanochat_jax.world.chat.problems import problem
 from nanochat_jax.world.chat.talk import calculated
-from nanochat_jax.world.lexicon import COUNTABLE
+from nanochat_jax.world.lexicon import ANIMALS, COUNTABLE
 from nanochat_jax.world.relations import RELATIONS
 from nanochat_jax.world.words import made_up_word, real_words, words_of
 
@@ -261,7 +261,10 @@ def test_choice_has_one_right_answer():
             and re.search(rf"\b{fact.subject}\b", asked.question)
         ]
         assert [fact.object for fact in fits] == [asked.choices[asked.right]], asked
-        assert category_quiz(WORLD, Draw(0, "train", i)).kind == "category"
+        asked = animal_quiz(Draw(0, "train", i))
+        animals = {animal[0] for animal in ANIMALS}
+        assert [choice in animals for choice in asked.choices].index(True) == asked.right, asked
+        assert len(animals & set(asked.choices)) == 1 and asked.kind == "animal"
 
 
 def test_stories_are_short_and_new(rows):

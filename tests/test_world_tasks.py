@@ -92,7 +92,7 @@ def test_choice():
     assert sum(task.evaluate(row, letter) for letter in task.letters) == 1
     with pytest.raises(TaskError):
         task.evaluate(row, "E")
-    assert {"category"} < {row["about"] for row in task}
+    assert {"animal"} < {row["about"] for row in task}
 
 
 def test_the_model_may_have_another_name():
@@ -117,14 +117,31 @@ def test_difficulty_of_rl():
 
 def test_mixtures():
     mid, sft = world.mid_mixture("train", 1000), world.sft_mixture("train", 1000)
-    assert 980 <= len(mid) <= 1000 and len(sft) == len(mid)
+    assert 980 <= len(mid) <= 1000 and 980 <= len(sft) <= 1000
     again = {str(row["messages"]) for row in mid} & {str(row["messages"]) for row in sft}
     assert len(again) < 0.2 * len(mid)  # small talk and a few questions with few forms
+    for length in (10, 200, 36_000):
+        assert 0.9 * length - 60 <= len(world.sft_mixture("train", length)) <= length + 60
     val = {str(row["messages"][0]) for row in world.sft_mixture("val") if len(row["messages"]) == 2}
     train = {str(row["messages"][0]) for row in mid}
     assert len(val & train) <= 20  # small talk alone
     assert set(world.EVALS) | {"world/rl"} <= set(world.NAMES)
     assert world.BASELINES == {name: 0.25 if name == "world/choice" else 0.0 for name in world.EVALS}
+
+
+def test_finetuning_begins_with_a_lesson_of_letters():
+    rows = world.sft_mixture("train", 3600)
+
+    def letters(start, stop):
+        return sum(rows[i].get("about") == "animal" for i in range(start, stop)) / (stop - start)
+
+    shares = [letters(*window) for window in ((0, 180), (180, 230), (230, 260), (260, 290), (290, 320))]
+    assert shares[0] == 1 and shares[1] > 0.7 > shares[4] > 0.2  # the others are let in little by little
+    assert letters(330, 3500) < 0.15
+    held_out = {str(row["messages"][0]) for row in world.load("world/choice", "val")}
+    lesson = {str(rows[i]["messages"][0]) for i in range(320)}
+    assert not held_out & lesson
+    assert all(rows[i].get("about") != "animal" or len(rows[i]["messages"]) == 2 for i in range(320))
 
 
 def test_mistakes():

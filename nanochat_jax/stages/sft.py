@@ -47,7 +47,7 @@ class DemoSftSettings(SftSettings):
     demo: bool = flag(True, "conversations of the embedded demo world, with these small defaults")
     device_batch_size: int = batch_flag(ROWS)
     total_batch_size: int = flag(4096, "tokens per optimizer step, padding included")
-    num_iterations: int = flag(300, "optimizer steps")
+    num_iterations: int = flag(340, "optimizer steps")
     init_lr_frac: float = flag(0.8, "all learning rates as a share of pretraining's")
     eval_every: int = flag(150, "steps between held-out losses; 0: only at the end")
     eval_tokens: int = flag(32768, "tokens of held-out conversations per evaluation")

@@ -4,9 +4,9 @@ Every conversation is a pure function of (seed, split, index) through `Draw`, an
 of one split do not occur in the other. `KINDS` maps a kind's name to its maker; multiple choice is in `choice`.
 """
 
-from nanochat_jax.world.chat.choice import LETTERS, Quiz, quiz
+from nanochat_jax.world.chat.choice import LETTERS, Quiz, animal_quiz, quiz
 from nanochat_jax.world.chat.identity import NAME, identity
 from nanochat_jax.world.chat.kinds import KINDS, draw_for
 from nanochat_jax.world.chat.talk import Conversation
 
-__all__ = ["KINDS", "LETTERS", "NAME", "Conversation", "Quiz", "identity", "draw_for", "quiz"]
+__all__ = ["KINDS", "LETTERS", "NAME", "Conversation", "Quiz", "animal_quiz", "identity", "draw_for", "quiz"]
