@@ -301,7 +301,7 @@ MIX: dict[str, int] = {
 
 # How finetuning begins: of every 36,000 conversations so many questions for the animal, and so many of the mixture
 # among them. From the start the mixture would drown the letters; let in all at once it would throw the model off.
-LESSON = ((1800, 0), (260, 24), (240, 46), (200, 92), (140, 186))
+LESSON = ((2100, 30), (260, 24), (240, 46), (200, 92), (140, 186))
 
 
 def load(name: str, split: str, size: int | None = None, seed: int = 0, **options: Any) -> WorldTask:

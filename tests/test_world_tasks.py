@@ -135,9 +135,9 @@ def test_finetuning_begins_with_a_lesson_of_letters():
     def letters(start, stop):
         return sum(rows[i].get("about") == "animal" for i in range(start, stop)) / (stop - start)
 
-    shares = [letters(*window) for window in ((0, 180), (180, 230), (230, 260), (260, 290), (290, 320))]
-    assert shares[0] == 1 and shares[1] > 0.7 > shares[4] > 0.2  # the others are let in little by little
-    assert letters(330, 3500) < 0.15
+    shares = [letters(*window) for window in ((0, 210), (215, 240), (245, 270), (275, 300), (310, 340))]
+    assert shares[0] > 0.9 and shares[1] > 0.5 and 0.6 > shares[4] > 0.2  # the others are let in little by little
+    assert letters(400, 3500) < 0.15
     held_out = {str(row["messages"][0]) for row in world.load("world/choice", "val")}
     lesson = {str(rows[i]["messages"][0]) for i in range(320)}
     assert not held_out & lesson
