@@ -1,4 +1,4 @@
-"""Makes shuffled pretraining shards of any text: python dev/repackage_data.py --data=PATH --out=FOLDER; see --help."""
+"""Makes shuffled pretraining shards of any text: python -m dev.repackage_data --data=PATH --out=FOLDER; see --help."""
 
 import sys
 from dataclasses import dataclass

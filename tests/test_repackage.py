@@ -271,14 +271,11 @@ def test_input_that_cannot_be(tmp_path):
 
 
 def test_the_command(corpus, tmp_path):
-    command = [sys.executable, "dev/repackage_data.py", f"--data={corpus}", f"--out={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "dev.repackage_data", f"--data={corpus}", f"--out={tmp_path / 'out'}"]
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [*command, f"--shard_chars={CHARS}"], cwd=root, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, f"--shard_chars={CHARS}"], cwd=root, capture_output=True, text=True)
     assert (
         done.returncode == 0 and "5,005 documents" in done.stdout and "shard_00004.parquet is held out" in done.stdout
     )
-    again = subprocess.run([*command, "--seed=3"], cwd=root, env=environment, capture_output=True, text=True)
+    again = subprocess.run([*command, "--seed=3"], cwd=root, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.startswith("error: ") and "choose another --out" in again.stderr

@@ -45,7 +45,7 @@ def shards(tmp_path_factory) -> dict[str, bytes]:
     lines = (line for text in demo_documents("train", 10**7) for line in text.splitlines() if line)
     texts = [json.dumps({"text": line}) for line in itertools.islice(lines, (TRAIN_SHARDS + 1) * 1024)]
     (folder / "text.jsonl").write_text("\n".join(texts))
-    command = [sys.executable, "dev/repackage_data.py", f"--data={folder / 'text.jsonl'}", f"--out={folder / 'out'}"]
+    command = [sys.executable, "-m", "dev.repackage_data", f"--data={folder / 'text.jsonl'}", f"--out={folder / 'out'}"]
     subprocess.run([*command, "--shard_chars=1000"], cwd=ROOT, check=True, timeout=120)
     found = {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.parquet"))}
     assert TRAIN_SHARDS <= len(found) - 1 <= TRAIN_SHARDS + 1

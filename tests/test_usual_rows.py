@@ -5,8 +5,6 @@ import pytest
 from nanochat_jax.stages.common import usual_rows
 
 
-@pytest.mark.parametrize(
-    "most, total, rows", [(32, 8, 8), (32, 64, 32), (32, 12, 4), (16, 7, 1), (8, 256, 8)]
-)
+@pytest.mark.parametrize("most, total, rows", [(32, 8, 8), (32, 64, 32), (32, 12, 4), (16, 7, 1), (8, 256, 8)])
 def test_the_usual_number_or_the_next_below_that_divides_the_batch(most, total, rows):
     assert usual_rows(most, total) == rows and total % rows == 0
