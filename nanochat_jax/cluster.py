@@ -24,6 +24,7 @@ from typing import Any
 
 MODES = ("auto", "off", "slurm", "mpi", "env")
 TIME_LIMIT_S = 600.0  # for all processes to come
+ONE_HOST_LIMIT_S = 60.0  # the same where they must all be on this host: nothing has to be allotted or copied first
 SAY_EVERY_S = 30.0
 
 
@@ -167,12 +168,13 @@ def refuse_loopback(cluster: Cluster) -> None:
     """Raises DistributedError if the address means another machine on every host: other hosts would wait for ever.
 
     Where the launcher does not say that all processes are on one host, an address that is written as a loopback one
-    ("127.0.0.1", "localhost") is taken as such a statement; a host's name that leads there is refused.
+    ("127.0.0.1", "localhost") is taken as such a statement (`start` then waits a minute, not ten); a host's name that
+    leads there is refused.
     """
     if cluster.one_host:
         return
     host, port = split_address(cluster.address)
-    if cluster.local_processes is None and (host == "localhost" or _is_loopback(host)):
+    if cluster.local_processes is None and _is_loopback(host):
         return
     try:
         addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
@@ -191,7 +193,7 @@ def refuse_loopback(cluster: Cluster) -> None:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return False
 
@@ -209,6 +211,8 @@ def start(mode: str = "auto", time_limit_s: float = TIME_LIMIT_S) -> Cluster | N
     if cluster is None or cluster.processes == 1:
         return None
     refuse_loopback(cluster)
+    if _is_loopback(split_address(cluster.address)[0]):
+        time_limit_s = min(time_limit_s, ONE_HOST_LIMIT_S)
     hosts = call_roll(cluster, time_limit_s)
     if cluster.index == 0:
         print(f"{cluster.processes} processes ({cluster.found_by}) on {', '.join(dict.fromkeys(hosts))}")

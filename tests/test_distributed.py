@@ -107,6 +107,23 @@ def test_a_loopback_coordinator_of_several_hosts_is_refused(monkeypatch):
         cluster.refuse_loopback(Cluster("env", 2, 1, "node0:4000"))
 
 
+@pytest.mark.parametrize("host,expected", [("127.0.0.1", 60), ("localhost", 60), ("192.0.2.1", 600)])
+def test_processes_that_must_be_on_one_host_are_not_waited_for_long(monkeypatch, host, expected):
+    """Two hosts told to meet at a loopback address: each finds nobody, and says why."""
+    limits = []
+
+    def nobody(job, limit):
+        limits.append(limit)
+        raise DistributedError("nobody came")
+
+    monkeypatch.setattr(cluster, "call_roll", nobody)
+    for name, value in {**VARIABLES, "JAX_COORDINATOR_ADDRESS": f"{host}:4000"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match="nobody came"):
+        cluster.start("env")
+    assert limits == [expected]
+
+
 # --- the meeting ------------------------------------------------------------------------------------------------------
 
 
