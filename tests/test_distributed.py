@@ -116,6 +116,8 @@ def test_processes_that_must_be_on_one_host_are_not_waited_for_long(monkeypatch,
         limits.append(limit)
         raise DistributedError("nobody came")
 
+    answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 4000))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answer)
     monkeypatch.setattr(cluster, "call_roll", nobody)
     for name, value in {**VARIABLES, "JAX_COORDINATOR_ADDRESS": f"{host}:4000"}.items():
         monkeypatch.setenv(name, value)
