@@ -294,12 +294,12 @@ BASELINES = {name: _TASKS[name].baseline for name in EVALS}  # pyright: ignore[r
 
 # Shares of the conversations, not of the tokens.
 MIX: dict[str, int] = {
-    "world/arithmetic": 150, "world/practice-problems": 110, "world/spelling": 220, "world/letters": 130,
+    "world/arithmetic": 150, "world/practice-problems": 110, "world/spelling": 260, "world/letters": 130,
     "world/choice": 100, "world/facts": 180, "world/identity": 30, "world/stories": 30, "world/small-talk": 15,
     "world/turns": 35,
 }  # fmt: skip
 
-# How finetuning begins: of every 36,000 conversations so many questions for the animal, and so many of the mixture
+# How finetuning begins: of every 42,000 conversations so many questions for the animal, and so many of the mixture
 # among them. From the start the mixture would drown the letters; let in all at once it would throw the model off.
 LESSON = ((2100, 30), (260, 24), (240, 46), (200, 92), (140, 186))
 
@@ -332,19 +332,19 @@ def mid_mixture(split: str, size: int | None = None, seed: int = 0, model_name: 
 
 
 def sft_mixture(split: str, size: int | None = None, seed: int = 0, model_name: str = NAME) -> Task:
-    """The conversations of finetuning: the kinds and shares of midtraining, other rows (36,000).
+    """The conversations of finetuning: the kinds and shares of midtraining, other rows (42,000).
 
     Training begins with a lesson of nothing but `Animals`, from which finding the letter of a choice is learnt (some
     700 letters); among everything else, at any share that was tried, it is not.
     """
-    size = size or (500 if split == "val" else 36_000)
+    size = size or (500 if split == "val" else 42_000)
     seed += SFT_SEED
     if split == "val":
         return _mixture(split, size, seed, model_name)
     lesson: list[Task] = []
     left = size
     for phase, (letters, others) in enumerate(LESSON):
-        letters, others = (-(-count * size // 36_000) for count in (letters, others))
+        letters, others = (-(-count * size // 42_000) for count in (letters, others))
         parts: list[Task] = [load("world/animals", split, letters, seed + LESSON_SEED + phase)]
         if others:
             parts.append(_mixture(split, others, seed + LESSON_SEED + phase, model_name))

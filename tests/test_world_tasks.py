@@ -120,7 +120,7 @@ def test_mixtures():
     assert 980 <= len(mid) <= 1000 and 980 <= len(sft) <= 1000
     again = {str(row["messages"]) for row in mid} & {str(row["messages"]) for row in sft}
     assert len(again) < 0.2 * len(mid)  # small talk and a few questions with few forms
-    for length in (10, 200, 36_000):
+    for length in (10, 200, 42_000):
         assert 0.9 * length - 60 <= len(world.sft_mixture("train", length)) <= length + 60
     val = {str(row["messages"][0]) for row in world.sft_mixture("val") if len(row["messages"]) == 2}
     train = {str(row["messages"][0]) for row in mid}
@@ -130,14 +130,14 @@ def test_mixtures():
 
 
 def test_finetuning_begins_with_a_lesson_of_letters():
-    rows = world.sft_mixture("train", 3600)
+    rows = world.sft_mixture("train", 4200)
 
     def letters(start, stop):
         return sum(rows[i].get("about") == "animal" for i in range(start, stop)) / (stop - start)
 
     shares = [letters(*window) for window in ((0, 210), (215, 240), (245, 270), (275, 300), (310, 340))]
     assert shares[0] > 0.9 and shares[1] > 0.5 and 0.6 > shares[4] > 0.2  # the others are let in little by little
-    assert letters(400, 3500) < 0.15
+    assert letters(400, 4100) < 0.15
     held_out = {str(row["messages"][0]) for row in world.load("world/choice", "val")}
     lesson = {str(rows[i]["messages"][0]) for i in range(320)}
     assert not held_out & lesson

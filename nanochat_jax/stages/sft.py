@@ -47,7 +47,7 @@ class DemoSftSettings(SftSettings):
     demo: bool = flag(True, "conversations of the embedded demo world, with these small defaults")
     device_batch_size: int = batch_flag(ROWS)
     total_batch_size: int = flag(4096, "tokens per optimizer step, padding included")
-    num_iterations: int = flag(380, "optimizer steps")
+    num_iterations: int = flag(430, "optimizer steps")
     # off: the lesson that finetuning begins with (tasks/world.py) is learnt suddenly, with 50 times the usual gradient
     spike: float = flag(0.0, "skip a step whose gradient norm is this many times the usual; 0: never")
     init_lr_frac: float = flag(0.8, "all learning rates as a share of pretraining's")
