@@ -13,8 +13,7 @@ Starts `python -m scripts.serve` in a process of its own and talks to it over HT
 Streams are completions of up to `--tokens` tokens; a trained model may end some earlier. Each client asks for the next
 as soon as it has one, so there are always as many streams as is said; the server's own count of tokens is read before
 and after `--seconds` of that, or as long as every client takes for one more answer. The clients share the machine with
-the server: they are written against sockets, because an HTTP library would take more of it than the server does.
-The last line of the output is one JSON object.
+the server, so they are written against sockets (`streams.py`). The last line of the output is one JSON object.
 """
 
 import asyncio
@@ -31,15 +30,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.streams import Connection, Stream, alone, body, stream
 from nanochat_jax import cli, paths
 from nanochat_jax.cli import flag
-
-PROMPTS = ("Once upon a time", "The sky is", "In the morning the", "A good friend", "Water flows", "There was a town")
 
 
 @dataclass(frozen=True)
@@ -78,27 +76,6 @@ def metric(text: str, name: str) -> float:
     if found is None:
         raise ValueError(f"no metric {name}")
     return float(found.group(1))
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One stream as its reader saw it: seconds to the first text and to the end, tokens, and why it ended."""
-
-    first: float
-    seconds: float
-    tokens: int
-    reason: str | None
-
-    @property
-    def per_token(self) -> float:
-        return self.seconds / max(self.tokens, 1)
-
-
-def events(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of server-sent events, without the closing [DONE]."""
-    for line in lines:
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line[6:])
 
 
 def fairness(streams: Sequence[Stream]) -> dict[str, float]:
@@ -215,88 +192,6 @@ class HealthWatch:
 
 
 # --- the clients ------------------------------------------------------------------------------------------------------
-
-
-class Connection:
-    """One kept-alive HTTP/1.1 connection to the server, opened when it is first needed."""
-
-    def __init__(self, address: str):
-        self._host, _, port = address.removeprefix("http://").rpartition(":")
-        self._port = int(port)
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-
-    def close(self) -> None:
-        if self._streams is not None:
-            self._streams[1].close()
-            self._streams = None
-
-    async def request(self, method: str, path: str, data: bytes = b"") -> AsyncGenerator[bytes]:
-        """The pieces of the answer's body. A request that is dropped half-way closes the connection."""
-        reader, writer = self._streams = self._streams or await asyncio.open_connection(self._host, self._port)
-        whole = False
-        try:
-            head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
-            writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-            lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-            headers = dict(line.split(": ", 1) for line in lines[1:] if line)
-            if "chunked" in headers.get("transfer-encoding", ""):
-                while size := int(await reader.readuntil(b"\r\n"), 16):
-                    piece = (await reader.readexactly(size + 2))[:-2]
-                    if " 200 " in lines[0]:
-                        yield piece
-                await reader.readexactly(2)
-            else:
-                piece = await reader.readexactly(int(headers["content-length"]))
-                if " 200 " not in lines[0]:
-                    raise RuntimeError(f"{lines[0]}: {piece[:300]!r}")
-                yield piece
-            whole = True
-        finally:
-            if not whole:
-                self.close()
-
-
-def body(number: int, tokens: int) -> dict[str, Any]:
-    """A request; each number's is another."""
-    return {
-        "prompt": f"{PROMPTS[number % len(PROMPTS)]} {number}",
-        "max_tokens": tokens,
-        "temperature": 1.0,
-        "seed": number,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-
-
-async def stream(connection: Connection, number: int, tokens: int) -> Stream:
-    """Runs one stream to its end."""
-    began = time.perf_counter()
-    first, usage, reason, held = None, None, None, b""
-    async with contextlib.aclosing(
-        connection.request("POST", "/v1/completions", json.dumps(body(number, tokens)).encode())
-    ) as pieces:
-        async for piece in pieces:
-            first = first or time.perf_counter()
-            *lines, held = (held + piece).split(b"\n")
-            for event in events([line.decode() for line in lines]):
-                usage = event.get("usage") or usage
-                if event.get("choices"):
-                    reason = event["choices"][0].get("finish_reason") or reason
-    ended = time.perf_counter()
-    if usage is None:
-        raise RuntimeError("a stream ended without its usage")
-    return Stream((first or ended) - began, ended - began, usage["completion_tokens"], reason)
-
-
-async def alone(address: str, tokens: int, number: int) -> Stream:
-    """One stream with nothing beside it, on a connection that is open already."""
-    connection = Connection(address)
-    async for _ in connection.request("GET", "/health"):
-        pass
-    try:
-        return await stream(connection, number, tokens)
-    finally:
-        connection.close()
 
 
 async def generated(address: str) -> float:

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from benchmarks import serve_load
+from benchmarks.streams import Stream, events
 from nanochat_jax import bench_inference, gpt
 from nanochat_jax.bench_inference import BenchSettings, Costs, Timing, json_line, main, numbers, summary, upper_median
 
@@ -125,12 +126,12 @@ def test_metrics_are_read():
 
 def test_events_are_read():
     lines = ["", ": comment", 'data: {"a": 1}', "event: x", "data: [DONE]"]
-    assert list(serve_load.events(lines)) == [{"a": 1}]
+    assert list(events(lines)) == [{"a": 1}]
 
 
 def test_fairness_and_verdicts():
-    streams = [serve_load.Stream(0.1 * i, 2.0, 20, "length") for i in range(1, 4)]
-    streams.append(serve_load.Stream(0.4, 3.0, 10, "stop"))
+    streams = [Stream(0.1 * i, 2.0, 20, "length") for i in range(1, 4)]
+    streams.append(Stream(0.4, 3.0, 10, "stop"))
     figures = serve_load.fairness(streams)
     assert figures["first_max_sec"] == 0.4 and figures["streams_measured"] == 4
     assert figures["slowest_to_median"] == 1.0 and figures["whole_streams"] == 3, "whole streams only"
