@@ -2,9 +2,9 @@
 
 Who takes part comes from the environment:
 
-    slurm   srun sets SLURM_STEP_NUM_TASKS, SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_NODES, SLURM_STEP_NODELIST
-    mpi     Open MPI sets OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_SIZE, _LOCAL_RANK; MPICH and Intel MPI set PMI_SIZE,
-            PMI_RANK, MPI_LOCALNRANKS, MPI_LOCALRANKID
+    slurm   srun sets SLURM_STEP_NUM_TASKS, SLURM_PROCID, SLURM_STEP_NUM_NODES, SLURM_STEP_NODELIST
+    mpi     Open MPI sets OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_SIZE; MPICH and Intel MPI set PMI_SIZE, PMI_RANK,
+            MPI_LOCALNRANKS
     env     JAX_NUM_PROCESSES, JAX_PROCESS_ID, JAX_COORDINATOR_ADDRESS (host:port of process 0)
 
 JAX_COORDINATOR_ADDRESS also overrides what SLURM and MPI say about the address. The base directory must be one that all
@@ -36,14 +36,13 @@ class DistributedError(RuntimeError):
 class Cluster:
     """A job of `processes` processes of which this is number `index`; the address is process 0's, host:port.
 
-    local_index, local_processes: among those on this host, where that is known.
+    local_processes: how many of them are on this host, where that is known.
     """
 
     found_by: str
     processes: int
     index: int
     address: str
-    local_index: int | None = None
     local_processes: int | None = None
 
     @property
@@ -100,22 +99,20 @@ def _from_slurm(env: Mapping[str, str]) -> Cluster | None:
     if not address:
         host = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
         address = f"{host}:{20000 + _number(env, 'SLURM_JOB_ID') % 20000}"  # jobs that share a node do not collide
-    local = _number(env, "SLURM_LOCALID") if env.get("SLURM_LOCALID") else None
     each = processes if nodes == 1 else processes // nodes if nodes and processes % nodes == 0 else None
-    return _checked(Cluster("slurm", processes, index, address, local, each))
+    return _checked(Cluster("slurm", processes, index, address, each))
 
 
 def _from_mpi(env: Mapping[str, str]) -> Cluster | None:
     families = (
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"),
     )
-    for size, rank, local_size, local_rank in families:
+    for size, rank, local_size in families:
         if not env.get(size) or not env.get(rank):
             continue
         processes, index = _number(env, size), _number(env, rank)
         each = _number(env, local_size) if env.get(local_size) else None
-        local = _number(env, local_rank) if env.get(local_rank) else None
         address = env.get("JAX_COORDINATOR_ADDRESS", "")
         if not address and each == processes:
             address = f"127.0.0.1:{20000 + os.getppid() % 20000}"  # one mpirun is the parent of all
@@ -124,7 +121,7 @@ def _from_mpi(env: Mapping[str, str]) -> Cluster | None:
                 f"{size}={processes} on several hosts, but MPI does not say where process 0 is: set "
                 "JAX_COORDINATOR_ADDRESS=host:port to its host and a free port (mpirun -x JAX_COORDINATOR_ADDRESS=...)"
             )
-        return _checked(Cluster("mpi", processes, index, address, local, each))
+        return _checked(Cluster("mpi", processes, index, address, each))
     return None
 
 

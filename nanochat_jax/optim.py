@@ -136,23 +136,12 @@ def stack_members(config: GPTConfig) -> dict[str, list[str]]:
     return members
 
 
-def stack_sizes(config: GPTConfig) -> dict[str, int]:
-    """How many real matrices each stack holds, e.g. {"256x256": 16, "256x1024": 4, "1024x256": 4} at depth 4."""
-    return {name: len(paths) for name, paths in stack_members(config).items()}
-
-
 def pad_stacks(groups: Groups, multiple: int) -> Groups:
     """Stacks padded with zero matrices to a multiple (the device count); Muon keeps zero matrices zero."""
     if multiple < 1:
         raise ValueError(f"stacks are padded to a multiple of the device count, which must be >= 1, got {multiple}")
     pad = {k: jnp.pad(s, ((0, -s.shape[0] % multiple), (0, 0), (0, 0))) for k, s in groups["matrices"].items()}
     return {**groups, "matrices": pad}
-
-
-def unpad_stacks(config: GPTConfig, groups: Groups) -> Groups:
-    """The inverse of `pad_stacks` for the model of `config`."""
-    sizes = stack_sizes(config)
-    return {**groups, "matrices": {name: stack[: sizes[name]] for name, stack in groups["matrices"].items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,8 +38,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,32 +107,6 @@ def execute_code(
         timeout=timed_out,
         memory_exceeded=not success and not timed_out and last_line.split(":")[0] == "MemoryError",
     )
-
-
-def execute_many(
-    codes: Sequence[str],
-    *,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **options,
-) -> list[ExecutionResult]:
-    """`execute_code` on each, several at once, results in the order of `codes`.
-
-    workers: programs at a time, by default one per core; threads of ours only wait. progress(done, total) is called
-    after each, in this thread. options: those of `execute_code`.
-    """
-    workers = workers or _cores()
-    _choose(options.get("isolation", "auto"), options.get("allow_unsafe", False))  # fail before starting any
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
-    try:
-        results = []
-        for result in pool.map(lambda code: execute_code(code, **options), codes):
-            results.append(result)
-            if progress:
-                progress(len(results), len(codes))
-        return results
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -312,7 +284,3 @@ def _remove_tree(directory: str) -> None:
             if not os.path.islink(path):
                 os.chmod(path, 0o700)
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

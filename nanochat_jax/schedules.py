@@ -66,25 +66,18 @@ def linear_to_zero(num_iterations: int) -> Schedule:
     return multiplier
 
 
-def late_decay(progress, *, fraction: float = 0.2, allow_negative: bool = False) -> Any:
-    """Midtraining's multiplier as a function of progress through the data (0..1): 1, then linear to 0.
+def late_decay(num_iterations: int, fraction: float = 0.2) -> Schedule:
+    """Midtraining's multiplier: 1, then over the last `fraction` of the steps linear to 0, where it stays.
 
-    `fraction` is the share of the run spent on the line. The reference lets the line go on below zero when progress
-    overshoots 1, which would climb the loss; here it stops at 0 unless `allow_negative` asks for its numbers.
+    The reference counts progress through the data instead of steps, and lets the line go on below zero when it
+    overshoots, which would climb the loss.
     """
-    p, xp = _numeric(progress)
-    value = xp.where(p < 1.0 - fraction, 1.0, 1.0 - (p - (1.0 - fraction)) / fraction)
-    return _result(value if allow_negative else xp.maximum(value, 0.0))
-
-
-def late_decay_over(num_iterations: int, fraction: float = 0.2) -> Schedule:
-    """`late_decay` for a run of known length: progress is step / num_iterations."""
     if num_iterations < 1:
         raise ValueError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
 
     def multiplier(step):
         t, xp = _numeric(step)
-        # the same line counted back from the end: differences of whole steps are exact in float32, progress is not
+        # counted back from the end: differences of whole steps are exact in float32, a share of the run is not
         return _result(xp.clip((num_iterations - t) / (fraction * num_iterations), 0.0, 1.0))
 
     return multiplier

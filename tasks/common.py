@@ -131,10 +131,6 @@ class _Combined(Task):
     def _concatenated(self, position: int) -> int:
         return position
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """(number of the task in the list, index within it) of conversation ``index``."""
-        return self._locate(self._position(index))
-
     def _locate(self, position: int) -> tuple[int, int]:
         place = self._concatenated(position)
         task = bisect_right(self._ends, place)

@@ -290,7 +290,6 @@ EVALS = (
     "world/arithmetic", "world/word-problems", "world/spelling", "world/letters", "world/choice", "world/facts",
     "world/identity",
 )  # fmt: skip
-BASELINES = {name: _TASKS[name].baseline for name in EVALS}  # pyright: ignore[reportFunctionMemberAccess]
 
 # Shares of the conversations, not of the tokens.
 MIX: dict[str, int] = {

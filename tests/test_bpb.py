@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import sharding
-from nanochat_jax.evals.bpb import bits_per_byte
+from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.reference import params_from_reference
 
@@ -25,6 +25,11 @@ def model(golden):
 @pytest.fixture(scope="module")
 def data(golden):
     return np.load(golden / "bpb_v1.npz")
+
+
+def bits_per_byte(config, params, batches, token_bytes, mesh=None):
+    weighted = ((x, y, np.ones(np.shape(y), np.float32)) for x, y in batches)
+    return held_out_loss(config, params, weighted, token_bytes, mesh)["val_bpb"]
 
 
 def cases():

@@ -53,11 +53,11 @@ def test_nothing_means_alone():
 
 
 def test_each_launcher():
-    assert find_cluster("auto", SLURM) == Cluster("slurm", 4, 3, "gpu07:24711", 1, 2)
+    assert find_cluster("auto", SLURM) == Cluster("slurm", 4, 3, "gpu07:24711", 2)
     found = find_cluster("auto", OPEN_MPI)
-    assert found is not None and (found.processes, found.index, found.local_index) == (4, 2, 2) and found.one_host
+    assert found is not None and (found.processes, found.index) == (4, 2) and found.one_host
     mpich = {"PMI_SIZE": "2", "PMI_RANK": "1", "JAX_COORDINATOR_ADDRESS": "a:9"}
-    assert find_cluster("mpi", mpich) == Cluster("mpi", 2, 1, "a:9", None, None)
+    assert find_cluster("mpi", mpich) == Cluster("mpi", 2, 1, "a:9", None)
     assert find_cluster("auto", VARIABLES) == Cluster("env", 2, 1, "node0:1234")
     assert find_cluster("auto", {**SLURM, **VARIABLES}) == Cluster("env", 2, 1, "node0:1234"), "what is explicit wins"
     moved = find_cluster("slurm", {**SLURM, "JAX_COORDINATOR_ADDRESS": "other:5"})
@@ -96,10 +96,10 @@ def test_what_is_incomplete_or_contradictory_is_refused():
 
 
 def test_a_loopback_coordinator_of_several_hosts_is_refused(monkeypatch):
-    several = Cluster("slurm", 4, 3, "127.0.1.1:4000", 1, 2)
+    several = Cluster("slurm", 4, 3, "127.0.1.1:4000", 2)
     with pytest.raises(DistributedError, match=r"127.0.1.1:4000 is a loopback.*JAX_COORDINATOR_ADDRESS=HOST:4000"):
         cluster.refuse_loopback(several)
-    cluster.refuse_loopback(Cluster("mpi", 2, 1, "127.0.0.1:4000", 1, 2))  # all on one host
+    cluster.refuse_loopback(Cluster("mpi", 2, 1, "127.0.0.1:4000", 2))  # all on one host
     cluster.refuse_loopback(Cluster("env", 2, 1, "127.0.0.1:4000"))  # said on purpose
     answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 4000))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answer)  # as /etc/hosts of many systems has it

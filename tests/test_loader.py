@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.data.loader import RowLoader, val_batches
-from nanochat_jax.data.readers import iter_row_groups
 from nanochat_jax.data.row_files import RowsError
 from nanochat_jax.data.rows import RowSet, build_rows
 from nanochat_jax.data.text import CallableDocuments
@@ -50,9 +49,13 @@ def test_batches_equal_the_reference_token_for_token(case, tmp_path):
                 writer.write_table(pa.table({"text": group}, schema=schema))
     files = files[:-1] if case["split"] == "train" else files[-1:]
 
+    # as there: every process has its own row groups, and the stride begins anew in every file
+    readers = [pq.ParquetFile(file) for file in files]
+    groups = [(file, g) for file in readers for g in range(case["rank"], file.num_row_groups, case["world_size"])]
+    texts = [text for file, g in groups for text in file.read_row_group(g)["text"].to_pylist()]
+
     def make(start):
-        endless = itertools.cycle([t for g in iter_row_groups(files, case["rank"], case["world_size"]) for t in g])
-        return itertools.islice(endless, start, None)
+        return itertools.islice(itertools.cycle(texts), start, None)
 
     B, T, wanted = case["B"], case["T"], case["batches"]
     documents = CallableDocuments("golden, for ever", make)
@@ -76,7 +79,6 @@ def test_every_epoch_has_every_row_once_in_a_new_order(count, batch):
     epochs = [tuple(seen[e * count : (e + 1) * count]) for e in range(4)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert len(set(epochs)) == 4
-    assert loader.steps_per_epoch == count / batch
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax import sandbox
-from nanochat_jax.sandbox import ExecutionResult, SandboxUnavailable, execute_code, execute_many, isolation_available
+from nanochat_jax.sandbox import ExecutionResult, SandboxUnavailable, execute_code, isolation_available
 
 ROOT = Path(__file__).parents[1]
 MECHANISM, WHY = isolation_available()
@@ -72,7 +72,8 @@ def test_humaneval_programs_of_the_reference(golden):
         body = "\n".join(lines[1:-1] if lines and lines[0].startswith("```") else lines)
         programs.append(f"{imports[case['row']]}\n\n{body}\n\n{row['test']}\ncheck({row['entry_point']})")
         wanted.append(case["success"])
-    results = execute_many(programs, workers=4, allow_unsafe=True)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda program: execute_code(program, allow_unsafe=True), programs))
     assert [result.success for result in results] == wanted
 
 
@@ -340,23 +341,9 @@ def wait_for(condition, seconds: float = 15.0) -> None:
         time.sleep(0.02)
 
 
-# Many, and none.
-
-
-def test_many_in_order_and_at_once():
-    done = []
-    codes = [f"import time\ntime.sleep({0.6 if n % 2 else 0.1})\nprint({n})" for n in range(6)]
-    started = time.monotonic()
-    results = execute_many(codes, workers=6, progress=lambda *a: done.append(a), allow_unsafe=True)
-    assert time.monotonic() - started < 2.0  # one after another: 2.1 s of sleeping alone
-    assert [result.stdout for result in results] == [f"{n}\n" for n in range(6)]
-    assert done == [(n + 1, 6) for n in range(6)]
-    assert execute_many([], allow_unsafe=True) == []
-
-
 def test_off_where_nothing_isolates(monkeypatch):
     monkeypatch.setattr(sandbox, "isolation_available", lambda: ("none", "namespaces are refused"))
-    for call in (lambda: execute_code("1"), lambda: execute_many(["1"]), lambda: execute_code("1", isolation="none")):
+    for call in (lambda: execute_code("1"), lambda: execute_code("1", isolation="none")):
         with pytest.raises(SandboxUnavailable, match="--allow_unsafe_code"):
             call()
     with pytest.raises(SandboxUnavailable, match="namespaces are refused"):

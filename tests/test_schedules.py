@@ -48,21 +48,13 @@ def test_linear_stages(recorded, name, length):
 
 def test_midtraining_multiplier(recorded):
     case = recorded["mid_lr"]
-    values = [schedules.late_decay(p, allow_negative=True) for p in case["progress"]]
-    np.testing.assert_allclose(values, case["lr_multiplier"], rtol=1e-12)
-    # by default the rate does not go on into the negative where progress overshoots
-    np.testing.assert_allclose(
-        [schedules.late_decay(p) for p in case["progress"]], np.maximum(case["lr_multiplier"], 0), rtol=1e-12
-    )
-    traced = jax.jit(schedules.late_decay)(jnp.asarray(case["progress"], jnp.float32))
-    np.testing.assert_allclose(traced, np.maximum(case["lr_multiplier"], 0), atol=2e-6)
+    steps = [round(progress * 10**7) for progress in case["progress"]]  # whole ones
+    # its line ends at 2e-16 instead of 0; and ours does not go on into the negative where progress overshoots
+    check(schedules.late_decay(10**7), steps, np.maximum(np.round(case["lr_multiplier"], 12), 0))
 
 
 def test_midtraining_by_step():
-    schedule = schedules.late_decay_over(50)
-    check(schedule, range(53), [min(1.0, max(0.0, (50 - t) / 10)) for t in range(53)])
-    for t in range(50):
-        assert schedule(t) == pytest.approx(schedules.late_decay(t / 50), abs=1e-12)
+    check(schedules.late_decay(50), range(53), [min(1.0, max(0.0, (50 - t) / 10)) for t in range(53)])
 
 
 @given(
@@ -102,7 +94,7 @@ def test_halves_round_to_even():
         (lambda: schedules.warmup_warmdown(10, warmup_ratio=1.5), "warmup_ratio"),
         (lambda: schedules.warmup_warmdown(10, warmdown_ratio=-0.1), "warmdown_ratio"),
         (lambda: schedules.linear_to_zero(0), "num_iterations"),
-        (lambda: schedules.late_decay_over(0), "num_iterations"),
+        (lambda: schedules.late_decay(0), "num_iterations"),
         (lambda: schedules.momentum_warmup(-1), "warm-up"),
     ],
 )

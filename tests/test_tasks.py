@@ -104,23 +104,24 @@ def test_mixtures_and_sequences_equal_the_reference(case):
     ):
         combined = combine(parts)
         assert len(combined) == length
-        assert [list(combined.locate(i)) for i in range(length)] == order
         assert [[int(item["label"]), item["number"]] for item in combined] == order
 
 
 def test_a_slice_of_a_mixture_of_slices():
     case = GOLDEN["mixture_sliced"]
-    mixture = TaskMixture([Numbers(count, **case["inner_slices"]) for count in case["lengths"]], **case["outer"])
+    parts = [Numbers(count, str(i), **case["inner_slices"]) for i, count in enumerate(case["lengths"])]
+    mixture = TaskMixture(parts, **case["outer"])
     assert len(mixture) == case["length"]
-    assert [list(mixture.locate(i)) for i in range(len(mixture))] == case["order"]
+    wanted = [[i, parts[i][place]["number"]] for i, place in case["order"]]
+    assert [[int(item["label"]), item["number"]] for item in mixture] == wanted
 
 
 def test_a_large_mixture_is_the_shuffle_of_pairs():
     lengths = [700, 0, 1300]
     pairs = [(task, i) for task, length in enumerate(lengths) for i in range(length)]
     random.Random(42).shuffle(pairs)
-    mixture = TaskMixture([Numbers(length) for length in lengths])
-    assert [mixture.locate(i) for i in range(len(mixture))] == pairs
+    mixture = TaskMixture([Numbers(length, task) for task, length in enumerate(lengths)])
+    assert [(item["label"], item["number"]) for item in mixture] == pairs
 
 
 def test_indices_outside_a_mixture():

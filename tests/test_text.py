@@ -11,7 +11,6 @@ from nanochat_jax.data.readers import (
     WHOLE_FILE_BYTES,
     DataError,
     Document,
-    iter_row_groups,
     read_documents,
 )
 from nanochat_jax.data.text import CallableDocuments, FileDocuments, find_files, is_held_out, pin_path, text_iterator
@@ -49,14 +48,6 @@ def documents(count, start=0):
 
 
 # --- golden ---------------------------------------------------------------------------------------------
-
-
-def test_row_group_stride_equals_the_reference(folder):
-    case = golden("loader_v1")
-    files = [parquet(folder / f"shard_{i:05d}.parquet", groups) for i, groups in enumerate(case["files"])]
-    for call in case["parquets_iter_batched"]:
-        chosen = files[:-1] if call["split"] == "train" else files[-1:]
-        assert list(iter_row_groups(chosen, call["start"], call["step"])) == call["batches"]
 
 
 def test_text_iterator_equals_the_reference():

@@ -183,6 +183,7 @@ def test_padded_stacks_train_the_same(data):
     *_, plain_losses, plain_norms, _ = train(data, "rand", "fp32")
     np.testing.assert_allclose(losses, plain_losses, rtol=0, atol=1e-4)
     np.testing.assert_allclose(norms, plain_norms, rtol=1e-4)
-    for name, size in optim.stack_sizes(config).items():
+    for name, paths in optim.stack_members(config).items():
+        size = len(paths)
         assert groups["matrices"][name].shape[0] % 5 == 0
         assert not np.any(groups["matrices"][name][size:]) and not np.any(state.muon.momentum[name][size:])

@@ -126,7 +126,6 @@ def test_mixtures():
     train = {str(row["messages"][0]) for row in mid}
     assert len(val & train) <= 20  # small talk alone
     assert set(world.EVALS) | {"world/rl"} <= set(world.NAMES)
-    assert world.BASELINES == {name: 0.25 if name == "world/choice" else 0.0 for name in world.EVALS}
 
 
 def test_finetuning_begins_with_a_lesson_of_letters():

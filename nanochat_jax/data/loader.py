@@ -58,11 +58,6 @@ class RowLoader:
             order = grain.MapDataset.range(len(rows)).seed(seed)
             self._order = (order.shuffle() if shuffle else order).repeat()
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every row is used once."""
-        return len(self.rows) / self.global_batch
-
     def indices_for(self, step: int, part: Sequence[int] | None = None) -> list[int]:
         """Row numbers of the batch of ``step``, or of some places in it."""
         first = step * self.global_batch

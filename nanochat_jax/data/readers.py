@@ -7,7 +7,7 @@ JSON lines).
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,22 +112,6 @@ def _read_parquet(path: Path, column: str, start: int) -> Iterator[Document]:
             continue
         yield from row_group_texts(path, file, group, column)[start:]
         start = 0
-
-
-def iter_row_groups(
-    files: Iterable[str | Path], start: int = 0, step: int = 1, column: str = "text"
-) -> Iterator[list[str]]:
-    """Row groups of parquet files as lists of texts: groups start, start + step, ... of *each* file in order.
-
-    Reference behaviour of its ``parquets_iter_batched`` (golden ``loader_v1.json``): with start = rank and step = world
-    size, every process sees its own row groups, and the stride begins anew in every file.
-    """
-    for name in files:
-        path = Path(name)
-        file = _open_parquet(path)
-        _check_column(path, file, column)
-        for group in range(start, file.metadata.num_row_groups, step):
-            yield [document.text for document in row_group_texts(path, file, group, column)]
 
 
 # --- text and JSON lines ----------------------------------------------------------------------------------------------

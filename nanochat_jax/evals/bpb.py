@@ -65,15 +65,3 @@ def held_out_loss(
         "val_loss": nats / n_targets if n_targets else math.inf,
         "val_bpb": byte_nats / (math.log(2) * n_bytes) if n_bytes else math.inf,
     }
-
-
-def bits_per_byte(
-    config: GPTConfig,
-    params: Params,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
-    token_bytes: np.ndarray,
-    mesh: Mesh | None = None,
-) -> float:
-    """Bits per byte over (inputs, targets) batches of shape (B, T), target -1 ignored; see `held_out_loss`."""
-    weighted = ((x, y, np.ones(np.shape(y), np.float32)) for x, y in batches)
-    return held_out_loss(config, params, weighted, token_bytes, mesh)["val_bpb"]

@@ -43,18 +43,11 @@ def suffix_length(n: int) -> int:
 
 @dataclass
 class Stats:
-    """What a scorer has done so far. `slots` counts computed token positions, padding included."""
+    """What a scorer has done so far."""
 
-    prompts: int = 0
     cropped: int = 0
     tokens_given: int = 0
     tokens_run: int = 0
-    slots: int = 0
-    calls: int = 0
-
-    @property
-    def padding_waste(self) -> float:
-        return 1 - self.tokens_run / self.slots if self.slots else 0.0
 
 
 class Scorer:
@@ -143,7 +136,6 @@ class Scorer:
     def _run(self, queries: "list[_Query]", head, wanted: np.ndarray, progress: Progress | None) -> Iterator[tuple]:
         """Yields (places, results) where results[i] is what `head` found for wanted[places[i]]."""
         plan = list(self._plan(_share([q for q in queries if q.last > q.first])))
-        self.stats.prompts += len(queries)
         self.stats.tokens_given += sum(len(q.ids) for q in queries)
         total, done = sum(shape.slots(groups) for shape, groups in plan) * self._devices, 0
         pending: deque = deque()
@@ -213,8 +205,6 @@ class Scorer:
             if own:
                 gather[device, : len(place)] = np.concatenate(own)
                 asked[device, : len(place)] = wanted[place]
-        self.stats.slots += shape.slots(groups) * n
-        self.stats.calls += 1
         if S:
             most = np.int32(max(len(g.suffixes) for g in groups))
             hidden = self._programs.shared(self.params, ids, lengths, suffixes, most, gather)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import ClassVar
 
 from nanochat_jax.cli import flag
-from nanochat_jax.schedules import late_decay_over
+from nanochat_jax.schedules import late_decay
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.common import Parent, batch_flag
 from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
@@ -45,6 +45,6 @@ def run(settings: MidSettings) -> Outcome:
 
     def lesson(parent: Parent) -> Lesson:
         train, val = mixtures.mid(settings, parent)
-        return Lesson("mid", PARENTS, "stream", train, val, partial(late_decay_over, fraction=0.2))
+        return Lesson("mid", PARENTS, "stream", train, val, partial(late_decay, fraction=0.2))
 
     return run_supervised(settings, "mid", PARENTS, lesson)
