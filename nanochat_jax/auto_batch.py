@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from nanochat_jax import decode, gpt, sharding
-from nanochat_jax.evals.bpb import loss_sums_fn
+from nanochat_jax.bpb import loss_sums_fn
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.kv_cache import KVSlots
 from nanochat_jax.train_step import abstract_state

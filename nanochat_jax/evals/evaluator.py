@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 import tasks
-from nanochat_jax import sharding
+from nanochat_jax import samples, sharding
+from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.conversations import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.data.rows import RowSet, build_rows
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals import core, stats
-from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.evals.chat import (
     categorical_settings,
     eval_engine,
@@ -37,7 +37,6 @@ from nanochat_jax.tokenizer import Tokenizer
 from tasks import world
 
 LONGEST_ANSWER, LONGEST_ANSWER_DEMO = 512, 128
-SAMPLE_TOKENS = {"base": 24}  # other stages: 64
 
 
 class Evaluator:
@@ -117,7 +116,7 @@ class Evaluator:
         if name in ("bpb", "chat-bpb"):
             return {"rows": self.rows(name).key}
         if name == "samples":
-            return {"max_new_tokens": SAMPLE_TOKENS.get(self.stage, 64)}
+            return {"max_new_tokens": samples.TEXT_TOKENS if self.stage == "base" else samples.ANSWER_TOKENS}
         task = self.task(name)
         if task.eval_type == "categorical":
             return categorical_settings(task, s.max_problems)
@@ -209,15 +208,11 @@ class Evaluator:
         }
 
     def _samples(self) -> Result:
-        # Here, not above: a stage may call this module while it trains.
-        from nanochat_jax.stages import base, supervised
-
         began, settings = time.monotonic(), self.settings_of("samples")
         if self.stage == "base":
-            texts = base.PROMPTS
-            prompts = [self.tokenizer.encode(text, prepend=self.tokenizer.bos_id) for text in texts]
+            texts, prompts = samples.TEXTS, samples.text_prompts(self.tokenizer)
         else:
-            texts, prompts = supervised.PROMPTS, supervised.chat_prompts(self.tokenizer)
+            texts, prompts = samples.QUESTIONS, samples.chat_prompts(self.tokenizer)
         longest, new = max(map(len, prompts)), settings["max_new_tokens"]
         engine = eval_engine(self.config, self.params, self.tokenizer, longest, new, rows=len(prompts))
         requests = [engine.submit(prompt, new, temperature=0.0) for prompt in prompts]

@@ -15,12 +15,12 @@ from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.optim import lr_schedule
 from nanochat_jax.plan import BasePlan
 from nanochat_jax.progress import RowsProgress
+from nanochat_jax.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
 from nanochat_jax.stages.common import (
     Recipe,
     Shapes,
     StageSettings,
     batch_flag,
-    greedy_sampler,
     held_out,
     micro_batches,
     open_devices,
@@ -30,17 +30,6 @@ from nanochat_jax.stages.common import (
 )
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Evaluation, Outcome
-
-# The reference's prompts, so that samples can be compared with its logs.
-PROMPTS = (
-    "The capital of France is",
-    "The chemical symbol of gold is",
-    "If yesterday was Friday, then tomorrow will be",
-    "The opposite of hot is",
-    "The planets of the solar system are:",
-    "My favorite color is",
-    "If 5*x + 3 = 13, then x is",
-)
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ def run(settings: BaseSettings) -> Outcome:
         with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}")) as folder:
             return _train(settings, folder, tokenizer, plan, config, source, mesh)
 
-    shapes = Shapes(config, plan.total_batch_size // plan.max_seq_len, plan.max_seq_len, sampled=(len(PROMPTS), 64))
+    shapes = Shapes(config, plan.total_batch_size // plan.max_seq_len, plan.max_seq_len, sampled=(len(TEXTS), 64))
     return with_batch_size(settings, mesh, shapes, lr_schedule(plan.hyper, plan.num_iterations), attempt)
 
 
@@ -121,9 +110,7 @@ def _train(settings: BaseSettings, folder: Path, tokenizer: Tokenizer, plan: Bas
             RowLoader(train_rows, rows_per_step, settings.seed), step, plan.grad_accum, mesh
         ),
         evaluations=(Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, settings.eval_every),),
-        sample=greedy_sampler(
-            config, tokenizer, [tokenizer.encode(text, prepend=tokenizer.bos_id) for text in PROMPTS], 24
-        ),
+        sample=greedy_sampler(config, tokenizer, text_prompts(tokenizer), TEXT_TOKENS),
     )
     with contextlib.closing(train_rows):
         return train(recipe, folder, mesh)

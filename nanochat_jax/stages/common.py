@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 
 from nanochat_jax import auto_batch, checkpoint, cluster, devices, distributed, metrics, paths, provenance, sharding
 from nanochat_jax.auto_batch import AUTO
+from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.cli import flag
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.rows import RowSet
-from nanochat_jax.engine import Engine
-from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.gpt import GPTConfig, Params, flops_per_token, num_params
 from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.planner import memory
@@ -424,21 +423,3 @@ def held_out(config, rows: RowSet, batch_rows: int, tokenizer: Tokenizer, mesh):
         return held_out_loss(config, params, val_batches(rows, batch), token_bytes, mesh)
 
     return measure
-
-
-def greedy_sampler(config, tokenizer: Tokenizer, prompts: list[list[int]], max_tokens: int):
-    """Samples for `fit`: greedy continuations of token prompts through the engine, all at once."""
-    engines: list[Engine] = []  # made at the first use and kept with its compiled programs
-
-    def sample(params) -> list[str]:
-        if not engines:
-            capacity = max(map(len, prompts)) + max_tokens
-            engines.append(Engine(config, params, tokenizer, slots=len(prompts), capacity=capacity))
-        engine = engines[0]
-        engine.params = params
-        requests = [engine.submit(prompt, max_tokens, temperature=0.0) for prompt in prompts]
-        while engine.live:
-            engine.step()
-        return [tokenizer.decode([*r.prompt[1:], *r.tokens]) for r in requests]
-
-    return sample

@@ -14,6 +14,7 @@ from nanochat_jax.engine import Engine
 from nanochat_jax.evals.chat import evaluate_generative, longest_prompt
 from nanochat_jax.loss import token_statistics
 from nanochat_jax.plan import PlanError
+from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.schedules import linear_to_zero
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.common import (
@@ -22,13 +23,12 @@ from nanochat_jax.stages.common import (
     Shapes,
     batch_flag,
     child_name,
-    greedy_sampler,
     open_devices,
     open_run,
     train,
     with_batch_size,
 )
-from nanochat_jax.stages.supervised import ChatStageSettings, chat_prompts, open_parent
+from nanochat_jax.stages.supervised import ChatStageSettings, open_parent
 from nanochat_jax.train import Evaluation, Outcome, Rollout
 
 PARENTS = ("sft", "mid")
@@ -133,7 +133,7 @@ def _train(settings: RlSettings, folder: Path, parent: Parent, mesh) -> Outcome:
             identity={"task": task.fingerprint(), "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
             rollout=sampler.rollout,
             evaluations=(Evaluation(lambda params: sampler.evaluate(params, val), settings.eval_every),),
-            sample=greedy_sampler(config, tokenizer, prompts, 64),
+            sample=greedy_sampler(config, tokenizer, prompts, ANSWER_TOKENS),
             parent=parent,
             normalize=False,
             hyper=hyper,

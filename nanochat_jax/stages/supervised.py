@@ -13,6 +13,7 @@ from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.rows import RowSet
 from nanochat_jax.plan import check_batch
 from nanochat_jax.progress import RowsProgress
+from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.stages.common import (
     MODEL_NAME,
@@ -22,7 +23,6 @@ from nanochat_jax.stages.common import (
     StageSettings,
     child_name,
     find_parent,
-    greedy_sampler,
     held_out,
     micro_batches,
     open_devices,
@@ -31,10 +31,6 @@ from nanochat_jax.stages.common import (
     with_batch_size,
 )
 from nanochat_jax.train import Evaluation, Outcome
-
-PROMPTS = ("Hello!", "Who are you?", "What is 34 + 27?", 'Spell the word "garden".', "What is the capital of France?")
-
-ANSWER = 64  # tokens of a sample's answer
 
 
 @dataclass(frozen=True)
@@ -130,21 +126,15 @@ def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Le
                 Evaluation(held_out(config, val_rows, rows, tokenizer, mesh), settings.eval_every),
                 *lesson.evaluations(parent, distributed.local_mesh(mesh)),
             ),
-            sample=greedy_sampler(config, tokenizer, prompts, ANSWER),
+            sample=greedy_sampler(config, tokenizer, prompts, ANSWER_TOKENS),
             parent=parent,
             hyper=lesson.hyper,
         )
         return train(recipe, folder, mesh)
 
     prompts = chat_prompts(tokenizer)
-    shapes = Shapes(config, rows_per_step, T, sampled=(len(prompts), max(map(len, prompts)) + ANSWER))
+    shapes = Shapes(config, rows_per_step, T, sampled=(len(prompts), max(map(len, prompts)) + ANSWER_TOKENS))
     return with_batch_size(settings, mesh, shapes, schedule, attempt, hyper=lesson.hyper)
-
-
-def chat_prompts(tokenizer) -> list[list[int]]:
-    """PROMPTS as token prompts that wait for the assistant."""
-    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": ""}] for p in PROMPTS]
-    return [tokenizer.render_for_completion({"messages": messages}) for messages in turns]
 
 
 # Flags that have decided the rows or the number of steps, which are compared themselves.

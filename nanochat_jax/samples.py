@@ -1,0 +1,57 @@
+"""Samples: what a model makes of a few fixed prompts, greedily, while it trains and when it is evaluated."""
+
+from collections.abc import Callable
+
+from nanochat_jax.engine import Engine
+from nanochat_jax.gpt import GPTConfig, Params
+from nanochat_jax.tokenizer import Tokenizer
+
+# The reference's prompts, so that samples can be compared with its logs.
+TEXTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+QUESTIONS = (
+    "Hello!",
+    "Who are you?",
+    "What is 34 + 27?",
+    'Spell the word "garden".',
+    "What is the capital of France?",
+)
+TEXT_TOKENS, ANSWER_TOKENS = 24, 64  # the longest continuation of a text, the longest answer to a question
+
+
+def text_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """TEXTS as token prompts."""
+    return [tokenizer.encode(text, prepend=tokenizer.bos_id) for text in TEXTS]
+
+
+def chat_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """QUESTIONS as token prompts that wait for the assistant."""
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": ""}] for q in QUESTIONS]
+    return [tokenizer.render_for_completion({"messages": messages}) for messages in turns]
+
+
+def greedy_sampler(
+    config: GPTConfig, tokenizer: Tokenizer, prompts: list[list[int]], max_tokens: int
+) -> Callable[[Params], list[str]]:
+    """Parameters -> the prompts with what follows them, as text, all written side by side by one engine."""
+    engines: list[Engine] = []  # made at the first use and kept with its compiled programs
+
+    def sample(params: Params) -> list[str]:
+        if not engines:
+            capacity = max(map(len, prompts)) + max_tokens
+            engines.append(Engine(config, params, tokenizer, slots=len(prompts), capacity=capacity))
+        engine = engines[0]
+        engine.params = params
+        requests = [engine.submit(prompt, max_tokens, temperature=0.0) for prompt in prompts]
+        while engine.live:
+            engine.step()
+        return [tokenizer.decode([*r.prompt[1:], *r.tokens]) for r in requests]
+
+    return sample
