@@ -3,8 +3,8 @@
 import sys
 from dataclasses import dataclass
 
+from nanochat_jax import errors
 from nanochat_jax.cli import flag, parse
-from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.repackage import SHARD_CHARS, repackage
 from nanochat_jax.progress import ShareProgress
 
@@ -26,26 +26,25 @@ def main() -> int:
     if not s.data or not s.out:
         print("error: give --data=PATH and --out=FOLDER", file=sys.stderr)
         return 2
-    try:
-        with ShareProgress("repackaging") as progress:
-            made = repackage(
-                s.data,
-                s.out,
-                text_column=s.text_column,
-                seed=s.seed,
-                shard_chars=s.shard_chars,
-                max_memory=s.max_memory * 2**20,
-                progress=progress,
-            )
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return errors.exit_status(lambda: _run(s))
+
+
+def _run(s: Settings) -> None:
+    with ShareProgress("repackaging") as progress:
+        made = repackage(
+            s.data,
+            s.out,
+            text_column=s.text_column,
+            seed=s.seed,
+            shard_chars=s.shard_chars,
+            max_memory=s.max_memory * 2**20,
+            progress=progress,
+        )
     print(
         f"{made.documents:,} documents, {made.characters:,} characters in {len(made.listing.shards)} shards in "
         f"{s.out}; {made.listing.val} is held out; {made.stats.invalid_utf8} invalid UTF-8 sequences replaced, "
         f"{made.stats.bad_lines} lines left out"
     )
-    return 0
 
 
 if __name__ == "__main__":

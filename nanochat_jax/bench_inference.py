@@ -10,7 +10,6 @@ the output is one JSON object. The definitions are the reference's (its infer_be
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import cli
+from nanochat_jax import cli, errors
 from nanochat_jax.cli import flag
-from nanochat_jax.errors import is_ours
 from nanochat_jax.gpt import GPTConfig, num_params
 
 
@@ -383,24 +381,13 @@ def json_line(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 fine, 1 no such model or device, 2 bad flags)."""
-    try:
-        settings = cli.parse(BenchSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from nanochat_jax import devices
-    from nanochat_jax.checkpoint import CheckpointError
+    settings = cli.parse(BenchSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
 
-    try:
+    def action() -> None:
+        from nanochat_jax import devices
+
         devices.prepare(settings.device)
         devices.check(settings.device)
-        result = bench(settings)
-    except KeyboardInterrupt:
-        return 130
-    except (CheckpointError, devices.DeviceError, ValueError) as error:
-        if not is_ours(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json_line(result))
-    return 0
+        print(json_line(bench(settings)))
+
+    return errors.exit_status(action)

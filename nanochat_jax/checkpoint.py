@@ -207,7 +207,12 @@ def load_meta(run: Path, step: int | None = None) -> dict:
     if step not in available:
         raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {available}")
     folder = step_dir(run, step)
-    meta = json.loads((folder / "meta.json").read_text())
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] == FORMAT and not isinstance(meta["files"], dict):
+            raise TypeError("files are needed")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(run, step, "meta.json") from error
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has checkpoint format {meta.get('format')}, this version reads {FORMAT}")
     for name, saved in meta["files"].items():

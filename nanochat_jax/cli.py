@@ -24,6 +24,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from nanochat_jax.errors import is_ours
+
 T = TypeVar("T")
 
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
@@ -131,12 +133,16 @@ def _flags_of(settings: type) -> dict[str, _Flag]:
     return flags
 
 
-def parse(settings: type[T], argv: Sequence[str], description: str = "", *, echo: bool = True) -> T:
+def parse(
+    settings: type[T], argv: Sequence[str], description: str = "", *, echo: bool = True, unused: Sequence[str] = ()
+) -> T:
     """An instance of the dataclass `settings` from command-line arguments; --help prints and exits with status 0.
 
-    echo: print the flags that differ from their defaults. Types come from the annotations: int, float, bool, str,
-    Path, or one of these `| None`; an int accepts 1e6, a float accepts 1. Exits with status 2 and a line on stderr for
-    an unknown flag (naming the nearest), a value of another type, a missing value, a positional argument.
+    echo: print the flags that differ from their defaults. unused: flags that are taken but do nothing in this command;
+    --help only names them. Types come from the annotations: int, float, bool, str, Path, or one of these `| None`; an
+    int accepts 1e6, a float accepts 1. Exits with status 2 and a line on stderr for an unknown flag (naming the
+    nearest), a value of another type, a missing value, a positional argument, and for what `settings` itself refuses
+    with a ValueError.
     """
     flags = _flags_of(settings)
     values: dict[str, Any] = {}
@@ -144,7 +150,7 @@ def parse(settings: type[T], argv: Sequence[str], description: str = "", *, echo
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
-            print(_help(flags, description))
+            print(_help(flags, description, unused))
             raise SystemExit(0)
         spec, value = _lookup(flags, argument)
         if value is None and rest and _is_value(spec, rest[0]):
@@ -152,15 +158,20 @@ def parse(settings: type[T], argv: Sequence[str], description: str = "", *, echo
         if value is None and spec.kind is bool:
             value = "True"
         if value is None:
-            _fail(f"--{spec.name} needs a value: --{spec.name}={_hint(spec)}")
+            fail(f"--{spec.name} needs a value: --{spec.name}={_hint(spec)}")
         try:
             values[spec.name] = spec.convert(value)
         except _BadValue as expected:
-            _fail(f"--{spec.name} expects {expected}, got {value!r}")
+            fail(f"--{spec.name} expects {expected}, got {value!r}")
     missing = [name for name, spec in flags.items() if spec.default is dataclasses.MISSING and name not in values]
     if missing:
-        _fail(f"--{missing[0]} is required: --{missing[0]}={_hint(flags[missing[0]])}")
-    result = settings(**values)
+        fail(f"--{missing[0]} is required: --{missing[0]}={_hint(flags[missing[0]])}")
+    try:
+        result = settings(**values)
+    except ValueError as error:
+        if not is_ours(error):
+            raise
+        fail(str(error))
     if echo:
         for name, value in values.items():
             if value != flags[name].default:
@@ -191,13 +202,13 @@ def _lookup(flags: dict[str, _Flag], argument: str) -> tuple[_Flag, str | None]:
         if _normal(key) in flags:
             return flags[_normal(key)], value if equals else None
         if instead := _renamed(key, flags):
-            _fail(f"unknown flag {key}: {instead} (--help lists all)")
+            fail(f"unknown flag {key}: {instead} (--help lists all)")
         nearest = difflib.get_close_matches(_normal(key), flags, n=1, cutoff=0.0)
-        _fail(f"unknown flag {key}" + (f"; did you mean --{nearest[0]}?" if nearest else "") + " (--help lists all)")
+        fail(f"unknown flag {key}" + (f"; did you mean --{nearest[0]}?" if nearest else "") + " (--help lists all)")
     for spec in flags.values():
         if spec.short and key == f"-{spec.short}":
             return spec, value if equals else None
-    _fail(f"unexpected argument {argument!r}: settings are given as --key=value (--help lists them)")
+    fail(f"unexpected argument {argument!r}: settings are given as --key=value (--help lists them)")
 
 
 def _renamed(key: str, flags: Mapping[str, Any]) -> str:
@@ -217,18 +228,22 @@ def _hint(spec: _Flag) -> str:
     return "|".join(spec.choices or [spec.kind.__name__.upper(), *spec.words])
 
 
-def _fail(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
+    """Ends the process as every mistake on the command line does: one line on stderr, status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def _help(flags: dict[str, _Flag], description: str) -> str:
+def _help(flags: dict[str, _Flag], description: str, unused: Sequence[str]) -> str:
     lines = [*_paragraphs(description), ""] if description.strip() else []
-    for spec in flags.values():
+    for spec in (spec for name, spec in flags.items() if name not in unused):
         short = f"-{spec.short}, " if spec.short else ""
         lines.append(f"  {short}--{spec.name}={_hint(spec)}")
         default = "required" if spec.default is dataclasses.MISSING else f"default {spec.shown(spec.default)}"
         lines += textwrap.wrap(f"{spec.help} ({default})" if spec.help else f"({default})", 92, **_INDENT)
+    if unused:
+        names = ", ".join(f"--{name}" for name in unused)
+        lines += ["", *textwrap.wrap(f"Taken, since other commands share them, but not used here: {names}", 100)]
     return "\n".join(lines)
 
 

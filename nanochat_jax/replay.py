@@ -9,15 +9,15 @@ only tokenizer.json and incidents/.
 import json
 import math
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, cli, devices, incidents
+from nanochat_jax import checkpoint, cli, devices, errors, incidents
 from nanochat_jax.cli import flag
-from nanochat_jax.errors import is_ours
 
 
 class ReplayError(ValueError):
@@ -67,9 +67,13 @@ def open_incident(run: str, step: int | None = None) -> Incident:
     if step not in known:
         raise ReplayError(f"step {step} of {folder} is not kept; skipped and kept are {', '.join(map(str, known))}")
     where = incidents.folder(folder, step)
-    facts = json.loads((where / "incident.json").read_text())
-    with np.load(where / "batch.npz", allow_pickle=False) as batch:
-        inputs, targets, weights = (batch[k].reshape(-1, batch[k].shape[-1]) for k in ("inputs", "targets", "weights"))
+    try:
+        facts = json.loads((where / "incident.json").read_text(encoding="utf-8"))
+        with np.load(where / "batch.npz", allow_pickle=False) as batch:
+            names = "inputs", "targets", "weights"
+            inputs, targets, weights = (batch[k].reshape(-1, batch[k].shape[-1]) for k in names)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ReplayError(f"incident.json or batch.npz in {where} is damaged ({error}): delete {where}") from error
     return Incident(where, facts, inputs, targets, weights)
 
 
@@ -175,14 +179,11 @@ def main(argv: list[str]) -> int:
     if not 1 <= len(names) <= 2 or (len(names) == 2 and not names[1].isdigit()):
         print("error: give a run, and a step if not the newest skipped one: scripts.replay RUN [STEP]", file=sys.stderr)
         return 2
-    try:
+
+    def action() -> None:
         incident = open_incident(names[0], int(names[1]) if len(names) == 2 else None)
         devices.prepare(settings.device)
         print(f"device: {devices.check(settings.device)}")
         print(describe(incident, replay(incident, settings), settings))
-    except (ReplayError, checkpoint.CheckpointError, devices.DeviceError, ValueError, OSError) as error:
-        if not is_ours(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return errors.exit_status(action)

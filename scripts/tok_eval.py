@@ -2,10 +2,7 @@
 
 import sys
 
-from nanochat_jax import cli
-from nanochat_jax.evals.tok import TokEvalSettings, evaluate
-from nanochat_jax.stages.tok import run
+from nanochat_jax.evals.tok import main
 
 if __name__ == "__main__":
-    settings = cli.parse(TokEvalSettings, sys.argv[1:], __doc__ or "")
-    sys.exit(run(lambda: evaluate(settings)))
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from nanochat_jax.stages.tok import parse_settings, run, train_tokenizer
+from nanochat_jax.stages.tok import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: train_tokenizer(parse_settings(sys.argv[1:]))))
+    sys.exit(main(sys.argv[1:]))

@@ -68,8 +68,9 @@ def test_json_line_is_json():
     ],
 )
 def test_bad_flags(argv, words, capsys):
-    assert main(argv) == 2
-    assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
     assert numbers("1, 2,16", "x") == [1, 2, 16]
 
 

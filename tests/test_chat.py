@@ -567,8 +567,9 @@ def test_a_base_directory_that_is_none(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_settings(argv, message, capsys):
-    assert app.main(argv) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        app.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_prompt_from_standard_input(monkeypatch, capsys):
@@ -577,7 +578,52 @@ def test_a_prompt_from_standard_input(monkeypatch, capsys):
     monkeypatch.setattr(app, "_run", lambda settings: seen.append(settings.prompt) or 0)
     assert app.main(["-p", "-"]) == 0 and seen == ["zwei\nZeilen ü"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
-    assert app.main(["-p", "-"]) == 2 and "prompt is empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        app.main(["-p", "-"])
+    assert stop.value.code == 2 and "prompt is empty" in capsys.readouterr().err
+
+
+@pytest.fixture
+def chosen(engine, monkeypatch):
+    """A model is loaded, and answers; the returned list is what `models.chosen` says of it."""
+    meta, words = {"run": "r", "stage": "sft", "step": 7}, ["r, stage sft, step 7, saved today", ""]
+    monkeypatch.setattr("nanochat_jax.checkpoint.load_model", lambda *a: (engine.config, None, TOKENIZER, meta))
+    monkeypatch.setattr("nanochat_jax.engine.Engine", lambda *a, **k: Scripted([*TOKENIZER.encode_text("hi"), END]))
+    monkeypatch.setattr("nanochat_jax.models.chosen", lambda *a: words)
+    return words
+
+
+def test_one_answer_says_whose_it_is_only_where_that_is_a_question(chosen, capsys):
+    assert app.main(["-p", "hello", "--device=cpu"]) == 0
+    assert capsys.readouterr() == ("hi\n", "")
+    chosen[1] = "the newest of 3 runs"
+    assert app.main(["-p", "hello", "--device=cpu"]) == 0
+    assert capsys.readouterr() == ("hi\n", "(r, stage sft, step 7, saved today, the newest of 3 runs)\n")
+
+
+@pytest.mark.parametrize("others", ["", "the newest of 3 runs"])
+def test_a_conversation_begins_with_what_is_talked_to(chosen, others, monkeypatch, capsys):
+    chosen[1] = others
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: raise_eof())
+    assert app.main(["--device=cpu"]) == 0
+    shown = capsys.readouterr()
+    headline, *more = shown.out.rpartition("\r")[2].splitlines()
+    assert headline.startswith("r, stage sft, step 7, saved today: ") and headline.endswith("context 64 tokens")
+    assert (f"({others})" in more) == bool(others) and shown.err == ""
+
+
+def raise_eof():
+    raise EOFError
+
+
+def test_an_error_while_loading_has_a_line_of_its_own(monkeypatch, capsys):
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    assert app.main(["--device=cpu"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "Loading ...\n" and shown.err.startswith("error: no trained model")
 
 
 def test_an_unknown_flag_names_the_nearest(capsys):

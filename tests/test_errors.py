@@ -1,10 +1,20 @@
-"""One line for an error that names its remedy, a traceback for a bug."""
+"""One line for an error that names its remedy, a traceback for a bug: the rule, and every command that keeps it."""
+
+import errno
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import tasks
-from nanochat_jax import checkpoint, cli, models
-from nanochat_jax.errors import is_ours
+from nanochat_jax import checkpoint, cli, errors, models
+from nanochat_jax.data.web import OfflineError
+from nanochat_jax.errors import exit_status, in_words, is_ours
+
+ROOT = Path(__file__).parents[1]
 
 
 def raised(call) -> Exception:
@@ -13,10 +23,25 @@ def raised(call) -> Exception:
     return caught.value
 
 
+def raise_(error: BaseException):
+    raise error
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
 def test_what_a_raise_of_ours_says_needs_no_traceback():
     assert is_ours(raised(lambda: checkpoint.run_dir("../x")))
     assert is_ours(raised(lambda: tasks.load("no such task", "train")))
+    assert is_ours(raised(lambda: raise_(checkpoint.CheckpointError("said by us, wherever it is raised"))))
+
+
+def test_what_the_system_says_of_a_file_a_disk_or_the_network_needs_none():
     assert is_ours(raised(lambda: open("no such file")))
+    assert is_ours(raised(lambda: os.listdir(__file__)))
+    assert is_ours(OSError(errno.ENOSPC, "No space left on device"))
+    assert is_ours(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))
+    assert not is_ours(OSError(errno.EBADF, "Bad file descriptor")), "a file that the program has closed itself"
 
 
 def test_a_slip_in_our_own_line_and_a_librarys_error_are_shown_whole():
@@ -26,11 +51,224 @@ def test_a_slip_in_our_own_line_and_a_librarys_error_are_shown_whole():
     assert not is_ours(raised(lambda: checkpoint.config_from_dict(3)))  # pyright: ignore[reportArgumentType]
 
 
-def test_models_names_what_is_wrong_with_a_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "statement, ours",
+    [
+        ("raise ValueError('ours')", True),
+        ("raise (\n    OSError('ours')\n)", True),
+        ("try:\n    int('x')\nexcept ValueError as error:\n    raise RuntimeError('ours') from error", True),
+        ("try:\n    int('x')\nexcept ValueError:\n    raise", False),  # passed on
+        ("raise ValueError(int('x'))", False),  # before it could be raised
+        ("raise KeyError('a contract of the program')", False),
+        ("assert False", False),
+        ("int('x')", False),
+    ],
+)
+def test_the_raise_counts_not_its_text(statement, ours):
+    code = compile(statement, str(ROOT / "nanochat_jax" / "made_up.py"), "exec")  # of which there is no source
+    assert is_ours(raised(lambda: exec(code))) is ours
+    assert not is_ours(raised(lambda: exec(compile(statement, "/elsewhere/library.py", "exec"))))
+
+
+def test_a_file_comes_first_and_a_remedy_last():
+    assert in_words(raised(lambda: open("no such file"))) == "no such file: No such file or directory: check the path"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert in_words(full) == "No space left on device: free some space, then run the same command again"
+    assert in_words(ValueError("as it is")) == "as it is" and in_words(RuntimeError()) == "RuntimeError"
+
+
+def test_statuses(capsys):
+    assert exit_status(lambda: None) == 0 and exit_status(lambda: 5) == 5
+    assert capsys.readouterr().err == ""
+    error = checkpoint.CheckpointError("put it right")
+    assert exit_status(lambda: raise_(error)) == 1
+    assert exit_status(lambda: raise_(error), {ValueError: 7, RuntimeError: 8}) == 8
+    assert capsys.readouterr().err == 2 * "error: put it right\n"
+    assert exit_status(lambda: raise_(KeyboardInterrupt()), stopped="enough") == 130
+    assert capsys.readouterr().err == "enough\n"
+    with pytest.raises(SystemExit) as stop:
+        exit_status(lambda: cli.fail("this flag"))
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: this flag\n"
+    with pytest.raises(RuntimeError, match="a library's"):
+        exit_status(lambda: raise_(RuntimeError("a library's")), {RuntimeError: 8})
+
+
+@pytest.mark.parametrize("length", [1, 1_000_000])  # what fits into the buffer fails at the end only
+@pytest.mark.parametrize("statuses, expected", [("None", errors.UNREAD), ("{BrokenPipeError: 0}", 0)])
+def test_output_that_nobody_reads_any_more_ends_quietly(length, statuses, expected):
+    program = f"from nanochat_jax.errors import exit_status as e; exit(e(lambda: print('x' * {length}), {statuses}))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as output:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=output, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (expected, b"")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_a_bug():
+    with pytest.raises(BrokenPipeError):
+        exit_status(lambda: raise_(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+
+
+# --- every command ----------------------------------------------------------------------------------------------------
+
+SCRIPTS = {p.stem: f"scripts.{p.stem}" for p in sorted((ROOT / "scripts").glob("*.py")) if p.stem != "__init__"}
+COMMANDS = {**SCRIPTS, "download": "nanochat_jax.data.download"}
+
+# command, arguments ({} is the folder of the test), words of the one line. Nothing is on the disk.
+MISSING = [
+    ("train", ["--stage=sft", "--source=nope", "--device=cpu"], "no checkpoint of a run named 'nope'"),
+    ("train", ["--stage=base", "--device=cpu"], "no tokenizer"),
+    ("eval", ["--run_name=nope", "--device=cpu"], "no checkpoint of a run named 'nope'"),
+    ("compare", ["nope", "other"], "there is no run 'nope'"),
+    ("models", ["--run=../nope"], "may hold only letters"),
+    ("replay", ["nope"], "nope"),
+    ("report", ["--runs=nope"], "no checkpoint of a run named 'nope'"),
+    ("serve", ["--run=nope", "--port=0", "--device=cpu"], "no checkpoint of a run named 'nope'"),
+    ("chat", ["--run=nope", "-p", "hello", "--device=cpu"], "no checkpoint of a run named 'nope'"),
+    ("bench_inference", ["--run=nope", "--device=cpu"], "no checkpoint of a run named 'nope'"),
+    ("plan", ["--gpu=nope"], "nope"),
+    ("import_checkpoint", ["{}/nope"], "nope"),
+    ("export", ["--to=hf", "{}/out", "--run=nope"], "no checkpoint of a run named 'nope'"),
+    ("tok_train", ["--data={}/nope"], "nope"),
+    ("tok_eval", [], "scripts.tok_train"),
+    ("download", ["-n", "1"], "NANOCHAT_OFFLINE"),
+]
+
+# The base directory holds damaged files: a run, a tokenizer, results, text, another project's checkpoint.
+DAMAGED = [
+    ("train", ["--stage=base", "--demo", "--device=cpu"], "tokenizer.json is damaged"),
+    ("train", ["--stage=sft", "--demo", "--device=cpu"], "meta.json is missing or damaged"),
+    ("eval", ["--run_name=bad", "--device=cpu"], "meta.json is missing or damaged"),
+    ("compare", ["bad", "bad"], "is not a result"),
+    ("replay", ["bad", "3"], "incident.json"),
+    ("report", [], "meta.json is damaged"),
+    ("serve", ["--port=0", "--device=cpu"], "meta.json is missing or damaged"),
+    ("chat", ["-p", "hello", "--device=cpu"], "meta.json is missing or damaged"),
+    ("bench_inference", ["--run=bad", "--device=cpu"], "meta.json is missing or damaged"),
+    ("import_checkpoint", ["{}/model_000001.pt"], "model_000001.pt"),
+    ("export", ["--to=hf", "{}/out", "--run=bad"], "meta.json is missing or damaged"),
+    ("tok_train", ["--data={}/text.parquet"], "text.parquet"),
+    ("tok_eval", [], "tokenizer.json is damaged"),
+    ("download", ["-n", "1", "--out={}/shards"], "shards.json"),
+]
+
+# What the command calls first of all.
+FIRST = {
+    "train": (["--stage=base"], "nanochat_jax.stages.base.run"),
+    "eval": ([], "nanochat_jax.evals.run.run"),
+    "compare": (["a", "b"], "nanochat_jax.evals.compare.load"),
+    "models": ([], "nanochat_jax.models.models"),
+    "replay": (["a"], "nanochat_jax.replay.open_incident"),
+    "report": ([], "nanochat_jax.report.main.write"),
+    "serve": ([], "nanochat_jax.serve.main._listen"),
+    "chat": (["-p", "hello"], "nanochat_jax.checkpoint.find_run"),
+    "bench_inference": ([], "nanochat_jax.bench_inference.bench"),
+    "plan": ([], "nanochat_jax.planner.main.make"),
+    "import_checkpoint": (["x"], "nanochat_jax.interchange.importing.import_checkpoint"),
+    "export": (["--to=hf", "x"], "nanochat_jax.interchange.exporting.export"),
+    "tok_train": ([], "nanochat_jax.stages.tok.train_tokenizer"),
+    "tok_eval": ([], "nanochat_jax.evals.tok.evaluate"),
+    "download": ([], "nanochat_jax.data.download._list_of"),
+}
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")
-    assert models.main(["--run=../x"]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
+    return tmp_path
+
+
+def main(command: str, arguments: list[str], base: Path) -> int:
+    return importlib.import_module(COMMANDS[command]).main([a.replace("{}", str(base)) for a in arguments])
+
+
+def the_line(command: str, arguments: list[str], base: Path, capsys) -> str:
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    assert main(command, arguments, base) == 1
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.out + shown.err
+    *_, last = shown.err.splitlines()
+    assert last.startswith("error: ") and shown.err.count("error: ") == 1
+    return last
+
+
+def test_every_script_is_tried_here():
+    assert set(COMMANDS) == set(FIRST) == {command for command, *_ in MISSING}
+
+
+@pytest.mark.parametrize("command, arguments, words", MISSING)
+def test_what_is_missing_is_named(command, arguments, words, base, capsys):
+    assert words in the_line(command, arguments, base, capsys)
+
+
+@pytest.mark.parametrize("command, arguments, words", DAMAGED)
+def test_what_is_damaged_is_named(command, arguments, words, base, capsys):
+    run = base / "runs" / "bad"
+    for path in (
+        run / "checkpoints" / "00000007" / "meta.json",
+        run / "incidents" / "00000003" / "incident.json",
+        run / "evals" / "step-00000007" / "x.json",
+        base / "tokenizer" / "tokenizer.json",
+        base / "shards" / "shards.json",
+        base / "text.parquet",
+        base / "model_000001.pt",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'{"torn": \xff')
+    assert words in the_line(command, arguments, base, capsys)
+
+
+@pytest.mark.parametrize("command, arguments", [case[:2] for case in MISSING if case[0] != "plan"])
+def test_a_base_directory_that_is_none(command, arguments, base, monkeypatch, capsys):
+    (base / "file").write_text("")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base / "file"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    words = "nope" if command == "tok_train" else "is not a directory"  # whose text is looked for first
+    assert words in the_line(command, arguments, base, capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bad_flag_is_one_line_and_status_2(command, base, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(command, [*FIRST[command][0], "--no_such_flag=1"], base)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.startswith("error: unknown flag --no_such_flag") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [KeyError, AttributeError, ValueError])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_slip_of_the_program_is_shown_whole(command, kind, base, monkeypatch):
+    arguments, target = FIRST[command]
+    module, _, name = target.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(module), name, lambda *a, **k: raise_(kind("a slip")))
+    with pytest.raises(kind, match="a slip"):
+        main(command, [*arguments], base)
+
+
+def test_as_a_process(base):
+    """The exit status and the whole of stderr, as a person meets them."""
+    command = [sys.executable, "-m", "scripts.compare", "nope", "other"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: there is no run 'nope'") and done.stderr.count("\n") == 1
+
+
+def test_models_lists_a_damaged_run_with_what_is_wrong(base, capsys):
+    path = base / "runs" / "bad" / "checkpoints" / "00000007" / "meta.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert models.main([]) == 0
+    assert "cannot be used" in capsys.readouterr().out
+
+
+def test_no_network_is_one_line(base, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat_jax.stages.tok.text_source", lambda *a: raise_(OfflineError("no network: do this")))
+    assert the_line("tok_train", [], base, capsys) == "error: no network: do this"
+
+
+# --- flags that a stage has no use for --------------------------------------------------------------------------------
 
 
 def test_flags_that_a_stage_has_no_use_for_are_named():
@@ -39,3 +277,20 @@ def test_flags_that_a_stage_has_no_use_for_are_named():
     given = rl.RlSettings(max_seq_len=64, eval_tokens=5, slots=8)
     assert launch.unused("rl", given) == ["--max_seq_len", "--eval_tokens"]
     assert launch.unused("rl", rl.DemoRlSettings()) == [] == launch.unused("sft", given)
+
+
+@pytest.mark.parametrize("demo", [[], ["--demo"]])
+@pytest.mark.parametrize("stage", ["base", "mid", "sft", "rl"])
+def test_help_sets_them_apart(stage, demo, capsys):
+    from nanochat_jax.stages import launch
+
+    with pytest.raises(SystemExit) as stop:
+        launch.main([f"--stage={stage}", *demo, "--help"])
+    assert stop.value.code == 0
+    listed, apart, named = capsys.readouterr().out.partition("\nTaken, since other commands share them, but not used")
+    unused = launch.UNUSED.get(stage, ())
+    assert bool(apart) == bool(unused) and "--eval_every=INT" in listed
+    for name in ("max_seq_len", "total_batch_size", "eval_tokens", "model_name"):
+        if stage != "base" or name != "model_name":
+            assert (f"--{name}=" in listed) != (f"--{name}" in named)
+            assert (f"--{name}" in named) == (name in unused)

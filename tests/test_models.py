@@ -1,6 +1,8 @@
 """The list of models tells what is on disk, also of what is damaged."""
 
 import json
+import os
+import re
 
 import jax
 import pytest
@@ -83,6 +85,23 @@ def test_problems_are_listed_and_do_not_hide_the_rest(base, tokenizer, capsys):
     assert not found["good"] and "damaged" in found["broken"]
     assert tokenizer.hash[:12] in found["other"] and "tokenizer.json is" in found["other"]
     assert models.main([]) == 0 and "cannot be used" in capsys.readouterr().out
+
+
+def test_what_was_chosen_and_what_else_could_have_been(base, tokenizer):
+    def said(run=None, stage=None, step=None):
+        return models.chosen(checkpoint.load_model(run, stage, step)[3], run, stage)
+
+    folder = make_run(tokenizer, "d1", "base", (4, 8))
+    os.utime(checkpoint.step_dir(folder, 4) / "meta.json", (86_400 * 366, 86_400 * 366.5))  # the 2nd of January 1971
+    assert re.fullmatch(r"d1, stage base, step 8, saved \d{4}-\d\d-\d\d \d\d:\d\d", said()[0]) and said()[1] == ""
+    assert re.search(r"step 4, saved 1971-01-0[23] \d\d:\d\d$", said(step=4)[0]), "when this step was saved"
+    make_run(tokenizer, "d1-sft", "sft")
+    assert said()[1] == "the newest of 2 runs: --run=NAME takes another, python -m scripts.models lists them"
+    assert said("d1")[1] == said(stage="base")[1] == said(stage="sft")[1] == "", "nothing else could have been meant"
+    make_run(tokenizer, "d2", "base")
+    assert said(stage="base")[0].startswith("d2, ") and said(stage="base")[1].startswith("the newest of 2 base runs: ")
+    meta = {"run": "gone", "stage": "base", "step": 3}
+    assert models.chosen(meta, "gone", None) == ("gone, stage base, step 3", ""), "removed meanwhile"
 
 
 def test_nothing_there_says_what_to_do(base, capsys):

@@ -75,8 +75,26 @@ def save(run: Path, tiny, step: int, sign: float = 1.0, **changes) -> dict:
     ],
 )
 def test_bad_flags(argv, message, capsys):
-    assert serving.main(argv) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        serving.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_key_from_the_environment(monkeypatch, capsys):
+    monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
+    assert serving._given_key(serving.ServeSettings()) is None
+    monkeypatch.setenv("NANOCHAT_API_KEY", "")
+    assert serving._given_key(serving.ServeSettings()) is None
+    monkeypatch.setenv("NANOCHAT_API_KEY", "theirs")
+    assert serving._given_key(serving.ServeSettings()) == "theirs"
+    assert serving._given_key(serving.ServeSettings(api_key="mine")) == "mine", "a flag is nearer"
+    monkeypatch.setenv("NANOCHAT_API_KEY", "two words")
+    with pytest.raises(SystemExit) as stop:
+        serving.main(["--port=0"])
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: NANOCHAT_API_KEY must be ASCII without spaces\n"
+    with pytest.raises(SystemExit):
+        serving.main(["--help"])
+    assert "NANOCHAT_API_KEY" in capsys.readouterr().out
 
 
 def test_no_model_says_how_to_train_one(tmp_path, monkeypatch, capsys):
@@ -90,8 +108,9 @@ def test_an_address_that_cannot_be_listened_on(capsys):
         port = taken.getsockname()[1]
         assert serving.main([f"--port={port}"]) == 1
         assert f"port {port}" in capsys.readouterr().err
-    assert serving.main(["--host=no.such.host.invalid"]) == 1
-    assert "--host" in capsys.readouterr().err
+    for host in ("no.such.host.invalid", "no..name"):
+        assert serving.main([f"--host={host}"]) == 1
+        assert "--host" in capsys.readouterr().err
 
 
 # --- following a run ------------------------------------------------------------------------------
@@ -161,7 +180,7 @@ def test_it_follows_a_run_and_stops_when_asked(run, tiny):
     save(run, tiny, 7)
     process, url, lines = start("--watch")
     try:
-        assert "tiny-sft, stage sft, step 7 (chat)" in "".join(lines)
+        assert "tiny-sft, stage sft, step 7, saved " in "".join(lines)
         body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 10}
         first = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         save(run, tiny, 9, sign=-1.0)
@@ -201,5 +220,20 @@ def test_an_open_address_gets_a_key(run, tiny):
         process.send_signal(signal.SIGINT)  # Ctrl-C
         assert process.wait(15) == 0
         assert json.dumps(key) not in (process.stdout.read() if process.stdout else "")
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_key_of_ones_own_is_asked_for_and_not_shown(run, tiny, monkeypatch):
+    save(run, tiny, 7)
+    monkeypatch.setenv("NANOCHAT_API_KEY", "a-key-of-my-own")
+    process, url, lines = start()
+    try:
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer a-key-of-my-own"}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0 and process.stdout is not None
+        assert "a-key-of-my-own" not in "".join(lines) + process.stdout.read()
     finally:
         process.kill()

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_jax import errors
 from nanochat_jax.cli import flag, parse
 from nanochat_jax.data.fetch import fetch_file, part_of
-from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import (
     DEFAULT_REPO,
     LIST_NAME,
@@ -289,11 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.endpoint:
         os.environ["HF_ENDPOINT"] = settings.endpoint
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        return _download(settings, argv)
-    except (FetchError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return errors.exit_status(lambda: _download(settings, argv))
 
 
 def _download(settings: DownloadSettings, argv: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import cli, paths
+from nanochat_jax import cli, errors, paths
 from nanochat_jax.cli import flag
 from nanochat_jax.evals import results, stats
 from nanochat_jax.evals.results import Result
@@ -146,9 +146,5 @@ def main(argv: Sequence[str]) -> int:
     if len(names) != 2:
         print(f"error: two runs are needed, got {len(names)}: python -m scripts.compare A B", file=sys.stderr)
         return 2
-    try:
-        print(report(*names, only=[name.strip() for name in settings.tasks.split("|") if name.strip()]))
-    except (CompareError, results.ResultError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    only = [name.strip() for name in settings.tasks.split("|") if name.strip()]
+    return errors.exit_status(lambda: print(report(*names, only=only)))

@@ -15,7 +15,7 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from nanochat_jax import checkpoint, conversation
+from nanochat_jax import checkpoint, conversation, errors
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.gpt import GPTConfig, Params
@@ -168,14 +168,18 @@ def _before(text: str, stops: Sequence[str]) -> str:
     return text[: min(cuts)] if cuts else text
 
 
-def main() -> None:
-    """The harness's own command line, with our model chosen."""
+def main() -> int:
+    """The harness's own command line, with our model chosen; returns the exit status."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     if not any(a == "--model" or a.startswith("--model=") or a == "-M" for a in sys.argv[1:]):
         sys.argv[1:] = ["run", "--model", NAME, *(a for a in sys.argv[1:] if a != "run")]
-    cli_evaluate()
+
+    def action() -> None:
+        cli_evaluate()
+
+    return errors.exit_status(action)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,16 +6,14 @@ python -m scripts.eval --source=base --tasks="CORE|bpb"       some of them
 
 import difflib
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tasks
-from nanochat_jax import cli, devices
+from nanochat_jax import cli, devices, errors
 from nanochat_jax.cli import flag
-from nanochat_jax.errors import is_ours
 from nanochat_jax.evals import results
 from nanochat_jax.evals.results import Result
 from nanochat_jax.progress import duration
@@ -148,17 +146,9 @@ def main(argv: Sequence[str]) -> int:
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     settings = cli.parse(EvalSettings, argv, __doc__ or "")
-    try:
+
+    def action() -> None:
         run(settings)
-    except devices.DeviceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return devices.NO_USABLE_GPU
-    except (ValueError, RuntimeError, OSError) as error:
-        if not (is_ours(error) or isinstance(error, ConnectionError)):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    stopped = "stopped; what is done is kept, and the same command goes on"
+    return errors.exit_status(action, {devices.DeviceError: devices.NO_USABLE_GPU}, stopped)

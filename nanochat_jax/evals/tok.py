@@ -1,12 +1,14 @@
 """Compression of the tokenizer, against stock encodings on texts of several kinds."""
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
+from nanochat_jax import cli, errors
 from nanochat_jax.cli import flag
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.sources import text_source
@@ -164,6 +166,17 @@ def evaluate(settings: TokEvalSettings) -> dict[str, dict[str, Measure]]:
     content = {"tokenizer_hash": tokenizer.hash, "vocab_sizes": sizes, "measures": numbers}
     write_atomic(tokenizer_dir() / REPORT_NAME, json.dumps(content, indent=1) + "\n")
     return results
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line. Exit status: 0 measured, 1 error, 2 bad flags, 130 stopped by Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    settings = cli.parse(TokEvalSettings, argv, f"python -m scripts.tok_eval: {__doc__}")
+
+    def action() -> None:
+        evaluate(settings)
+
+    return errors.exit_status(action)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, cli, conversation, devices, gpt
+from nanochat_jax import checkpoint, cli, conversation, devices, errors, gpt
 from nanochat_jax.cli import flag
 from nanochat_jax.engine import Engine
 from nanochat_jax.gpt import GPTConfig, Params
@@ -240,10 +240,9 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = folders.take_path(argv, "out", switches=("overwrite", "check"))
     settings = cli.parse(ExportSettings, arguments, __doc__ or "", echo=False)
-    devices.prepare("cpu")  # the comparison is made in float32
-    try:
+
+    def action() -> None:
+        devices.prepare("cpu")  # the comparison is made in float32
         export(settings)
-    except (ValueError, checkpoint.CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return errors.exit_status(action)

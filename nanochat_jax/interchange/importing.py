@@ -6,7 +6,6 @@ python -m scripts.import_checkpoint PATH     a model_*.pt of the reference, its 
 
 import logging
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, cli, devices, paths, reference
+from nanochat_jax import checkpoint, cli, devices, errors, paths, reference
 from nanochat_jax.cli import flag
 from nanochat_jax.gpt import GPTConfig, Params, num_params
 from nanochat_jax.interchange import (
@@ -219,10 +218,9 @@ def main(argv: Sequence[str]) -> int:
     """Exit status: 0 done, 1 error, 2 bad flags."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = cli.parse(ImportSettings, folders.take_path(argv, "path"), __doc__ or "", echo=False)
-    devices.prepare("cpu")
-    try:
+
+    def action() -> None:
+        devices.prepare("cpu")
         import_checkpoint(settings)
-    except (ValueError, checkpoint.CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return errors.exit_status(action)

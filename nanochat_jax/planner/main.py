@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import auto_batch, cli, xla_flags
+from nanochat_jax import auto_batch, cli, errors, xla_flags
 from nanochat_jax.cli import flag
 from nanochat_jax.data.shards import CHARS_PER_TOKEN, SHARD_CHARS
-from nanochat_jax.errors import is_ours
 from nanochat_jax.plan import BasePlan, PlanError
 from nanochat_jax.planner import budget, cards, compiled, memory, roofline, target
 
@@ -49,15 +48,12 @@ def main(argv: list[str]) -> int:
     settings = cli.parse(PlanSettings, argv, __doc__ or "", echo=False)
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin may be here without any GPU
     jax.config.update("jax_platforms", "cpu")  # nor is a GPU wanted: what is compiled is compiled in a child process
-    try:
+
+    def action() -> None:
         facts = make(settings, _silent if settings.json else lambda line: print(line, file=sys.stderr, flush=True))
-    except (ValueError, auto_batch.DoesNotFit) as error:
-        if not is_ours(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(facts, indent=1) if settings.json else describe(facts))
-    return 0
+        print(json.dumps(facts, indent=1) if settings.json else describe(facts))
+
+    return errors.exit_status(action)
 
 
 def _silent(line: str) -> None:

@@ -1,14 +1,12 @@
 """python -m scripts.report: writes the card of a chain of runs and prints its summary."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import cli, devices, paths
+from nanochat_jax import cli, devices, errors, paths
 from nanochat_jax.cli import flag
-from nanochat_jax.evals.results import ResultError
 from nanochat_jax.report import card, collect, html, markdown
 from nanochat_jax.report.collect import ReportError
 from nanochat_jax.report.summary import summary
@@ -62,10 +60,9 @@ def main(argv: list[str]) -> int:
     """Exit status: 0 written, 1 nothing to report on, 2 bad flags."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = cli.parse(ReportSettings, argv, __doc__ or "")
-    devices.prepare("cpu")  # counting parameters must not take a GPU from a run that is still going
-    try:
+
+    def action() -> None:
+        devices.prepare("cpu")  # counting parameters must not take a GPU from a run that is still going
         write(settings)
-    except (ReportError, ResultError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return errors.exit_status(action)

@@ -6,18 +6,19 @@ python -m scripts.serve --stage=base --watch  follow a run while it trains
 
 import asyncio
 import logging
+import os
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from nanochat_jax import cli
+from nanochat_jax import cli, errors
 from nanochat_jax.cli import flag
 from nanochat_jax.serve.security import is_loopback
 
+API_KEY_VARIABLE = "NANOCHAT_API_KEY"
 GRACE_S = 2.0  # what a stream that runs at shutdown gets to end by itself
 
 
@@ -32,7 +33,11 @@ class ServeSettings:
     watch: bool = flag(False, "follow the run: serve its newest checkpoint as training saves it")
     host: str = flag("127.0.0.1", "the address to listen on; any but this machine's own needs an API key")
     port: int = flag(8000, "the port to listen on, 0 = any free one", short="p")
-    api_key: str | None = flag(None, "what clients must send as 'Authorization: Bearer KEY'")
+    api_key: str | None = flag(
+        None,
+        "what clients must send as 'Authorization: Bearer KEY'; default: the environment's NANOCHAT_API_KEY, which "
+        "the list of processes does not show, as it does flags",
+    )
     allow_origin: str | None = flag(None, "a web site (https://example.org) whose pages may call this server")
     slots: int = flag(8, "answers written at once; more wait")
     queue: int = flag(64, "requests that may wait; more are told to come back (429)")
@@ -65,33 +70,34 @@ def _problems(s: ServeSettings):
         yield f"--top_k must be at least 0 (0 = all tokens), got {s.top_k}"
     if s.max_tokens < 1:
         yield f"--max_tokens must be at least 1, got {s.max_tokens}"
-    if s.api_key is not None and (not s.api_key.isascii() or not s.api_key.strip() or " " in s.api_key):
+    if s.api_key is not None and not _is_key(s.api_key):
         yield "--api_key must be ASCII without spaces"
 
 
+def _is_key(text: str) -> bool:
+    return text.isascii() and text.isprintable() and bool(text) and " " not in text
+
+
+def _given_key(settings: ServeSettings) -> str | None:
+    """The key of the flag, or of the environment. Exits with status 2 where the environment's cannot be one."""
+    key = settings.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    if key is not None and not _is_key(key):
+        cli.fail(f"{API_KEY_VARIABLE} must be ASCII without spaces")
+    return key
+
+
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit status (0 stopped as asked, 1 cannot serve, 2 bad flags)."""
-    try:
-        settings = cli.parse(ServeSettings, argv, __doc__ or "", echo=False)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """The command line; returns the exit status (0 stopped as asked, 1 cannot serve, 2 bad flags, 130 stopped before
+    it could serve)."""
+    settings = cli.parse(ServeSettings, argv, __doc__ or "", echo=False)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("nanochat_jax").setLevel(logging.INFO)
-    try:
-        return _serve(settings)
-    except KeyboardInterrupt:  # while loading or compiling
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        if not (type(error).__module__.startswith("nanochat_jax") or isinstance(error, ValueError | OSError)):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return errors.exit_status(lambda: _serve(settings))
 
 
 def _serve(settings: ServeSettings) -> int:
     listener = _listen(settings.host, settings.port)  # a port in use is found out before the model is loaded
-    key = settings.api_key
+    key = given = _given_key(settings)
     if key is None and not is_loopback(settings.host):
         key = secrets.token_urlsafe(24)
     import jax  # takes a second
@@ -99,6 +105,7 @@ def _serve(settings: ServeSettings) -> int:
     from nanochat_jax import devices
     from nanochat_jax.checkpoint import find_run, load_model
     from nanochat_jax.conversation import ASSISTANT_START
+    from nanochat_jax.models import chosen
     from nanochat_jax.serve.app import create_app
     from nanochat_jax.serve.service import Defaults, Service
     from nanochat_jax.serve.watch import Watcher, saved_at
@@ -116,12 +123,13 @@ def _serve(settings: ServeSettings) -> int:
     app = create_app(Service(worker, tokenizer, defaults, settings.log_prompts), key, settings.allow_origin)
     watcher = Watcher(worker, run, meta) if settings.watch else None
 
-    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{shown}:{listener.getsockname()[1]}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
     kind = "chat" if chats else "base model: completions only"
-    print(f"{model.name}, stage {model.stage}, step {model.step} ({kind}), {engine.slots} slots of {engine.capacity}")
-    if key is not None and settings.api_key is None:
-        print(f"API key (made for this start; --api_key=KEY keeps one): {key}")
+    shown, others = chosen(meta, settings.run or settings.model_tag, settings.stage)
+    print(f"{shown} ({kind}), {engine.slots} slots of {engine.capacity}" + (f"; {others}" if others else ""))
+    if key is not None and given is None:
+        print(f"API key (made for this start; {API_KEY_VARIABLE} in the environment keeps one): {key}")
     print(f"Server ready at {address} (chat page) and {address}/v1 (OpenAI API). Ctrl-C stops it.", flush=True)
     if watcher is not None:
         watcher.start()
@@ -136,10 +144,9 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {host} port {port} ({error.strerror}): choose another --host or --port"
-        ) from None
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen on {host} port {port} ({why}): choose another --host or --port") from None
 
 
 def _engine(settings: ServeSettings, config, params, tokenizer):
@@ -187,6 +194,7 @@ def make_server(app, worker):
         http="h11",  # whatever else is installed: this one has a limit on headers
         ws="none",
         server_header=False,
+        proxy_headers=False,  # nothing here believes them
         lifespan="on",
         timeout_graceful_shutdown=int(GRACE_S) + 3,
         h11_max_incomplete_event_size=1 << 16,

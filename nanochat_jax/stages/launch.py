@@ -3,11 +3,9 @@
 import dataclasses
 import importlib
 import logging
-import sys
 from typing import Any
 
-from nanochat_jax import cli, devices, watchdog
-from nanochat_jax.errors import is_ours
+from nanochat_jax import cli, devices, errors, watchdog
 from nanochat_jax.stopping import Interrupted, signals_raise
 
 # stage -> settings class and its variant for the demo, in the stage's module
@@ -18,7 +16,8 @@ STAGES = {
     "rl": ("RlSettings", "DemoRlSettings"),
 }
 
-# Flags that a stage shares with others and has no use for; scripts pass the same ones to all stages.
+# Flags that a stage shares with others and has no use for; scripts pass the same ones to all stages. --help sets them
+# apart, and a run names those that are given.
 UNUSED = {"rl": ("max_seq_len", "total_batch_size", "eval_tokens", "model_name")}
 
 
@@ -29,14 +28,21 @@ def unused(stage: str, settings: Any) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Runs `--stage=NAME [flags]`. Exit status: 0 done or stopped cleanly, 1 error, 2 bad flags, 3 no GPU, 4 hung."""
+    """Runs `--stage=NAME [flags]`. Exit status: 0 done or stopped cleanly, 1 error, 2 bad flags, 3 no GPU, 4 hung,
+    130 stopped at once by a second Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     stage, rest = _take_stage(argv)
+    statuses = {devices.DeviceError: devices.NO_USABLE_GPU, watchdog.HungError: watchdog.HUNG}
+    return errors.exit_status(lambda: _run(stage, rest), statuses)
+
+
+def _run(stage: str, argv: list[str]) -> None:
     module: Any = importlib.import_module(f"nanochat_jax.stages.{stage}")  # only now: JAX takes a second to import
-    settings_type = getattr(module, STAGES[stage][cli.is_set("demo", rest)])
-    settings = cli.parse(settings_type, rest, f"python -m scripts.train --stage={stage}: {module.__doc__}")
+    settings_type = getattr(module, STAGES[stage][cli.is_set("demo", argv)])
+    description = f"python -m scripts.train --stage={stage}: {module.__doc__}"
+    settings = cli.parse(settings_type, argv, description, unused=UNUSED.get(stage, ()))
     if names := unused(stage, settings):
         print(f"not used by {stage}: {', '.join(names)}")
     try:
@@ -44,18 +50,6 @@ def main(argv: list[str]) -> int:
             module.run(settings)
     except Interrupted as signal:
         print(f"stopped by {signal} outside of training; nothing to save. The same command goes on from here.")
-    except devices.DeviceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return devices.NO_USABLE_GPU
-    except watchdog.HungError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return watchdog.HUNG
-    except (ValueError, RuntimeError, OSError) as error:
-        if not is_ours(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _take_stage(argv: list[str]) -> tuple[str, list[str]]:
@@ -73,6 +67,5 @@ def _take_stage(argv: list[str]) -> tuple[str, list[str]]:
         stage = "base"
     if stage not in STAGES:
         got = "is missing" if stage is None else f"{stage!r} is not known"
-        print(f"error: --stage {got}; give one of: {', '.join(f'--stage={s}' for s in STAGES)}", file=sys.stderr)
-        raise SystemExit(2)
+        cli.fail(f"--stage {got}; give one of: {', '.join(f'--stage={s}' for s in STAGES)}")
     return stage, rest

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from nanochat_jax import cli
+from nanochat_jax import cli, errors
 from nanochat_jax.cli import flag
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.text import text_iterator
@@ -111,20 +111,15 @@ def train_tokenizer(settings: TokTrainSettings) -> Tokenizer:
     return tokenizer
 
 
-def run(action: Callable[[], Any]) -> int:
-    """Runs ``action`` for a script; an error with a remedy becomes one line on stderr. Returns the exit status."""
+def main(argv: list[str]) -> int:
+    """The command line. Exit status: 0 trained or there already, 1 error, 2 bad flags, 130 stopped by Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        action()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if not (type(error).__module__.startswith("nanochat_jax") or isinstance(error, FileNotFoundError)):
-            raise  # not foreseen: show all of it
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    settings = parse_settings(argv)
+
+    def action() -> None:
+        train_tokenizer(settings)
+
+    return errors.exit_status(action)
 
 
 def report(tokenizer: Tokenizer) -> str:

@@ -5,12 +5,11 @@ python -m scripts.chat -p "The sea is"        answer once and exit (-p - reads t
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nanochat_jax import cli
+from nanochat_jax import cli, errors
 from nanochat_jax.terminal.commands import Leave
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, line_editing, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings
@@ -27,37 +26,38 @@ Try:  The sky is   |   Once upon a time   |   /temperature 1 for surprises, /reg
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 fine, 1 no model or a prompt that does not fit, 2 bad flags,
     3 a GPU that JAX cannot use, 130 interrupted)."""
-    try:
-        settings = cli.parse(ChatSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
-        settings = _with_prompt(settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    settings = _with_prompt(cli.parse(ChatSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False))
     for stream in (sys.stdin, sys.stdout):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        return _run(settings)
-    except (KeyboardInterrupt, Leave):
-        return 130
-    except BrokenPipeError:  # the reader (head, a pager) has seen enough
-        # what is left in the buffer has nowhere to go; without this Python complains about it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    from nanochat_jax import devices
+
+    def action() -> int:
+        try:
+            return _run(settings)
+        except Leave:
+            return errors.STOPPED
+
+    # a reader (head, a pager) that has seen enough is no failure
+    return errors.exit_status(action, {devices.DeviceError: devices.NO_USABLE_GPU, BrokenPipeError: 0})
 
 
 def _with_prompt(settings: ChatSettings) -> ChatSettings:
     if settings.prompt != "-":
         return settings
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    return replace(settings, prompt=sys.stdin.read().rstrip("\n"))
+    try:
+        return replace(settings, prompt=sys.stdin.read().rstrip("\n"))
+    except ValueError as error:
+        cli.fail(str(error))
 
 
 def _run(settings: ChatSettings) -> int:
     # JAX takes a second to import: flags are judged before
     from nanochat_jax import devices
-    from nanochat_jax.checkpoint import CheckpointError, load_model
+    from nanochat_jax.checkpoint import load_model
     from nanochat_jax.engine import Engine
+    from nanochat_jax.models import chosen
 
     talking = settings.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if talking:
@@ -65,16 +65,19 @@ def _run(settings: ChatSettings) -> int:
     try:
         devices.prepare(settings.device)
         devices.check(settings.device)
-        config, params, tokenizer, meta = load_model(settings.run or settings.model_tag, settings.stage, settings.step)
-    except (ValueError, OSError, CheckpointError, devices.DeviceError) as error:
-        print("\r" * talking + f"error: {error}", file=sys.stderr)
-        return devices.NO_USABLE_GPU if isinstance(error, devices.DeviceError) else 1
+        run = settings.run or settings.model_tag
+        config, params, tokenizer, meta = load_model(run, settings.stage, settings.step)
+    except Exception:
+        if talking:
+            print()  # what is said of it gets a line of its own
+        raise
     engine = Engine(config, params, tokenizer, slots=1)
     chat = Chat(engine, tokenizer, settings, completing=meta["stage"] == "base")
     screen = Screen(sys.stdout, sys.stdout.isatty())
+    model, others = chosen(meta, run, settings.stage)
+    if others and not talking:
+        print(f"({model}, {others})", file=sys.stderr)
     if settings.prompt is not None:
-        if sys.stderr.isatty():
-            print(f"({meta['run']}, step {meta['step']})", file=sys.stderr)
         answered = ask(chat, screen, settings.prompt)
         if answered and chat.stopping.is_set():
             return 130
@@ -82,7 +85,7 @@ def _run(settings: ChatSettings) -> int:
     if not talking:
         return 0 if converse(chat, screen, _next_line) else 1
     facts = f"{config.n_layer} layers, width {config.n_embd}, context {engine.capacity} tokens"
-    talk(chat, screen, f"\r{meta['run']}, stage {meta['stage']}, step {meta['step']}: {facts}")
+    talk(chat, screen, f"\r{model}: {facts}" + (f"\n({others})" if others else ""))
     return 0
 
 
