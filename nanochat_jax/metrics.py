@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_jax.paths import offline, write_atomic
+from nanochat_jax.paths import is_full, no_space, offline, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,19 @@ class MetricsLog:
         self._sinks = [_BackgroundSink(name, sink) for name, sink in (sinks or {}).items()]
 
     def write(self, record: dict) -> None:
-        """Raises OSError, naming the file and the remedy, where it cannot be written (the disk is full)."""
+        """Raises OSError, naming the file and the remedy, where it cannot be written (a full disk: `no_space`)."""
+        line = json.dumps(record) + "\n"
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(line)
             self._file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):  # what is left in its buffer has nowhere to go
                 self._file.close()
+            if self._path is not None and is_full(error):
+                raise no_space(self._path, error, len(line)) from error
             raise OSError(
-                f"{self._path} cannot be written ({error.strerror}): free some space on that disk. What the run saved "
-                "last is whole, and the same command goes on from there"
+                f"{self._path} cannot be written ({error.strerror}). What the run saved last is whole: as soon as that "
+                "disk takes it, the same command goes on from there"
             ) from error
         for sink in self._sinks:
             sink.put(record)
@@ -107,7 +110,8 @@ def read(path: Path) -> list[dict]:
 
 def rewind(path: Path, step: int, keep_eval: bool) -> None:
     """Drops what a resumed run will write again: training records from `step` on, and evaluations after `step` (the
-    one at `step` too, unless `keep_eval`). What is known of the sessions and of incidents stays."""
+    one at `step` too, unless `keep_eval`). What is known of the sessions and of incidents stays. Where the disk is full
+    the file is left as it was, and the OSError says so."""
 
     def kept(record):
         if record["kind"] in ("session", "incident") or record["step"] < step:

@@ -10,9 +10,12 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeGuard
+
+from nanochat_jax.errors import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +68,13 @@ def offline() -> bool:
 
 
 @contextlib.contextmanager
-def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_writer(path: str | Path, size: int | None = None) -> Iterator[IO[bytes]]:
     """Open a binary file that takes the name ``path`` only if the block ends without an error.
 
     The bytes are flushed to the disk before the rename, and the rename itself is made durable by flushing the
     directory, so that after a power cut there is either the old file or the whole new one. On any error the
-    temporary file is removed and the old file is untouched.
+    temporary file is removed and the old file is untouched. Where the disk is full that is an OSError which names the
+    file, the room needed (``size`` in bytes, where the caller knows it), the room there is, and the remedy.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +85,37 @@ def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if is_full(error) and error.filename in (None, str(temporary)):
+            raise no_space(path, error, size) from error
         raise
     sync_directory(path.parent)
+
+
+def is_full(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the operating system says that a disk, or somebody's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in DISK_FULL and error.strerror is not None
+
+
+def no_space(path: Path, error: OSError, size: int | None) -> OSError:
+    """What to raise instead of ``error`` where ``path`` could not be written. It has the same errno, so that a caller
+    who knows more can still say it better."""
+    needed = f"{_amount(size)} needed, " if size is not None else ""
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f"{_amount(shutil.disk_usage(path.parent).free)} free"
+    clear = OSError(
+        f"no space for {path} ({needed}{free}; {error.strerror}): free some space on that disk, then run the same "
+        "command again. What was there before is whole"
+    )
+    clear.errno = error.errno
+    return clear
+
+
+def _amount(n: int) -> str:
+    return f"{n:,} bytes" if n < 10_000 else f"{n / 1e6:,.2f} MB" if n < 1e9 else f"{n / 1e9:,.2f} GB"
 
 
 def sync_directory(path: Path) -> None:
@@ -118,8 +148,9 @@ def lock_file(path: str | Path, wait: bool = True) -> IO[bytes]:
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a whole file (text as UTF-8) so that it is never seen half written."""
-    with atomic_writer(path) as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    with atomic_writer(path, len(content)) as file:
+        file.write(content)
 
 
 def sha256_hex(*parts: bytes) -> str:

@@ -1,12 +1,17 @@
 """The metrics file and its sinks: nothing that a sink does may reach the run."""
 
+import errno
+import io
+import os
+import re
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from nanochat_jax import metrics
+from nanochat_jax import metrics, paths
+from nanochat_jax.errors import exit_status
 
 
 def test_lines_are_read_back_and_a_torn_line_is_left_out(tmp_path):
@@ -95,10 +100,74 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     assert logged == [("eval/val_bpb", 1.5, 3)]
 
 
+FULL = r"no space for \S+metrics\.jsonl \(%s needed, [0-9,.]+ (bytes|MB|GB) free; No space left.*\): free some space"
+
+
 def test_a_full_disk_is_named_with_its_remedy(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/full")
     log = metrics.MetricsLog(path)
-    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(No space left.*free some space"):
+    with pytest.raises(OSError, match=FULL % "29 bytes") as caught:
         log.write({"kind": "train", "step": 0})
+    assert caught.value.errno == errno.ENOSPC
     log.close()
+
+
+class Broken:
+    """A file that the disk takes nothing of."""
+
+    def __init__(self, error: OSError):
+        self.error = error
+
+    def write(self, line=""):
+        raise self.error
+
+    close = flush = write
+
+
+def test_another_trouble_with_the_disk_is_named_too(tmp_path):
+    log = metrics.MetricsLog(tmp_path / "metrics.jsonl")
+    log._file.close()
+    log._file = Broken(OSError(errno.EIO, "Input/output error"))  # type: ignore[assignment]
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(Input/output error\)") as caught:
+        log.write({"kind": "train", "step": 0})
+    assert "free some space" not in str(caught.value), "that would not help"
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_going_on_with_a_full_disk_says_so_and_spoils_nothing(room, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "metrics.jsonl"
+    log = metrics.MetricsLog(path)
+    for step in range(9):
+        log.write({"kind": "train", "step": step})
+    log.close()
+    before, kept = path.read_bytes(), 5 * len(b'{"kind": "train", "step": 0}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "open", lambda path, mode: io.BufferedWriter(Filling(path, mode, room)), raising=False)
+        assert exit_status(lambda: metrics.rewind(path, 5, keep_eval=False)) == 1
+        line = capsys.readouterr().err
+        assert re.match("error: " + FULL % f"{kept} bytes", line) and line.count("\n") == 1
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["metrics.jsonl"]
+        with pytest.raises(OSError, match=r"no space for \S+x \([0-9,.]+ (bytes|MB|GB) free; No space left") as caught:
+            with paths.atomic_writer(tmp_path / "x") as file:  # which does not know how much it will be
+                file.write(bytes(1000))
+        assert caught.value.errno == errno.ENOSPC, "callers that know more ask for it"
+        with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '/elsewhere'$"):
+            with paths.atomic_writer(tmp_path / "x"):
+                raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
+    metrics.rewind(path, 5, keep_eval=False)
+    assert len(path.read_bytes()) == kept
+
+
+class Filling(io.FileIO):
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, path, mode, room: int):
+        super().__init__(path, mode)
+        self._room = room
+
+    def write(self, data, /):
+        room = self._room - os.fstat(self.fileno()).st_size
+        if room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(bytes(data[:room]))
