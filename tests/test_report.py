@@ -306,6 +306,37 @@ def test_skipped_steps_and_incidents_are_shown(base):
     assert "skipped steps" not in (base / "report" / "report.html").read_text(), "no trouble, no line"
 
 
+def record_code(name, **code):
+    folder = checkpoint.run_dir(name)
+    path = checkpoint.step_dir(folder, checkpoint.steps(folder)[-1]) / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "code": code}))
+
+
+def test_every_stage_has_its_code_and_different_code_is_named(base, capsys):
+    make_run("b", "base", 4, evaluations=False)
+    make_run("m", "mid", 4, parent=child_of("b", 4), evaluations=False)
+    now = provenance.source()
+
+    def shown():
+        assert main([]) == 0
+        facts = dict(re.findall(r"^\* ([bm]: code): (.*)$", (base / "report" / "report.md").read_text(), re.M))
+        return facts, capsys.readouterr().out
+
+    facts, printed = shown()
+    assert facts == {"b: code": "not recorded", "m: code": "not recorded"} and "different code" not in printed
+    record_code("b", sha256=now.sha256, commit="c" * 40, dirty=False)
+    record_code("m", sha256=now.sha256, commit="d" * 40, dirty=True)
+    facts, printed = shown()
+    assert facts["b: code"] == f"{now.sha256} (as now), commit {'c' * 40}"
+    assert facts["m: code"] == f"{now.sha256} (as now), commit {'d' * 40} with uncommitted changes"
+    assert "different code" not in printed, "another commit of the same source"
+    record_code("m", sha256="e" * 64, commit="", dirty=False)
+    facts, printed = shown()
+    assert facts["m: code"] == f"{'e' * 64} (not that of now)"
+    remark = f"These runs were trained by different code (b: {now.sha256[:12]}, m: {'e' * 12})."
+    assert f"note: {remark}" in printed and "different code" in (base / "report" / "report.html").read_text()
+
+
 def test_no_run_and_unknown_runs_are_errors_that_say_what_to_do(base, capsys):
     assert main([]) == 1
     error = capsys.readouterr().err

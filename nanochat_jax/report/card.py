@@ -94,6 +94,9 @@ def remarks(runs: list[Run], left_out: list[str]) -> list[str]:
         tokenizer = run.tokenizer.get("hash")
         if tokenizer and tokenizer != run.meta.get("tokenizer_hash"):
             found.append(f"{run.name}: tokenizer.json in its folder is not the one it was trained with.")
+    hashes = {run.code.get("sha256") for run in runs} - {None}
+    if len(hashes) > 1:
+        found.append(f"These runs were trained by different code ({', '.join(map(_short_code, runs))}).")
     first = runs[0]
     if first.stage != "base" and first.meta.get("parent"):
         found.append(f"{first.name} began from {first.meta['parent'].get('run')}, which is not on this card.")
@@ -252,16 +255,35 @@ def machine_of(run: Run) -> dict[str, str]:
 def _provenance(runs: list[Run], code: Source) -> list[Block]:
     facts = []
     if code.commit:
-        facts.append(("commit", code.commit + (" with uncommitted changes" if code.dirty else "")))
-    facts.append(("source (SHA-256, now)", code.sha256))
+        facts.append(("commit, now", _commit(code.commit, code.dirty)))
+    facts.append(("source (SHA-256), now", code.sha256))
     facts.append(("size", f"{code.files} files, {code.lines:,} lines, about {code.characters // 4:,} tokens"))
     for run in runs:
+        facts.append((f"{run.name}: code", _code(run, code)))
         facts.append((f"{run.name}: tokenizer", str(run.meta.get("tokenizer_hash", ABSENT))))
         facts.append((f"{run.name}: checkpoint", f"step {run.step:,}, written {run.saved:%Y-%m-%d %H:%M} UTC"))
         if key := run.meta.get("identity", {}).get("rows"):
             facts.append((f"{run.name}: training rows", f"{key}{_rows(str(key))}"))
-    note = "The source and the commit are those of the report's own moment; the rest is what the runs recorded."
+    note = "Now: when this report was made. The rest is what the runs recorded, in their newest checkpoints."
     return [Facts(facts), Text(note, note=True)]
+
+
+def _code(run: Run, now: Source) -> str:
+    """The code that wrote a run's newest checkpoint, and whether it is that of now."""
+    recorded = run.code
+    if not recorded.get("sha256"):
+        return "not recorded"
+    same = "as now" if recorded["sha256"] == now.sha256 else "not that of now"
+    commit = f", commit {_commit(recorded['commit'], recorded.get('dirty'))}" if recorded.get("commit") else ""
+    return clean(f"{recorded['sha256']} ({same}){commit}")
+
+
+def _commit(commit: str, dirty: object) -> str:
+    return commit + (" with uncommitted changes" if dirty else "")
+
+
+def _short_code(run: Run) -> str:
+    return f"{run.name}: {clean(str(run.code.get('sha256', 'not recorded'))[:12])}"
 
 
 def _rows(key: str) -> str:

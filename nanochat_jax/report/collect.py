@@ -52,6 +52,13 @@ class Run:
         return self.meta["step"]
 
     @property
+    def code(self) -> dict[str, Any]:
+        """ "sha256", "commit" and "dirty" of the code that wrote the newest checkpoint; empty where nothing was
+        recorded (imported models, old runs)."""
+        code = self.meta.get("code")
+        return code if isinstance(code, dict) else {}
+
+    @property
     def planned_steps(self) -> int | None:
         """Updates the whole run is to have, where its identity says so."""
         planned = self.meta.get("identity", {}).get("num_iterations")
