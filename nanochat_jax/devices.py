@@ -147,8 +147,8 @@ def activation_dtype():
 
     if jax.default_backend() == "cpu":
         return jnp.float32
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    old = capability is not None and float(capability) < 8
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    old = capability.replace(".", "").isdigit() and float(capability) < 8  # AMD's are names such as gfx942
     return jnp.float32 if old else jnp.bfloat16
 
 

@@ -64,7 +64,8 @@ def test_visible_gpus(monkeypatch, visible, count):
 
 
 @pytest.mark.parametrize(
-    "capability,dtype", [("7.5", "float32"), ("8.0", "bfloat16"), ("12.0", "bfloat16"), (None, "bfloat16")]
+    "capability,dtype",
+    [("7.5", "float32"), ("8.0", "bfloat16"), ("12.0", "bfloat16"), ("gfx942", "bfloat16"), (None, "bfloat16")],
 )
 def test_cards_without_bfloat16_units_compute_in_float32(monkeypatch, capability, dtype):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
