@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nanochat_jax import checkpoint, metrics
+from nanochat_jax.evals import results, stats
 from nanochat_jax.saving import Saver
 from nanochat_jax.stages import mid, mixtures, sft
 from nanochat_jax.stages.common import find_parent
@@ -65,7 +68,8 @@ def test_the_chain_and_its_rules(home, capsys):
     assert stage("sft", model_name="Ada") == 0
     assert checkpoint.load_meta(checkpoint.run_dir("toy-sft"))["parent"]["run"] == "toy-mid"
     last = records("toy-sft", "eval")[-1]
-    assert 0 <= last["choice_acc"] <= 1 and last["val_loss"] > 0
+    assert 0 <= last["choice_acc_low"] <= last["choice_acc"] <= last["choice_acc_high"] <= 1 and last["val_loss"] > 0
+    assert last["choice_acc_low"] < last["choice_acc_high"]
     lr = [r["lr_multiplier"] for r in records("toy-sft", "train")]
     assert lr == pytest.approx([1, 0.75, 0.5, 0.25])
 
@@ -85,6 +89,23 @@ def test_the_chain_and_its_rules(home, capsys):
     capsys.readouterr()
     assert stage("rl") == 0, "a finished run has nothing to do"
     assert "from step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("demo, names", [(True, ["choice_acc"]), (False, ["mmlu_acc", "arc_easy_acc"])])
+def test_accuracies_during_finetuning_have_their_intervals(demo, names, monkeypatch):
+    items = [{"id": str(i), "correct": int(i % 3 == 0)} for i in range(40)]
+    result = results.scored("x", "categorical", items, 0.25, {}, 1.0)
+    monkeypatch.setattr(sft, "evaluate_categorical", lambda *a, **k: result)
+    monkeypatch.setattr(sft, "Scorer", lambda *a, **k: SimpleNamespace())
+    monkeypatch.setattr(sft.mixtures, "eval_task", lambda name, data: name)
+    parent: Any = SimpleNamespace(config=None, tokenizer=None)
+    measure = sft._accuracies(sft.SftSettings(demo=demo), parent, None)
+    assert measure is not None
+    low, high = stats.bootstrap_interval([item["correct"] for item in items])
+    expected = {}
+    for name in names:
+        expected |= {name: 14 / 40, f"{name}_low": low, f"{name}_high": high}
+    assert measure(None) == expected and low < 14 / 40 < high
 
 
 def numbers(run):

@@ -75,7 +75,8 @@ def run(settings: SftSettings) -> Outcome:
 
 
 def _accuracies(settings: SftSettings, parent: Parent, mesh):
-    """Multiple-choice accuracies during finetuning (reference: MMLU and ARC-Easy); none for the user's own data."""
+    """Multiple-choice accuracies during finetuning (reference: MMLU and ARC-Easy), each with the limits of its 95 %
+    interval (NAME_low, NAME_high); none for the user's own data."""
     if settings.data is not None:
         return None
     names = {"choice_acc": "world/choice"} if settings.demo else {"mmlu_acc": "MMLU", "arc_easy_acc": "ARC-Easy"}
@@ -86,10 +87,12 @@ def _accuracies(settings: SftSettings, parent: Parent, mesh):
         if not scorers:
             scorers.append(Scorer(parent.config, params, mesh=mesh))
         scorers[0].params = params
-        limit = settings.metrics_max_problems
-        return {
-            k: evaluate_categorical(scorers[0], parent.tokenizer, task, max_problems=limit)["accuracy"]
-            for k, task in problems.items()
-        }
+        numbers: dict[str, float] = {}
+        for k, task in problems.items():
+            limit = settings.metrics_max_problems
+            result = evaluate_categorical(scorers[0], parent.tokenizer, task, max_problems=limit)
+            low, high = result["interval"]
+            numbers |= {k: result["accuracy"], f"{k}_low": low, f"{k}_high": high}
+        return numbers
 
     return measure
