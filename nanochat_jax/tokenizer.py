@@ -19,6 +19,7 @@ import tiktoken
 
 from nanochat_jax import conversation as rendering
 from nanochat_jax.paths import tokenizer_dir, write_atomic
+from nanochat_jax.stock_encodings import stock_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +165,6 @@ class Tokenizer:
         Raises TokenizerError for an unknown name and ConnectionError when the encoding is neither in tiktoken's cache
         nor reachable (or ``NANOCHAT_OFFLINE`` is set).
         """
-        from nanochat_jax.data.fetch import stock_encoding
-
         try:
             encoding = stock_encoding(name)
         except ValueError as error:

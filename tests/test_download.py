@@ -15,7 +15,6 @@ import tiktoken.registry
 
 from nanochat_jax.data import download
 from nanochat_jax.data.download import ShardFetcher, damaged, download_shards, find_list, main, shards_dir
-from nanochat_jax.data.fetch import FetchError, OfflineError, stock_encoding
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import (
     DEFAULT_REPO,
@@ -29,7 +28,9 @@ from nanochat_jax.data.shards import (
     web_list,
 )
 from nanochat_jax.paths import offline
+from nanochat_jax.stock_encodings import stock_encoding
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.web import FetchError, OfflineError
 from tests.web_server import WebServer
 
 TREE = f"/api/datasets/{DEFAULT_REPO}/tree/main"
@@ -85,7 +86,7 @@ def environment(server, tmp_path, monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
-    monkeypatch.setattr("nanochat_jax.data.web._sleep", lambda seconds, stop: None)
+    monkeypatch.setattr("nanochat_jax.web._sleep", lambda seconds, stop: None)
 
 
 def files_in(directory):

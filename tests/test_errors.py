@@ -11,7 +11,6 @@ import pytest
 
 import tasks
 from nanochat_jax import checkpoint, cli, errors, models
-from nanochat_jax.data.web import OfflineError
 from nanochat_jax.errors import exit_status, in_words, is_ours
 
 ROOT = Path(__file__).parents[1]
@@ -261,11 +260,6 @@ def test_models_lists_a_damaged_run_with_what_is_wrong(base, capsys):
     path.write_text("{")
     assert models.main([]) == 0
     assert "cannot be used" in capsys.readouterr().out
-
-
-def test_no_network_is_one_line(base, monkeypatch, capsys):
-    monkeypatch.setattr("nanochat_jax.stages.tok.text_source", lambda *a: raise_(OfflineError("no network: do this")))
-    assert the_line("tok_train", [], base, capsys) == "error: no network: do this"
 
 
 # --- flags that a stage has no use for --------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from nanochat_jax.data.shards import Shard, ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.streamed import ShardDocuments
 from nanochat_jax.data.text import CallableDocuments
-from nanochat_jax.data.web import FetchError, OfflineError
 from nanochat_jax.stopping import Interrupted, stop_on_signals
+from nanochat_jax.web import FetchError, OfflineError
 from tests.test_rows import contents, document, slow_stream
 from tests.tokenizer_fixtures import golden_tokenizer
 from tests.web_server import WebServer
@@ -55,7 +55,7 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(rows, "_BATCH_DOCUMENTS", 7)
-    monkeypatch.setattr("nanochat_jax.data.web._sleep", lambda seconds, stop: None)
+    monkeypatch.setattr("nanochat_jax.web._sleep", lambda seconds, stop: None)
 
 
 @pytest.fixture

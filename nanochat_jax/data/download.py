@@ -36,9 +36,9 @@ from nanochat_jax.data.shards import (
     token_for,
     web_list,
 )
-from nanochat_jax.data.web import FetchError, FinalError, Stopped, refuse_offline
 from nanochat_jax.paths import data_dir, sha256_file
 from nanochat_jax.progress import Live, duration
+from nanochat_jax.web import FetchError, FinalError, Stopped, refuse_offline
 
 logger = logging.getLogger(__name__)
 

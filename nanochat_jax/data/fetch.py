@@ -22,13 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat_jax.data import web
-from nanochat_jax.data.web import FetchError, FinalError, OfflineError, Stopped, fetch_bytes, refuse_offline
+from nanochat_jax import web
 from nanochat_jax.paths import sha256_file, sync_directory, write_atomic
+from nanochat_jax.web import FetchError, FinalError, Stopped, refuse_offline
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["FetchError", "FinalError", "OfflineError", "Stopped", "Wanted", "fetch_file", "part_of", "stock_encoding"]
 
 # An answer that gives fewer bytes in web.TIMEOUT_S is as good as none: let another connection try.
 _CRAWL_BYTES = 32 * 1024
@@ -272,32 +270,3 @@ def _size_and_version(answer: Any) -> tuple[int | None, str | None]:
         return int(total) if total.isdigit() else None, version
     length = answer.headers.get("Content-Length") or ""
     return int(length) if length.isdigit() else None, version
-
-
-# --- tiktoken ---------------------------------------------------------------------------------------------------------
-
-
-_tiktoken_lock = threading.Lock()
-
-
-def stock_encoding(name: str) -> Any:
-    """tiktoken's encoding ``name``, from its cache or fetched (time limit, proxies, offline mode as everywhere here).
-
-    Raises ValueError for an unknown name, FetchError when it is not cached and cannot be fetched.
-    """
-    import tiktoken
-    import tiktoken.load
-
-    with _tiktoken_lock:
-        original = tiktoken.load.read_file
-        # Its own reader has no time limit and knows nothing of offline mode.
-        tiktoken.load.read_file = lambda path: fetch_bytes(path) if "://" in path else original(path)
-        try:
-            return tiktoken.get_encoding(name)
-        except OSError as error:
-            raise FetchError(
-                f"the encoding {name} is not in tiktoken's cache and cannot be fetched ({error}); load it once with a "
-                "network, or point TIKTOKEN_CACHE_DIR to a copy of the cache"
-            ) from error
-        finally:
-            tiktoken.load.read_file = original

@@ -21,8 +21,8 @@ from typing import Any
 from nanochat_jax.data.fetch import Wanted
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.text import LAST_SHARD
-from nanochat_jax.data.web import FetchError, fetch_json
 from nanochat_jax.paths import sha256_hex, write_atomic
+from nanochat_jax.web import FetchError, fetch_json
 
 LIST_NAME = "shards.json"
 LIST_FORMAT, LIST_VERSION = "nanochat_jax.shards", 1
