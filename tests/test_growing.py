@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax.data import growing, rows, web
+from nanochat_jax import web
+from nanochat_jax.data import growing, rows
 from nanochat_jax.data.growing import BlockOrder, GrowingRows, grow_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.readers import DataError
