@@ -17,7 +17,7 @@ from nanochat_jax.world import (
     make_world,
     python_prose,
 )
-from nanochat_jax.world.numbers import number_word
+from nanochat_jax.world.number_words import number_word
 from nanochat_jax.world.stories.tell import FABLES, STORIES
 
 WORLD = make_world(0)

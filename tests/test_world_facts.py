@@ -12,7 +12,7 @@ from nanochat_jax.world import demo_documents, document, facts, lookup, make_wor
 from nanochat_jax.world.__main__ import main
 from nanochat_jax.world.chance import Draw
 from nanochat_jax.world.documents import PROSE_PASSES, make_document
-from nanochat_jax.world.numbers import number_word
+from nanochat_jax.world.number_words import number_word
 from nanochat_jax.world.relations import RELATIONS, ask, short_answer, state, wrong_answers
 from nanochat_jax.world.template import Template, article, join_words
 

@@ -1,4 +1,4 @@
-"""Numbers as words, and text with numbers in it: sums, equations, word problems, counting, comparing.
+"""Text with numbers in it: sums, equations, word problems, counting, comparing.
 
 Every sum that is written down, in digits, in words or inside a story, asks `Draw.addends` for its numbers, so a number
 family of the held-out side (see `chance.sum_side`) is met nowhere in training text.
@@ -7,32 +7,9 @@ family of the held-out side (see `chance.sum_side`) is met nowhere in training t
 from __future__ import annotations
 
 from nanochat_jax.world.chance import TRAIN, Draw, side
+from nanochat_jax.world.number_words import number_word
 from nanochat_jax.world.template import capital, fill
 from nanochat_jax.world.world import World
-
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def number_word(n: int) -> str:
-    """`n` in words, for 0 <= n <= 9999: 47 -> "forty-seven", 120 -> "one hundred twenty". ValueError outside."""
-    if not 0 <= n <= 9999:
-        raise ValueError(f"number_word knows the numbers 0 to 9999, not {n}")
-    if n < 20:
-        return _ONES[n]
-    if n < 100:
-        return _TENS[n // 10] + ("-" + _ONES[n % 10] if n % 10 else "")
-    unit, name = (1000, "thousand") if n >= 1000 else (100, "hundred")
-    rest = " " + number_word(n % unit) if n % unit else ""
-    return f"{number_word(n // unit)} {name}{rest}"
-
-
-def counted(n: int, noun: tuple[str, str]) -> str:
-    """ "one apple", "three apples", "no apples"; `noun` is (singular, plural)."""
-    return f"{number_word(n) if n else 'no'} {noun[0] if n == 1 else noun[1]}"
 
 
 def _pair(draw: Draw) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanochat_jax.world.chance import VAL, Draw
 from nanochat_jax.world.lexicon import COUNTABLE
-from nanochat_jax.world.numbers import number_word
+from nanochat_jax.world.number_words import number_word
 from nanochat_jax.world.people import pair_fields
 from nanochat_jax.world.template import capital, fill
 from nanochat_jax.world.world import World

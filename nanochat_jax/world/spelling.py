@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from nanochat_jax.world import lexicon as lex
 from nanochat_jax.world.chance import Draw
-from nanochat_jax.world.numbers import number_word
+from nanochat_jax.world.number_words import number_word
 from nanochat_jax.world.template import article
 from nanochat_jax.world.words import word_to_spell
 from nanochat_jax.world.world import World

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from nanochat_jax.world import general as g
 from nanochat_jax.world import lexicon as lex
+from nanochat_jax.world.number_words import number_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +188,6 @@ def make_world(seed: int = 0) -> World:
 @lru_cache(maxsize=8)
 def facts(world: World) -> tuple[Fact, ...]:
     """Every fact of `world` that the texts use, in a fixed order. Numbers are written as words."""
-    from nanochat_jax.world.numbers import number_word  # here, because numbers.py builds on this module
-
     out: list[Fact] = []
     for p in world.people:
         out += [
