@@ -191,12 +191,12 @@ def test_the_given_name_is_taught_beside_own_conversations_and_else_the_parents(
     parent = dataclasses.replace(find_parent("toy-base", ("base",)), model_name="Robin")
 
     def taught(**changes):
-        return mixtures.sft(sft.SftSettings(**changes), parent)
+        return mixtures.sft(sft.SftSettings(**changes), parent, path)
 
-    train, val = taught(data=path, model_name="Ada")
+    train, val = taught(model_name="Ada")
     assert "Ada" in texts(train) and "It is 14." in texts(train) and "Robin" not in texts(train)
     assert "Ada" not in texts(val)
-    assert train.fingerprint() != taught(data=path, model_name="Eve")[0].fingerprint()
-    assert "Robin" not in texts(taught(data=path)[0]), "the user's own conversations alone"
+    assert train.fingerprint() != taught(model_name="Eve")[0].fingerprint()
+    assert "Robin" not in texts(taught()[0]), "the user's own conversations alone"
     assert "Robin" in texts(mixtures.mid(mid.MidSettings(demo=True), parent)[1])
     assert "Robin" not in texts(mixtures.mid(mid.MidSettings(demo=True, model_name="Ada"), parent)[1])

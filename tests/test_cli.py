@@ -199,7 +199,7 @@ def test_the_references_names_lead_to_ours(capsys):
 
 
 def test_every_renamed_flag_leads_to_one_that_exists():
-    from nanochat_jax.evals.run import EvalSettings
+    from nanochat_jax.evals.settings import EvalSettings
     from nanochat_jax.stages import base, mid, sft
 
     fields = {f.name for s in (base.BaseSettings, mid.MidSettings, sft.SftSettings) for f in dataclasses.fields(s)}

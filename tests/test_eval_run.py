@@ -11,6 +11,7 @@ import pytest
 from nanochat_jax import checkpoint, gpt
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.evals import core, evaluator, results, run
+from nanochat_jax.evals.settings import EvalSettings
 from nanochat_jax.reference import params_from_reference
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
@@ -89,7 +90,7 @@ def test_chat_tasks_are_kept_and_made_again_only_when_asked(make_run, monkeypatc
 
 def slow_bits(tiny, stage, name, eval_tokens):
     """Bits per byte of the same rows, from whole logits and the text of every counted target."""
-    settings = run.EvalSettings(eval_tokens=eval_tokens)
+    settings = EvalSettings(eval_tokens=eval_tokens)
     config, params = tiny
     rows = evaluator.Evaluator(config, params, golden_tokenizer(), stage, settings, {"demo": True}).rows(name)
     nats, n_bytes = 0.0, 0
@@ -177,7 +178,7 @@ def core_bundle_of(folder):
 def test_parameters_can_be_swapped_in_the_middle_of_training(tiny):
     config, params = tiny
     names = ["world/choice", "world/facts"]
-    settings = run.EvalSettings(max_problems=6, max_new_tokens=4)
+    settings = EvalSettings(max_problems=6, max_new_tokens=4)
     mine = evaluator.Evaluator(config, params, golden_tokenizer(), "sft", settings, {"demo": True})
     mine.prepare(names)
     first = [mine.evaluate(name)["items"] for name in names]

@@ -29,8 +29,8 @@ from nanochat_jax.evals.chat import (
 from nanochat_jax.evals.core_bundle import Bundle, open_bundle
 from nanochat_jax.evals.core_prompts import item_order
 from nanochat_jax.evals.results import Result
-from nanochat_jax.evals.run import BUILT_IN, EvalSettings
 from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
 from nanochat_jax.gpt import GPTConfig, Params
 from nanochat_jax.progress import ProblemsProgress, RowsProgress, ShareProgress
 from nanochat_jax.tokenizer import Tokenizer

@@ -4,27 +4,23 @@ Spec of the reference: midtraining 7.2, finetuning 8.2, reinforcement learning 9
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tasks
 from nanochat_jax.data.chat_files import describe_samples, load_chat_file
 from nanochat_jax.data.conversations import Conversations
 from nanochat_jax.identity import write_identity_file
 from nanochat_jax.paths import base_dir
+from nanochat_jax.stages.common import Parent
+from nanochat_jax.stages.supervised import ChatStageSettings
 from tasks import world
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 
-if TYPE_CHECKING:
-    from nanochat_jax.stages.common import Parent
-    from nanochat_jax.stages.mid import MidSettings
-    from nanochat_jax.stages.rl import RlSettings
-    from nanochat_jax.stages.sft import SftSettings
-
 IDENTITY_CONVERSATIONS = 1000
 
 
-def mid(settings: "MidSettings", parent: "Parent") -> tuple[Conversations, Conversations]:
+def mid(settings: ChatStageSettings, parent: Parent) -> tuple[Conversations, Conversations]:
     """(training, held-out) conversations of midtraining."""
     name = settings.model_name or parent.model_name
     if settings.demo:
@@ -48,11 +44,11 @@ def mid(settings: "MidSettings", parent: "Parent") -> tuple[Conversations, Conve
     return TaskMixture(train), TaskMixture(val)
 
 
-def sft(settings: "SftSettings", parent: "Parent") -> tuple[Conversations, Conversations]:
-    """(training, held-out) conversations of finetuning. Beside the user's own, the name is learnt only if it is given:
-    what stands in them is theirs to choose."""
-    if settings.data is not None:
-        train, val = own(settings.data, parent.tokenizer)
+def sft(settings: ChatStageSettings, parent: Parent, data: Path | None) -> tuple[Conversations, Conversations]:
+    """(training, held-out) conversations of finetuning: the user's own (`data`) or the usual mixture. Beside the user's
+    own, the name is learnt only if it is given: what stands in them is theirs to choose."""
+    if data is not None:
+        train, val = own(data, parent.tokenizer)
         if not settings.model_name:
             return train, val
         identity = identity_task(settings.model_name, stop=len(train))  # no more of them than of the user's
@@ -61,20 +57,20 @@ def sft(settings: "SftSettings", parent: "Parent") -> tuple[Conversations, Conve
     name = settings.model_name or parent.model_name
     if settings.demo:
         return world.sft_mixture("train", model_name=name), world.sft_mixture("val", model_name=name)
-    data = settings.task_data
+    folder = settings.task_data
     train = [
-        tasks.load("ARC-Easy", "train", data),
-        tasks.load("ARC-Challenge", "train", data),
-        tasks.load("GSM8K", "train", data),
-        tasks.load("SmolTalk", "train", data, stop=10_000),
+        tasks.load("ARC-Easy", "train", folder),
+        tasks.load("ARC-Challenge", "train", folder),
+        tasks.load("GSM8K", "train", folder),
+        tasks.load("SmolTalk", "train", folder, stop=10_000),
         identity_task(name),
-        tasks.load("SimpleSpelling", "train", data, size=300),
-        tasks.load("SpellingBee", "train", data, size=300),
+        tasks.load("SimpleSpelling", "train", folder, size=300),
+        tasks.load("SpellingBee", "train", folder, size=300),
     ]
-    return TaskMixture(train), tasks.load("SmolTalk", "test", data)
+    return TaskMixture(train), tasks.load("SmolTalk", "test", folder)
 
 
-def rl(settings: "RlSettings") -> tuple[Task, Task]:
+def rl(settings: ChatStageSettings) -> tuple[Task, Task]:
     """(training, held-out) questions whose answers can be rewarded."""
     if settings.demo:
         return world.rl_task("train"), world.rl_task("val")

@@ -62,7 +62,7 @@ def run(settings: SftSettings) -> Outcome:
     """Finetunes, or goes on finetuning, one model."""
 
     def lesson(parent: Parent) -> Lesson:
-        train, val = mixtures.sft(settings, parent)
+        train, val = mixtures.sft(settings, parent, settings.data)
 
         def evaluations(parent: Parent, mesh) -> tuple[Evaluation, ...]:
             measure = _accuracies(settings, parent, mesh)
