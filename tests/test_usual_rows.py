@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat_jax.stages.common import usual_rows
+from nanochat_jax.stages.batch_size import usual_rows
 
 
 @pytest.mark.parametrize("most, total, rows", [(32, 8, 8), (32, 64, 32), (32, 12, 4), (16, 7, 1), (8, 256, 8)])

@@ -16,9 +16,9 @@ from nanochat_jax.optim import lr_schedule
 from nanochat_jax.plan import BasePlan
 from nanochat_jax.progress import RowsProgress
 from nanochat_jax.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
+from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (
     Recipe,
-    Shapes,
     StageSettings,
     batch_flag,
     held_out,
@@ -26,7 +26,6 @@ from nanochat_jax.stages.common import (
     open_devices,
     open_run,
     train,
-    with_batch_size,
 )
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Evaluation, Outcome

@@ -17,16 +17,15 @@ from nanochat_jax.plan import PlanError
 from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.schedules import linear_to_zero
 from nanochat_jax.stages import mixtures
+from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (
     Parent,
     Recipe,
-    Shapes,
     batch_flag,
     child_name,
     open_devices,
     open_run,
     train,
-    with_batch_size,
 )
 from nanochat_jax.stages.supervised import ChatStageSettings, open_parent
 from nanochat_jax.train import Evaluation, Outcome, Rollout

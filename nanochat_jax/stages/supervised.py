@@ -15,11 +15,11 @@ from nanochat_jax.plan import check_batch
 from nanochat_jax.progress import RowsProgress
 from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.schedules import Schedule
+from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (
     MODEL_NAME,
     Parent,
     Recipe,
-    Shapes,
     StageSettings,
     child_name,
     find_parent,
@@ -28,7 +28,6 @@ from nanochat_jax.stages.common import (
     open_devices,
     open_run,
     train,
-    with_batch_size,
 )
 from nanochat_jax.train import Evaluation, Outcome
 
