@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from nanochat_jax.data import conversations as module
 from nanochat_jax.data import row_files
-from nanochat_jax.data.conversations import Rendered, build_conversation_rows, render_many
+from nanochat_jax.data.conversations import build_conversation_rows, render_many
 from nanochat_jax.data.loader import RowLoader, val_batches
+from nanochat_jax.data.packing import BestFit, Rendered
 from nanochat_jax.data.row_files import RowsError
 from nanochat_jax.data.rows import RowSet
 from nanochat_jax.tokenizer import Tokenizer
@@ -277,7 +278,7 @@ def test_best_fit_equals_the_reference(case):
         Rendered(np.array(c["ids"], np.uint16), np.array(c["mask"], np.uint8), False) for c in expected["conversations"]
     ]
     source = enumerate(wrapped(given_conversations, expected["rank"], expected["world_size"], 200))
-    packer = module._BestFit(T + 1, 256, np.dtype("<u2"), None, expected["buffer_size"])
+    packer = BestFit(T + 1, 256, np.dtype("<u2"), None, expected["buffer_size"])
 
     class Packed:
         def __init__(self):
@@ -328,7 +329,7 @@ def test_best_fit_is_its_definition(tmp_path, small_batches, monkeypatch, T, per
 def test_best_fit_of_any_lengths(lengths, capacity, buffer):
     rendered = [([i] * n, [1] * n) for i, n in enumerate(lengths)]
     source = ((i, Rendered(np.array(a), np.array(b), False)) for i, (a, b) in enumerate(rendered))
-    packer = module._BestFit(capacity, 99, np.dtype("<u2"), None, buffer)
+    packer = BestFit(capacity, 99, np.dtype("<u2"), None, buffer)
     rows = []
     while (taken := packer.take(source)) is not None:
         rows.append((taken[0][0].tolist(), taken[1][0].tolist()))
