@@ -23,7 +23,8 @@ from nanochat_jax.data.growing import BlockOrder, GrowingRows, grow_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.rows import RowSet, build_rows
+from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.shards import Shard, ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.streamed import ShardDocuments

@@ -9,7 +9,8 @@ import pytest
 
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.rows import RowSet, build_rows
+from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.text import CallableDocuments
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from nanochat_jax.data import row_files, rows
 from nanochat_jax.data.row_files import RowsError, RowWriter
-from nanochat_jax.data.rows import RowSet, build_rows
+from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.text import CallableDocuments, FileDocuments
 from nanochat_jax.tokenizer import Tokenizer
 from tests.tokenizer_fixtures import golden_tokenizer

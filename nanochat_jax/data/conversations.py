@@ -31,7 +31,8 @@ from nanochat_jax.data.row_files import (
     RowWriter,
     row_dtype,
 )
-from nanochat_jax.data.rows import Progress, RowSet, identity_key, read_ahead
+from nanochat_jax.data.row_set import RowSet, identity_key
+from nanochat_jax.data.rows import Progress, read_ahead
 from nanochat_jax.paths import rows_dir
 from nanochat_jax.tokenizer import Tokenizer
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.data.row_files import MANIFEST, PROGRESS, RowsError
-from nanochat_jax.data.rows import Progress, RowSet, build_rows, place_of_rows
+from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.rows import Progress, build_rows, place_of_rows
 from nanochat_jax.data.text import Documents
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.web import FetchError, Stopped

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanochat_jax.data.growing import BlockOrder
 from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.rows import RowSet
+from nanochat_jax.data.row_set import RowSet
 
 # Read-ahead of whole batches. Rows are memory-mapped and cheap; more threads would only fight with the host's work.
 _THREADS, _BUFFERED = 1, 4
@@ -28,7 +28,7 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Rows(Protocol):
-    """What a loader reads: T, a length, rows of T+1 ids, and a mask per row or None (see ``data/rows.py``)."""
+    """What a loader reads: T, a length, rows of T+1 ids, and a mask per row or None (see ``data/row_set.py``)."""
 
     T: int
 

@@ -13,7 +13,8 @@ from nanochat_jax import samples, sharding
 from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.conversations import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
-from nanochat_jax.data.rows import RowSet, build_rows
+from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals import core, stats

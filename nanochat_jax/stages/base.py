@@ -10,7 +10,8 @@ from nanochat_jax import checkpoint, sharding
 from nanochat_jax.cli import flag
 from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
-from nanochat_jax.data.rows import RowSet, build_rows
+from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.optim import lr_schedule
 from nanochat_jax.plan import BasePlan

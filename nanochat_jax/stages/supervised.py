@@ -10,7 +10,7 @@ from nanochat_jax import checkpoint, distributed, sharding
 from nanochat_jax.cli import flag
 from nanochat_jax.data.conversations import Conversations, build_conversation_rows
 from nanochat_jax.data.loader import RowLoader
-from nanochat_jax.data.rows import RowSet
+from nanochat_jax.data.row_set import RowSet
 from nanochat_jax.plan import check_batch
 from nanochat_jax.progress import RowsProgress
 from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
