@@ -9,22 +9,11 @@ import subprocess
 import time
 from pathlib import Path
 
+from nanochat_jax import cards
+
 logger = logging.getLogger(__name__)
 
 NO_USABLE_GPU = 3  # exit code: the operating system sees an NVIDIA GPU that JAX cannot use
-
-# Dense bf16 FLOP/s from the makers' data sheets, by a part of the device's name. Unknown devices are measured.
-PEAK_BF16 = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
 class DeviceError(RuntimeError):
@@ -122,8 +111,8 @@ def nvidia_gpus() -> list[str]:
             return names
     except (OSError, subprocess.TimeoutExpired):
         pass
-    cards = Path("/proc/driver/nvidia/gpus")
-    return [p.name for p in cards.iterdir()] if cards.is_dir() else []
+    listed = Path("/proc/driver/nvidia/gpus")
+    return [p.name for p in listed.iterdir()] if listed.is_dir() else []
 
 
 def visible_gpus() -> list[str]:
@@ -156,11 +145,8 @@ def peak_flops() -> tuple[float, str]:
     """(FLOP/s of one device at the training precision, where the number comes from)."""
     import jax
 
-    kind = jax.devices()[0].device_kind
-    if jax.default_backend() != "cpu":
-        for name, flops in PEAK_BF16.items():
-            if all(word in kind for word in name.split()):
-                return flops, f"{name} data sheet, bf16 dense"
+    if jax.default_backend() != "cpu" and (card := cards.of_device(jax.devices()[0].device_kind)):
+        return card.bf16_flops, f"{card.name} data sheet, bf16 dense"
     return _measure_matmul_rate()
 
 

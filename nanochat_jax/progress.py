@@ -114,8 +114,10 @@ class ProblemsProgress(Live):
 
 
 def duration(seconds: float) -> str:
-    """1h02m, 3m04s or 5s."""
-    s = int(round(seconds))
+    """1h02m, 3m04s, 42s or, below ten seconds, 5.3s."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    s = round(seconds)
     if s >= 3600:
         return f"{s // 3600}h{s % 3600 // 60:02d}m"
     return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from nanochat_jax import devices
+from nanochat_jax import cards
+from nanochat_jax.cards import CARDS
 from nanochat_jax.plan import BasePlan, PlanError
-from nanochat_jax.planner import budget, cards, compiled, main, memory, roofline, target
-from nanochat_jax.planner.cards import CARDS
+from nanochat_jax.planner import budget, compiled, main, memory, roofline, target
 from nanochat_jax.planner.child import Case
 
 HOUR = 3600.0
@@ -27,16 +27,9 @@ def plan(capsys, *arguments) -> dict:
 # cards and targets
 
 
-def test_cards_agree_with_the_table_used_for_mfu():
-    """One data sheet, two tables: what training reports as MFU and what the plan promises must be the same."""
-    for card in CARDS.values():
-        matching = [f for name, f in devices.PEAK_BF16.items() if all(word in card.name for word in name.split())]
-        assert matching and matching[0] == card.bf16_flops, card.name
-
-
 def test_cards_are_plausible():
     for card in CARDS.values():
-        assert 2e10 < card.memory_bytes < 2e11 and 5e11 < card.memory_bandwidth < 1e13
+        assert 2e10 < card.memory_bytes < 2e11 and 2e11 < card.memory_bandwidth < 1e13
         assert card.link_bandwidth < card.memory_bandwidth and 0 < card.price < 20
         # the peak is about what its cores can do: between 256 and 8192 bf16 operations a core and cycle
         assert 2**8 <= card.bf16_flops / (card.cores * card.clock_ghz * 1e9) <= 2**13, card.name
@@ -48,6 +41,23 @@ def test_cards_are_plausible():
 )
 def test_spellings(name, key):
     assert cards.find(name) is CARDS[key]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        *((card.name, key) for key, card in CARDS.items()),
+        ("NVIDIA H100 NVL", "h100"),
+        ("NVIDIA A100-SXM-80GB", "a100-80"),
+        ("NVIDIA L40S-48Q", "l40s"),
+        ("NVIDIA GeForce RTX 3090 Ti", "rtx3090"),
+        ("Tesla V100-SXM2-16GB", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_names_of_drivers(kind, key):
+    assert cards.of_device(kind) is CARDS.get(key)
 
 
 def test_text_proto_holds_the_limits():

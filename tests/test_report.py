@@ -247,7 +247,7 @@ def test_time_and_money_are_sums_of_what_was_logged(chain):
         run.sessions[-1].update(device_kind="NVIDIA H100 80GB HBM3", backend="gpu", devices=8)
     assumed = cost.cost(runs, None)
     assert assumed.dollars == pytest.approx((expected - 12.5) / 3600 * 8 * 3.00)
-    assert "8 x H100 at $3.00" in assumed.rate and "assumed" in assumed.rate
+    assert "8 x NVIDIA H100 80GB HBM3 at $3.00" in assumed.rate and "assumed" in assumed.rate
 
 
 def test_tokens_come_from_the_log(base):

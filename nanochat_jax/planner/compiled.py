@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nanochat_jax
+from nanochat_jax.cards import CARDS
 from nanochat_jax.paths import base_dir, sha256_hex, write_atomic
 from nanochat_jax.planner import target
-from nanochat_jax.planner.cards import CARDS
 
 if TYPE_CHECKING:
     from nanochat_jax.planner.child import Case

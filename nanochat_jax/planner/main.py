@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import auto_batch, cli, errors, xla_flags
+from nanochat_jax import auto_batch, cards, cli, errors, xla_flags
 from nanochat_jax.cli import flag
 from nanochat_jax.data.shards import CHARS_PER_TOKEN, SHARD_CHARS
 from nanochat_jax.plan import BasePlan, PlanError
-from nanochat_jax.planner import budget, cards, compiled, memory, roofline, target
+from nanochat_jax.planner import budget, compiled, memory, roofline, target
 
 SHARD_BYTES = 100e6  # a downloaded shard of the default data set, compressed
 SPARE_SHARDS = 1.1  # more than the tokens need: documents and tokenizers differ

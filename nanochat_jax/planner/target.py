@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import re
 
-from nanochat_jax.planner.cards import Card
+from nanochat_jax.cards import Card
 
 
 class NoPlugin(RuntimeError):

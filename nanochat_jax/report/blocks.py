@@ -156,16 +156,6 @@ def interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"[{number(low)}, {number(high)}]"
 
 
-def duration(seconds: float) -> str:
-    """3h51m, 4m05s or 12.3s."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s"
-
-
 def count_of(n: int, noun: str) -> str:
     """1 session, 2 sessions."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")

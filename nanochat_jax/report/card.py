@@ -3,6 +3,7 @@
 import datetime
 
 from nanochat_jax.evals import results
+from nanochat_jax.progress import duration
 from nanochat_jax.provenance import Source, source, this_machine
 from nanochat_jax.report import reproduce
 from nanochat_jax.report.blocks import (
@@ -18,7 +19,6 @@ from nanochat_jax.report.blocks import (
     Tiles,
     clean,
     count_of,
-    duration,
     interval,
     number,
 )

@@ -3,11 +3,9 @@
 import datetime
 from dataclasses import dataclass
 
-from nanochat_jax.report.blocks import duration
+from nanochat_jax import cards
+from nanochat_jax.progress import duration
 from nanochat_jax.report.collect import Run
-
-# Dollars per GPU and hour where no --price_per_hour is given (the reference's table), by a part of the device's name.
-GPU_RATES = {"H100": 3.00, "A100": 1.79, "V100": 0.55}
 
 NOT_COUNTED = (
     "Counted: optimizer steps (in reinforcement learning with their rollouts), tokenizer training, and evaluations. "
@@ -25,7 +23,7 @@ class Cost:
 
 
 def cost(runs: list[Run], price_per_hour: float | None) -> Cost:
-    """Sums the time; money at the given price of the whole machine, else at a known rate of its GPUs."""
+    """Sums the time; money at the given price of the whole machine, else at what its cards usually cost."""
     tokenizer = runs[0].tokenizer.get("seconds", 0.0)
     seconds = sum(run.train_seconds + run.eval_seconds for run in runs) + tokenizer
     if price_per_hour is not None:
@@ -35,18 +33,17 @@ def cost(runs: list[Run], price_per_hour: float | None) -> Cost:
         rate = known_rate(run)
         if rate is None:
             return Cost(seconds, None, "")
-        gpus, name = rate
-        dollars += GPU_RATES[name] * gpus * (run.train_seconds + run.eval_seconds) / 3600
-        used.add(f"{gpus} x {name} at ${GPU_RATES[name]:.2f} an hour each")
+        gpus, card = rate
+        dollars += card.price * gpus * (run.train_seconds + run.eval_seconds) / 3600
+        used.add(f"{gpus} x {card.name} at ${card.price:.2f} an hour each")
     return Cost(seconds, dollars, "assumed rate, " + " and ".join(sorted(used)) + "; give --price_per_hour for yours")
 
 
-def known_rate(run: Run) -> tuple[int, str] | None:
-    """(GPUs, name in GPU_RATES) of the machine a run last trained on, or None."""
+def known_rate(run: Run) -> tuple[int, cards.Card] | None:
+    """(GPUs, their card with its price) of the machine a run last trained on, or None."""
     session = run.sessions[-1] if run.sessions else {}
-    kind = str(session.get("device_kind", ""))
-    name = next((n for n in GPU_RATES if n in kind), None)
-    return (int(session.get("devices", 1)), name) if name and session.get("backend") != "cpu" else None
+    card = cards.of_device(str(session.get("device_kind", "")))
+    return (int(session.get("devices", 1)), card) if card and session.get("backend") != "cpu" else None
 
 
 def elapsed(runs: list[Run]) -> str:

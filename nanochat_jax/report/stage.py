@@ -3,6 +3,7 @@
 import os
 import statistics
 
+from nanochat_jax.progress import duration
 from nanochat_jax.report.blocks import (
     ABSENT,
     Block,
@@ -16,7 +17,6 @@ from nanochat_jax.report.blocks import (
     Table,
     clean,
     count_of,
-    duration,
     interval,
     number,
 )

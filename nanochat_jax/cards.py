@@ -2,9 +2,11 @@
 
 Rates are dense bfloat16 with float32 sums (not the doubled figures for sparse matrices); bandwidths are peak figures of
 the sheets. `memory_bytes` is what CUDA offers a process on such a card, somewhat less than the number on its box. The
-price is a typical one of a rented card in US dollars an hour, as of 2026: the flag --price overrides it.
+price is a typical one of a rented card in US dollars an hour, as of 2026: the plan's --price and the report's
+--price_per_hour override it.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,10 @@ CARDS: dict[str, Card] = {
         "NVIDIA L40S", 47_800_000_000, 0.864e12, 362e12, price=0.9,
         capability=(8, 9), cores=142, l2_bytes=100_663_296, clock_ghz=2.52, **_SMALL,
     ),
+    "l4": Card(
+        "NVIDIA L4", 23_600_000_000, 0.3e12, 121e12, price=0.6,
+        capability=(8, 9), cores=58, l2_bytes=50_331_648, clock_ghz=2.04, **_SMALL,
+    ),
     "rtx4090": Card(
         "NVIDIA GeForce RTX 4090", 25_390_000_000, 1.008e12, 165e12, price=0.4,
         capability=(8, 9), cores=128, l2_bytes=75_497_472, clock_ghz=2.52, **_SMALL,
@@ -86,9 +92,24 @@ _ALIASES = {"a100": "a100-80", "h100-sxm": "h100", "4090": "rtx4090", "3090": "r
 
 def find(name: str) -> Card:
     """The card of that name, in any spelling of its key ("H100", "rtx-4090"). ValueError lists those there are."""
-    wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
-    spellings = {key.replace("-", ""): key for key in CARDS} | {k.replace("-", ""): v for k, v in _ALIASES.items()}
-    key = spellings.get(wanted.replace("-", ""))
+    key = _SPELLINGS.get(_squeezed(name))
     if key is None:
         raise ValueError(f"--gpu={name} is not known; give one of: {', '.join(CARDS)}")
     return CARDS[key]
+
+
+def of_device(kind: str) -> Card | None:
+    """The card that a driver calls so ("NVIDIA H100 80GB HBM3"), or its nearest relative here ("NVIDIA H100 NVL": the
+    same); None for any other device."""
+    for card in CARDS.values():
+        if card.name == kind:
+            return card
+    found = [spelling for spelling in _SPELLINGS if spelling in _squeezed(kind)]
+    return CARDS[_SPELLINGS[max(found, key=len)]] if found else None  # the longest: an "L40S" is no "L4"
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+_SPELLINGS = {_squeezed(key): key for key in CARDS} | {_squeezed(k): v for k, v in _ALIASES.items()}
