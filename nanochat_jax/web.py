@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from nanochat_jax.errors import DISK_FULL
 from nanochat_jax.paths import OFFLINE_VARIABLE, offline
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ _GETTING_ON_BYTES = 256 * 1024
 MAX_PAUSE_S = 330.0
 # Answers that may be different in a moment; any other error status is final.
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Trying again will not help against these.
 _DISK_ERRORS = {*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR}
 

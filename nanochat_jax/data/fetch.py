@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat_jax import web
+from nanochat_jax.errors import DISK_FULL
 from nanochat_jax.paths import sha256_file, sync_directory, write_atomic
 from nanochat_jax.web import FetchError, FinalError, Stopped, refuse_offline
 
@@ -72,7 +73,7 @@ def fetch_file(
         try:
             web.persist(url, transfer.attempt, wait, stop, transfer.gained)
         except OSError as error:
-            if error.errno not in web.DISK_FULL:
+            if error.errno not in DISK_FULL:
                 raise
             raise _no_space(path, transfer.size) from error
 

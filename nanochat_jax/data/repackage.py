@@ -15,7 +15,6 @@ shard.
 """
 
 import contextlib
-import errno
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -31,6 +30,7 @@ import pyarrow.parquet as pq
 from nanochat_jax.data.readers import BadLine, DataError, decode_utf8, read_documents
 from nanochat_jax.data.shards import Shard, ShardList, shard_name
 from nanochat_jax.data.text import TextStats, file_identity, find_files
+from nanochat_jax.errors import DISK_FULL
 from nanochat_jax.paths import atomic_writer, lock_file, sha256_file, write_atomic
 
 ROW_GROUP, SHARD_CHARS, VAL_SHARE = 1024, 250_000_000, 0.01
@@ -86,7 +86,7 @@ def repackage(
         try:
             return job.run()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_FULL:
                 raise
             raise DataError(
                 f"no space in {out}: {shutil.disk_usage(out).free / 2**20:,.0f} MiB are free; free some space (it must "

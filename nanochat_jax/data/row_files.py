@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from nanochat_jax.errors import DISK_FULL
 from nanochat_jax.paths import atomic_writer, lock_file, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class RowWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             write()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_FULL:
                 raise
             raise RowsError(
                 f"no space for {self.directory / name}: {(size + _SPARE_BYTES) / 2**20:.0f} MiB needed (a reserve for "

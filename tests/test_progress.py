@@ -1,0 +1,14 @@
+import pytest
+
+from nanochat_jax.progress import duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0s"), (5.31, "5.3s"), (9.94, "9.9s"), (9.96, "10s"), (42.4, "42s"), (59.6, "1m00s"), (184, "3m04s"),
+        (3599.6, "1h00m"), (3725, "1h02m"), (90_000, "25h00m"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert duration(seconds) == text
