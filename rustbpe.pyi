@@ -15,7 +15,7 @@ DEFAULT_PATTERN: str
 def skinny_matmul() -> object | None:
     """The custom call `skinny_matmul` as a capsule for `jax.ffi.register_ffi_target(..., platform="cpu")`.
 
-    It multiplies float32 x (m, k) with w (k, n) for m up to 32. None where the processor has no AVX2.
+    It multiplies float32 x (m, k) with w (k, n) for m up to 64. None where the processor has no AVX2.
     """
 
 def skinny_rows() -> int:
@@ -24,8 +24,8 @@ def skinny_rows() -> int:
 def decode_attention() -> object | None:
     """The custom call `decode_attention`: one token per row against its own valid keys and values, all float32.
 
-    Arguments q (n, H, D), old keys and values (n, S, D), new keys and values (n, R, D), int32 start (b,), filled (),
-    window () (negative: none); result (n, H, D). None where the processor has no AVX2.
+    Arguments q (n, H, D), old keys and values (N, S, D) and int32 places (b,) in them, new keys and values (n, R, D),
+    int32 start (b,), filled (), window () (negative: none); result (n, H, D). None where the processor has no AVX2.
     """
 
 def keep_largest() -> object | None:

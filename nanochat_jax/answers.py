@@ -89,20 +89,28 @@ class AnswerStream:
     def push(self, tokens: Sequence[int]) -> list[Piece]:
         """The pieces that more tokens complete."""
         new: list[Piece] = []
-        for token in tokens:
+        for hidden, run in itertools.groupby(tokens, self._hidden.__contains__):
             if self.stopped or self.ended:
                 break
-            if token not in self._hidden:
-                self._add(self._decoder.push(token), new)
-            elif token in self._ends:
-                self._close(new)
-                self.ended = True
-            elif token in self._openings:
-                self._close(new)
-                self._closing = self._openings[token]
-            elif self._closing is not None and self._closings.get(token) is self._closing:
-                self._close(new)
+            if hidden:
+                for token in run:
+                    self._mark(token, new)
+            else:
+                self._add(self._decoder.push(*run), new)
         return self._keep(new)
+
+    def _mark(self, token: int, new: list[Piece]) -> None:
+        """A special token: no text, but where something begins or ends."""
+        if self.ended:
+            return
+        if token in self._ends:
+            self._close(new)
+            self.ended = True
+        elif token in self._openings:
+            self._close(new)
+            self._closing = self._openings[token]
+        elif self._closing is not None and self._closings.get(token) is self._closing:
+            self._close(new)
 
     def finish(self) -> list[Piece]:
         """The last pieces: what an unfinished character, a possible stop string or an unfinished tool call left."""

@@ -11,6 +11,7 @@ of that length; without a mesh that length is 1.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax import sharding
 from nanochat_jax.kv_cache import KVSlots
-from nanochat_jax.sampling import sample
+from nanochat_jax.sampling import sample, uniforms
 
 # columns of the row matrix; forced tokens follow
 TOKEN, POSITION, COUNT, SEED, STREAM, TEMPERATURE, TOP_K, TOP_P, STOPS, REMAINING, N_FORCED, N_COLUMNS = range(12)
@@ -40,11 +41,12 @@ def prefill(
     visible: int,
     mesh: Mesh | None = None,
 ) -> KVSlots:
-    """Writes keys and values of ids (devices, T), one row each, into one slot of each device. `slots` is donated.
+    """Writes keys and values of ids (devices * R, T) into R slots of each device. `slots` is donated.
 
-    where (devices, 3) int32: the slot, numbered on its device, its first free position, and 1 for a device that has
-    something to do (0: what it holds stays). What is padding at the end of ids lands beyond the length the caller
-    keeps, and is overwritten later.
+    where (devices * R, 3) int32, for each row: the slot, numbered on its device, its first free position, and 1; or 0
+    for a row that is not there, after those of its device that are. One row is computed after the other: so what
+    becomes of it does not depend on the others, and a call is worth its while all the same. What is padding at the end
+    of ids lands beyond the length the caller keeps, and is overwritten later.
     """
     keys, values = _compute(model, config, params, slots, ids, where, visible, mesh)
     return _write(slots, keys, values, where, mesh)
@@ -63,9 +65,16 @@ def _on_each(mesh: Mesh | None, body, whole: int, dealt: int):
 @functools.partial(jax.jit, static_argnames=("model", "config", "visible", "mesh"))
 def _compute(model, config, params, slots, ids, where, visible, mesh):
     def body(params, slots, ids, where):
-        view = slots.view(where[:, 1], visible, ids.shape[1], where[0, 0])
-        _, cache = model.forward_cached(config, params, ids, view)
-        return cache.new_keys, cache.new_values
+        def row(i, new):
+            view = slots.view(where[i, 1][None], visible, ids.shape[1], slot=where[i, 0])
+            _, cache = model.forward_cached(config, params, ids[i][None], view)
+            return jax.tree.map(
+                lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (i * len(part), 0, 0)),
+                new,
+                (cache.new_keys, cache.new_values),
+            )
+
+        return jax.lax.fori_loop(0, where[:, 2].sum(), row, slots.buffers(*ids.shape))
 
     return _on_each(mesh, body, 1, 3)(params, slots, ids, where)
 
@@ -73,8 +82,10 @@ def _compute(model, config, params, slots, ids, where, visible, mesh):
 @functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("slots",))
 def _write(slots, keys, values, where, mesh):
     def body(slots, keys, values, where):
-        slot, start, active = where[0]
-        return slots.write(keys, values, start[None], slot, keep=None if mesh is None else active == 0)
+        def put(i, slots):
+            return slots.write(slots.row(keys, i), slots.row(values, i), where[i, 1][None], where[i, 0])
+
+        return jax.lax.fori_loop(0, where[:, 2].sum(), put, slots)
 
     return _on_each(mesh, body, 0, 4)(slots, keys, values, where)
 
@@ -93,7 +104,9 @@ def copy_row(slots: KVSlots, source_target: jax.Array, visible: int, mesh: Mesh 
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "config", "visible", "room", "logprobs", "mesh"), donate_argnames=("slots",)
+    jax.jit,
+    static_argnames=("model", "config", "visible", "room", "logprobs", "in_place", "mesh"),
+    donate_argnames=("slots",),
 )
 def decode(
     model: Any,
@@ -106,6 +119,7 @@ def decode(
     visible: int,
     room: int,
     logprobs: bool = False,
+    in_place: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVSlots]:
     """Up to `room` tokens for B rows, one at a time: feed the row's last token, sample (or force) the next.
@@ -120,17 +134,17 @@ def decode(
     and the storage. With `logprobs` (2 * B * room + 1,): after the tokens come the float32 bits of their
     log-probabilities under the model (temperature 1, no top-k), row by row.
     """
-    body = functools.partial(_decode, model, config, visible, room, logprobs)
+    body = functools.partial(_decode, model, config, visible, room, logprobs, in_place)
     return _on_each(mesh, body, 1, 4)(params, slots, chosen, rows, shared)
 
 
-def _decode(model, config, visible, room, logprobs, params, slots, chosen, rows, shared):
+def _decode(model, config, visible, room, logprobs, in_place, params, slots, chosen, rows, shared):
     B = rows.shape[0]
     # all of them, in order as the engine gives them: then nothing needs to be gathered
     places = None if B == slots.keys[0].shape[0] else chosen
     steps, enough, tool, ends = shared[0, STEPS], shared[0, ENOUGH], shared[0, TOOL], shared[0, N_SHARED:]
     temperature, top_p = (jax.lax.bitcast_convert_type(rows[:, c], jnp.float32) for c in (TEMPERATURE, TOP_P))
-    seed = rows[:, SEED].astype(jnp.uint32)
+    random = jax.lax.cond((temperature > 0).any(), lambda: _random(rows, room), lambda: jnp.zeros((room, B, 2)))
 
     def going(carry):
         i, *_, stopped = carry
@@ -140,7 +154,7 @@ def _decode(model, config, visible, room, logprobs, params, slots, chosen, rows,
         i, token, cache, out, chances, stopped = carry
         hidden, cache = model.forward_cached(config, params, token[:, None], cache)
         logits = model.unembed(config, params, hidden[:, 0])
-        token = sample(logits, temperature, rows[:, TOP_K], top_p, seed, rows[:, STREAM], rows[:, COUNT] + i)
+        token = sample(logits, temperature, rows[:, TOP_K], top_p, random[i])
         forced = jax.lax.dynamic_index_in_dim(rows, N_COLUMNS + i, axis=1, keepdims=False)
         token = jnp.where(i < rows[:, N_FORCED], forced, token)
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
@@ -152,11 +166,21 @@ def _decode(model, config, visible, room, logprobs, params, slots, chosen, rows,
         stopped |= at_end | at_tool | (i + 1 >= rows[:, REMAINING])
         return i + 1, token, cache.advance(1), out, chances, stopped
 
-    start = jnp.zeros((), jnp.int32), rows[:, TOKEN], slots.view(rows[:, POSITION], visible, room, slots=places)
+    view = slots.view(rows[:, POSITION], visible, room, slots=places, in_place=in_place)
+    if view.places is not None:
+        view = replace(view, places=jnp.where(rows[:, REMAINING] == ENDLESS, -1, view.places))
+    start = jnp.zeros((), jnp.int32), rows[:, TOKEN], view
     outputs = jnp.zeros((B, room), jnp.int32), jnp.zeros((B, room if logprobs else 0), jnp.float32)
     done, _, cache, out, chances, _ = jax.lax.while_loop(going, step, (*start, *outputs, jnp.zeros((B,), bool)))
     bits = jax.lax.bitcast_convert_type(chances, jnp.int32)
     return jnp.concatenate([out.ravel(), bits.ravel(), done[None]]), slots.commit(cache, slots=places)
+
+
+def _random(rows, room):
+    """The random numbers of all steps of a call, (room, B, 2)."""
+    count = rows[None, :, COUNT] + jnp.arange(room)[:, None]
+    seed, stream = (jnp.broadcast_to(rows[None, :, c], count.shape).ravel() for c in (SEED, STREAM))
+    return uniforms(seed.astype(jnp.uint32), stream, count.ravel()).reshape(room, -1, 2)
 
 
 def float_bits(value: float) -> int:

@@ -173,22 +173,30 @@ class Engine:
         """Requests without a slot."""
         return len([r for r in list(self._queue) if r.finished is None])
 
-    def step(self) -> list[Event]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None, steps: int | None = None) -> list[Event]:
         """Admits what fits, prefills some chunks of new prompts, decodes one call; what each request gained.
 
         Events come in the order of submission. An empty list while requests are live means that prompts are being
-        prefilled or tools are at work; when none is live there is nothing to do.
+        prefilled or tools are at work; when none is live there is nothing to do. meanwhile: called once, as soon as the
+        device is at work (or there is nothing for it to do): what the host can do at the same time, such as handing on
+        the events of the step before. steps: the most tokens of this call, fewer than `steps_per_call` where somebody
+        is about to come.
         """
-        self._take_answers()
+        meanwhile = _once(meanwhile)
+        self._take_answers(meanwhile)
         self._table.release()
         self._admit()
         self._prefill()
-        return self._decode()
+        events = self._decode(meanwhile, min(steps or self.steps_per_call, self.steps_per_call))
+        meanwhile()
+        return events
 
-    def _take_answers(self) -> None:
+    def _take_answers(self, meanwhile: Callable[[], None]) -> None:
         """Goes on with the rows whose tool is done; waits a moment for one if no row can do anything else."""
         busy = [r for r in self._table.busy if r.finished is None]
         working = [r.tool for r in busy if r.tool is not None]
+        if working:
+            meanwhile()
         if working and self._wait_for_tools:
             wait(working)
         elif working:
@@ -230,22 +238,22 @@ class Engine:
         decoding = any(r.ready for r in self._table.busy)
         spent = 0
         while self._prefilling and not (decoding and spent >= PREFILL_CHUNK):
-            turn: dict[int, Request] = {}  # one row of each device
+            turn: list[Request] = []
             waiting: list[Request] = []
-            for _ in range(len(self._prefilling)):
-                request = self._prefilling.popleft()
-                device = request.slot // self._table.per_device
-                if self._must_wait(request) or device in turn:
+            for request in self._prefilling:
+                if self._must_wait(request):
                     waiting.append(request)
                 elif not request.ready:
-                    turn[device] = request
+                    others = [(r.slot, r.prefilled, r.left) for r in turn]
+                    joins = self._programs.joins(others, request.slot, request.prefilled, request.left)
+                    (turn if joins else waiting).append(request)
             if turn:
-                rows = list(turn.values())
-                cost, taken = self._programs.prefill([(r.slot, r.prefilled, r.prompt[r.prefilled : -1]) for r in rows])
-                for request, n in zip(rows, taken, strict=True):
+                rows = [(r.slot, r.prefilled, r.prompt[r.prefilled : -1]) for r in turn]
+                cost, taken = self._programs.prefill(rows)
+                for request, n in zip(turn, taken, strict=True):
                     request.prefilled += n
                 spent += cost
-            self._prefilling.extend([*waiting, *(r for r in turn.values() if not r.ready)])
+            self._prefilling = deque([*waiting, *(r for r in turn if not r.ready)])
 
     def _must_wait(self, request: Request) -> bool:
         """Whether the beginning of a prompt is still being computed in another slot; if it has been, it is copied."""
@@ -262,7 +270,7 @@ class Engine:
             request.reused = 0
         return False
 
-    def _decode(self) -> list[Event]:
+    def _decode(self, meanwhile: Callable[[], None], most: int) -> list[Event]:
         ready = [r for r in self._table.busy if r.ready and r.finished is None]
         if not ready:
             return []
@@ -274,14 +282,14 @@ class Engine:
         for row, slot in zip(rows, slots, strict=True):
             self._fill_row(row, slot, self._table.requests[slot])
         shared = np.full((programs.devices, decode.N_SHARED + 2), -1, np.int32)
-        shared[:, decode.STEPS] = min(room, max(r.max_tokens - len(r.tokens) for r in ready))
+        shared[:, decode.STEPS] = min(most, max(r.max_tokens - len(r.tokens) for r in ready))
         for device in range(programs.devices):
             running = sum(r.slot // per_device == device for r in ready)
             shared[device, decode.ENOUGH] = -(-running // ENOUGH_STOPPED)
         shared[:, decode.TOOL] = self._special.python_end
         ends = sorted(self._special.ends)[:2]
         shared[:, decode.N_SHARED : decode.N_SHARED + len(ends)] = ends
-        packed = programs.decode(chosen, rows, shared, max(r.position for r in ready))
+        packed = programs.decode(chosen, rows, shared, max(r.position for r in ready), meanwhile)
         events = []
         for request in sorted(ready, key=lambda r: r.number):
             if request.finished is not None:  # cancelled meanwhile
@@ -402,6 +410,12 @@ class Engine:
             self.submit(tokens, max_tokens, temperature, top_k, seed, stream=stream, run_on=run_on)
             for stream in range(num_samples)
         ]
+
+
+def _once(function: Callable[[], None]) -> Callable[[], None]:
+    """The function, for the first call only."""
+    left = [function]
+    return lambda: left.pop()() if left else None
 
 
 def _default_steps(config: gpt.GPTConfig) -> int:

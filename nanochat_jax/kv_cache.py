@@ -28,8 +28,9 @@ class KVCache:
     Per layer: old_keys, old_values (b * G, visible, D) or None where nothing old is visible; new_keys, new_values
     (b * G, room, D): rows and heads are merged because XLA keeps two copies of a buffer that is updated in one shape
     and multiplied in another. Row r holds old tokens 0 .. start[r] - 1, then `filled` new ones, the same number for
-    every row.
-    Entries beyond are masked, never read as content. `capacity` bounds every position (it sizes the rotary tables).
+    every row. Entries beyond are masked, never read as content. places (b,) int32: the old arrays are a whole storage
+    (B * G, S, D), in which row r has place places[r], or -1: nobody wants the row, so what is read for it does not
+    matter; None: they hold these rows alone, in order. `capacity` bounds every position (it sizes the rotary tables).
     """
 
     old_keys: list[jax.Array] | None
@@ -39,6 +40,7 @@ class KVCache:
     start: jax.Array
     filled: jax.Array
     capacity: int = field(metadata=dict(static=True))
+    places: jax.Array | None = None
 
     @classmethod
     def create(cls, n_layer: int, rows: int, n_kv_head: int, capacity: int, head_dim: int, dtype) -> "KVCache":
@@ -96,17 +98,22 @@ class KVSlots:
         room: int,
         slot: jax.Array | None = None,
         slots: jax.Array | None = None,
+        in_place: bool = False,
     ) -> KVCache:
         """Opens all rows (or the one row `slot`, or the rows `slots` (b,) int32) for up to `room` more tokens.
 
         start (b,) int32 counts the valid tokens of each row, visible (static) must be at least the maximum of those
         that matter, and start + room must not exceed the capacity: XLA would clamp the later write silently, so the
-        caller checks.
+        caller checks. in_place: old tokens stay where they are, instead of being copied once for the whole call; only
+        where `reads_in_place` is it a gain.
         """
         B, G, S, D = self.keys[0].shape
         rows = 1 if slot is not None else B if slots is None else slots.shape[0]
-        old_keys = old_values = None
-        if visible:
+        old_keys = old_values = places = None
+        if visible and in_place:
+            old_keys, old_values = ([x.reshape(B * G, S, D) for x in xs] for xs in (self.keys, self.values))
+            places = jnp.arange(B) if slot is None and slots is None else slots if slot is None else slot[None]
+        elif visible:
             at = (0 if slot is None else slot, 0, 0, 0)
 
             def old(storage):
@@ -117,7 +124,8 @@ class KVSlots:
                 return chosen.reshape(rows * G, visible, D)
 
             old_keys, old_values = [old(k) for k in self.keys], [old(v) for v in self.values]
-        return _open(len(self.keys), (rows, G, room, D), self.keys[0].dtype, old_keys, old_values, start, S)
+        cache = _open(len(self.keys), (rows, G, room, D), self.keys[0].dtype, old_keys, old_values, start, S)
+        return replace(cache, places=places)
 
     def commit(self, cache: KVCache, slot: jax.Array | None = None, slots: jax.Array | None = None) -> "KVSlots":
         """Writes the whole buffer of a view, opened with the same `slot` or `slots`, after each row's old tokens.
@@ -129,26 +137,30 @@ class KVSlots:
             return self.write(cache.new_keys, cache.new_values, cache.start, slot)
 
         def put(i, storage: "KVSlots") -> "KVSlots":  # one row after the other: each must be a slot of its own
-            def row(buffers):
-                return [jax.lax.dynamic_slice_in_dim(b, i * G, G) for b in buffers]
+            keys, values = self.row(cache.new_keys, i), self.row(cache.new_values, i)
+            return storage.write(keys, values, cache.start[i][None], slots[i])
 
-            return storage.write(row(cache.new_keys), row(cache.new_values), cache.start[i][None], slots[i])
-
-        G = self.keys[0].shape[1]
         return jax.lax.fori_loop(0, slots.shape[0], put, self)
 
-    def write(
-        self, keys, values, start: jax.Array, slot: jax.Array | None = None, keep: jax.Array | None = None
-    ) -> "KVSlots":
-        """As `commit`, given the buffers themselves. keep (bool scalar, only with a slot): leave what is there."""
+    def row(self, buffers: list[jax.Array], i: int | jax.Array) -> list[jax.Array]:
+        """Row i of a cache's buffers (b * G, room, D): (G, room, D) of each layer."""
+        G = self.keys[0].shape[1]
+        return [jax.lax.dynamic_slice_in_dim(buffer, i * G, G) for buffer in buffers]
+
+    def buffers(self, rows: int, room: int) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Empty buffers of a cache: keys and values (rows * G, room, D) of each layer."""
+        _, G, _, D = self.keys[0].shape
+        zeros = jnp.zeros((rows * G, room, D), self.keys[0].dtype)
+        return [zeros] * len(self.keys), [zeros] * len(self.values)
+
+    def write(self, keys, values, start: jax.Array, slot: jax.Array | None = None) -> "KVSlots":
+        """As `commit`, given the buffers themselves."""
 
         def put(storage, new):
             _, G, _, D = storage.shape
             new = new.reshape(-1, G, new.shape[1], D)
             if slot is not None:
                 at = (slot, 0, start[0], 0)
-                if keep is not None:
-                    new = jnp.where(keep, jax.lax.dynamic_slice(storage, at, new.shape), new)
                 return jax.lax.dynamic_update_slice(storage, new, at)
             return jax.vmap(lambda s, n, at: jax.lax.dynamic_update_slice(s, n, (0, at, 0)))(storage, new, start)
 
@@ -177,6 +189,11 @@ def _open(n_layer, shape, dtype, old_keys, old_values, start, capacity) -> KVCac
     return KVCache(old_keys, old_values, zeros(), zeros(), start, jnp.zeros((), jnp.int32), capacity)
 
 
+def reads_in_place(dtype, platform: str) -> bool:
+    """Whether one token per row is left to the kernel, which reads a row's tokens wherever they lie."""
+    return platform == "cpu" and dtype == jnp.float32 and cpu_kernels.available("decode_attention")
+
+
 def cached_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int, window: int | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -198,9 +215,10 @@ def cached_attention(
 
     new_keys, new_values = append(cache.new_keys[layer], k), append(cache.new_values[layer], v)
     q = q.reshape(b, T, G, H // G, D).swapaxes(1, 2).reshape(b * G, T * H // G, D)
-    old = (
-        None if cache.old_keys is None or cache.old_values is None else (cache.old_keys[layer], cache.old_values[layer])
-    )
+    old = None
+    if cache.old_keys is not None and cache.old_values is not None:
+        places = jnp.arange(b) if cache.places is None else cache.places
+        old = cache.old_keys[layer], cache.old_values[layer], places
     arguments = q, old, (new_keys, new_values), cache.start, cache.filled
     formula = functools.partial(_attend, (b, T, H, G, D), window)
     if T == 1 and q.dtype == dtype == jnp.float32 and cpu_kernels.available("decode_attention"):
@@ -213,16 +231,21 @@ def cached_attention(
 def _kernel(window: int | None, q, old, new, start, filled) -> jax.Array:
     """The same as `_attend` for one token per row, as a custom call."""
     if old is None:
-        old, start = new, jnp.zeros_like(start)  # none of it is valid
+        old, start = (*new, jnp.zeros_like(start)), jnp.zeros_like(start)  # none of it is valid
     width = jnp.int32(-1 if window is None else window)
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     return jax.ffi.ffi_call("decode_attention", out)(q, *old, *new, start, filled, width)
 
 
 def _attend(sizes, window: int | None, q, old, new, start, filled) -> jax.Array:
-    """q (b * G, T * H / G, D) against old keys and values (b * G, S, D) and the call's buffers: the shape of q."""
+    """q (b * G, T * H / G, D) against old keys and values (B * G, S, D), of which row r has place places[r] of B, and
+    the call's buffers (b * G, room, D): the shape of q."""
     b, T, H, G, D = sizes
     new_keys, new_values = new
+    if old is not None:
+        *old, places = old
+        whole = [x.reshape(-1, G, *x.shape[1:]) for x in old]
+        old = [jnp.take(x, places, axis=0, mode="clip").reshape(b * G, *x.shape[2:]) for x in whole]
 
     def score(keys, visible):  # visible (b or 1, T, S), per row and query
         s = jax.lax.dot_general(q, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)

@@ -82,10 +82,14 @@ class Request:
     tool: "Future[Any] | None" = None  # the calculator is at work; the row waits
 
     @property
+    def left(self) -> int:
+        """How many tokens of the prompt are still to be prefilled: all but the last, which the decode loop is fed."""
+        return len(self.prompt) - 1 - self.prefilled
+
+    @property
     def ready(self) -> bool:
-        """Whether the row can decode: no tool is awaited and all of the prompt but its last token is in the slot (that
-        one is fed to the decode loop)."""
-        return self.prefilled == len(self.prompt) - 1 and self.tool is None
+        """Whether the row can decode: no tool is awaited and all of the prompt that is to be prefilled has been."""
+        return self.left == 0 and self.tool is None
 
     @property
     def position(self) -> int:

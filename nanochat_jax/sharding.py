@@ -115,6 +115,12 @@ def rows_spec() -> PartitionSpec:
     return PartitionSpec(AXES)
 
 
+def rows_over_data_spec() -> PartitionSpec:
+    """The same on a mesh that has devices along DATA alone, as compiled programs name it in what they return: an array
+    that is made by the other name makes the first program it meets one of its own kind."""
+    return PartitionSpec(DATA)
+
+
 def batch_spec(ndim: int = 3) -> PartitionSpec:
     """Outside training (every device holds the whole model): rows of (..., rows, T) arrays go to all devices."""
     return PartitionSpec(*[None] * (ndim - 2), AXES, None)

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from nanochat_jax import decode, sharding
-from nanochat_jax.kv_cache import KVSlots
+from nanochat_jax.kv_cache import KVSlots, reads_in_place
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
+PROMPTS, SHORT_PROMPT = 4, 64  # one call prefills up to so many prompts that are no longer than this
 SMALLEST_VISIBLE = 64
 
 
@@ -43,8 +44,10 @@ class SlotPrograms:
         # are written too, and XLA would move such a write back over valid tokens rather than let it overhang.
         self._physical = max(_round_up(capacity, SMALLEST_VISIBLE), capacity + max(room, SMALLEST_BUCKET))
         shape = config.n_layer, self.slots, config.n_kv_head, self._physical, config.head_dim, config.dtype
-        place = None if self.mesh is None else sharding.named(self.mesh, sharding.rows_spec())
+        place = None if self.mesh is None else sharding.named(self.mesh, sharding.rows_over_data_spec())
         self.storage = KVSlots.create(*shape, sharding=place)
+        platform = devices[0].platform if devices else jax.default_backend()
+        self._in_place = reads_in_place(config.dtype, platform)
 
     def set_params(self, params: Any) -> None:
         """New parameters, cast and placed once: matmuls would cast the weights for every token."""
@@ -60,24 +63,51 @@ class SlotPrograms:
         pair[target // self.per_device] = source % self.per_device, target % self.per_device
         self.storage = decode.copy_row(self.storage, pair, visible=self._visible(tokens), mesh=self.mesh)
 
-    def prefill(self, turn: Sequence[tuple[int, int, Sequence[int]]]) -> tuple[int, list[int]]:
-        """One chunk of at most one prompt on each device: (slot, how much of it is there, the tokens to come).
+    def joins(self, turn: Sequence[tuple[int, int, int]], slot: int, begin: int, left: int) -> bool:
+        """Whether a prompt may be prefilled in one call with those of `turn`: (slot, how much of it is there, how many
+        tokens are to come).
 
-        Returns what it cost, in tokens, and how many tokens of each were taken.
+        Any may, if there is one on each device; else those that would go through the same program alone, up to
+        `_at_once` on a device.
         """
-        begins = [begin for _, begin, _ in turn]
-        left = min(PREFILL_CHUNK, max(len(tokens) for *_, tokens in turn))
-        length = min(_bucket(left), 1 << ((self._physical - max(begins)).bit_length() - 1))
-        ids = np.zeros((self.devices, length), np.int32)
-        where = np.zeros((self.devices, 3), np.int32)
+        devices = [other // self.per_device for other, *_ in turn]
+        mine = devices.count(slot // self.per_device)
+        if mine == 0 and len(set(devices)) == len(devices):
+            return True
+        length, visible = self._chunk(begin, left)
+        return mine < self._at_once(length) and all(self._chunk(*other) == (length, visible) for _, *other in turn)
+
+    def _chunk(self, begin: int, left: int) -> tuple[int, int]:
+        """A prompt's next chunk: how long it is, and how many old tokens it may look at."""
+        fits = 1 << ((self._physical - begin).bit_length() - 1)
+        return min(_bucket(min(PREFILL_CHUNK, left)), fits), self._visible_to_prompts(begin)
+
+    def _at_once(self, length: int) -> int:
+        """Prompts of one device that are prefilled in one call, where it takes `length` tokens of each."""
+        return min(PROMPTS, self.per_device) if length <= SHORT_PROMPT else 1
+
+    def prefill(self, turn: Sequence[tuple[int, int, Sequence[int]]]) -> tuple[int, list[int]]:
+        """One chunk of each of some prompts that `joins` lets together: (slot, how much of it is there, the tokens to
+        come).
+
+        Returns what it cost, in tokens of a device, and how many tokens of each were taken.
+        """
+        chunks = [self._chunk(begin, len(tokens)) for _, begin, tokens in turn]
+        visible = max(visible for _, visible in chunks)
+        length = min(max(n for n, _ in chunks), *(1 << ((self._physical - b).bit_length() - 1) for _, b, _ in turn))
+        ids = np.zeros((self.devices, self._at_once(length), length), np.int32)
+        where = np.zeros((self.devices, self._at_once(length), 3), np.int32)
+        filled = [0] * self.devices
         taken = []
         for slot, begin, tokens in turn:
             device, place = divmod(slot, self.per_device)
+            row = filled[device]
+            filled[device] += 1
             taken.append(min(length, len(tokens)))
-            ids[device, : taken[-1]] = tokens[: taken[-1]]
-            where[device] = place, begin, 1
-        self._prefill(ids, where, self._visible_to_prompts(max(begins)))
-        return length, taken
+            ids[device, row, : taken[-1]] = tokens[: taken[-1]]
+            where[device, row] = place, begin, 1
+        self._prefill(ids.reshape(-1, length), where.reshape(-1, 3), visible)
+        return length * max(filled), taken
 
     def _prefill(self, ids: np.ndarray, where: np.ndarray, visible: int) -> None:
         self.storage = decode.prefill(
@@ -101,17 +131,22 @@ class SlotPrograms:
         sizes = itertools.takewhile(lambda size: size < self.per_device, (4**i for i in itertools.count()))
         return [*sizes, self.per_device]
 
-    def decode(self, chosen: np.ndarray, rows: np.ndarray, shared: np.ndarray, longest: int) -> np.ndarray:
+    def decode(
+        self, chosen: np.ndarray, rows: np.ndarray, shared: np.ndarray, longest: int, meanwhile: Callable[[], None]
+    ) -> np.ndarray:
         """One call over the chosen slots, of which the longest that matters holds `longest` tokens.
 
-        rows and shared as `decode.decode` wants them; returns what that does, one row per device.
+        rows and shared as `decode.decode` wants them; returns what that does, one row per device. meanwhile: called
+        while the device is at work.
         """
-        return np.asarray(self._decode(chosen, rows, shared, self._visible(longest))).reshape(self.devices, -1)
+        packed = self._decode(chosen, rows, shared, self._visible_to_rows(longest))
+        meanwhile()
+        return np.asarray(packed).reshape(self.devices, -1)
 
     def _decode(self, chosen, rows, shared, visible: int) -> jax.Array:
         packed, self.storage = decode.decode(
             self._model, self._config, self.params, self.storage, chosen.ravel(), rows, shared,
-            visible=visible, room=self.room, logprobs=self._logprobs, mesh=self.mesh,
+            visible=visible, room=self.room, logprobs=self._logprobs, in_place=self._in_place, mesh=self.mesh,
         )  # fmt: skip
         return packed
 
@@ -120,6 +155,10 @@ class SlotPrograms:
         if tokens == 0:
             return 0
         return min(max(SMALLEST_VISIBLE, 1 << (tokens - 1).bit_length()), _round_up(self.capacity, SMALLEST_VISIBLE))
+
+    def _visible_to_rows(self, tokens: int) -> int:
+        """The same for a decode call. What is read in place is read only as far as it is valid: one program does."""
+        return self._visible(self.capacity if self._in_place else tokens)
 
     def _visible_to_prompts(self, tokens: int) -> int:
         """The same for a prompt's chunk, of which there are programs for each length too: powers of four."""
@@ -134,7 +173,8 @@ class SlotPrograms:
         beginnings = sorted({self._visible_to_prompts(n) for n in range(self.capacity)})
         chunks = [(v, n) for v in beginnings for n in lengths if n <= self._physical]
         batches = [np.tile(np.arange(n, dtype=np.int32), self.devices) for n in self.batch_sizes()]
-        total, done = len(sizes) * (1 + len(batches)) + len(chunks), itertools.count(1)
+        decoded = sorted({self._visible_to_rows(n) for n in range(self.capacity + 1)})
+        total, done = len(sizes) + len(decoded) * len(batches) + len(chunks), itertools.count(1)
         progress(0, total)
         before = decode.compiled_programs()
         shared = np.zeros((self.devices, decode.N_SHARED + 2), np.int32)
@@ -143,12 +183,13 @@ class SlotPrograms:
                 self.storage, np.zeros((self.devices, 2), np.int32), visible=visible, mesh=self.mesh
             )
             progress(next(done), total)
+        for visible in decoded:
             for chosen in batches:
                 self._decode(chosen, np.zeros((chosen.size, decode.N_COLUMNS + self.room), np.int32), shared, visible)
                 progress(next(done), total)
         for visible, length in chunks:
-            where = np.zeros((self.devices, 3), np.int32)
-            self._prefill(np.zeros((self.devices, length), np.int32), where, visible)
+            rows = self.devices * self._at_once(length)
+            self._prefill(np.zeros((rows, length), np.int32), np.zeros((rows, 3), np.int32), visible)
             progress(next(done), total)
         return decode.compiled_programs() - before
 

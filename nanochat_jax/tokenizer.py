@@ -316,12 +316,12 @@ class Tokenizer:
         return rendering.visualize_tokenization(ids, mask, self.decode, with_token_id)
 
     def stream_decoder(self) -> "StreamDecoder":
-        """A decoder to feed one id at a time."""
+        """A decoder to feed ids as they come."""
         return StreamDecoder(self)
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time, holding back the bytes of an unfinished character.
+    """Turns ids into text as they come, holding back the bytes of an unfinished character.
 
     Text from ``push`` and the final ``flush`` joins to exactly ``decode`` of all ids; at most three bytes wait, so the
     cost per token does not grow with the text.
@@ -331,9 +331,9 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token: int) -> str:
-        """The text that this id completes ("" while a character is unfinished)."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+    def push(self, *tokens: int) -> str:
+        """The text that these ids complete ("" while a character is unfinished)."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(tokens))
 
     def flush(self) -> str:
         """The end: U+FFFD if a character was left unfinished, else ""."""

@@ -73,7 +73,7 @@ def toy_engine(slots: int = 4, tokenizer=None, pause: float = 0.0, **options) ->
     engine = Engine(config, Toy.params(), tokenizer, **settings)
     if pause:
         step = engine.step
-        engine.step = lambda: (time.sleep(pause), step())[1]
+        engine.step = lambda *arguments: (time.sleep(pause), step(*arguments))[1]
     return engine
 
 

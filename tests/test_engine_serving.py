@@ -284,6 +284,51 @@ def test_rows_that_stop_do_not_lose_or_change_tokens(tiny):
         assert len(together[i]) == s["max_tokens"] == len(requests[i].masks)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_short_prompts_are_prefilled_together(tiny, devices, monkeypatch):
+    engine = make(tiny, slots=14, devices=jax.devices()[:devices])
+    shapes = []
+    original = decode.prefill
+    monkeypatch.setattr(decode, "prefill", lambda *a, **k: shapes.append(a[4].shape) or original(*a, **k))
+    prompts = [prompt_of(i, 2 + i) for i in range(12)] + [prompt_of(20, 100), prompt_of(21, 30)]
+    requests = [engine.submit(p, 6, temperature=0.9, seed=i) for i, p in enumerate(prompts)]
+    together = drain(engine, *requests)
+    if devices == 1:
+        assert shapes == [(4, 16)] * 3 + [(1, 128), (4, 32)]
+    else:  # six short ones on each
+        assert shapes[:2] == [(8, 16)] * 2 and len(shapes) <= 4
+    one = make(tiny, slots=1)
+    for i, prompt in enumerate(prompts):
+        assert drain(one, one.submit(prompt, 6, temperature=0.9, seed=i)) == [together[i]]
+
+
+def test_only_prompts_of_one_program_are_prefilled_together(tiny):
+    programs = make(tiny, slots=8, capacity=500)._programs
+    turn = [(slot, 0, 16) for slot in range(4)]
+    assert [programs.joins(turn[:n], 7, 0, 5) for n in range(5)] == [True] * 4 + [False]
+    assert not programs.joins(turn[:1], 7, 0, 17) and programs.joins([(0, 0, 17)], 7, 0, 32)
+    assert not programs.joins([(0, 0, 65)], 7, 0, 65), "one call would make the others wait"
+    assert not programs.joins(turn[:1], 7, 60, 5), "it would look at old tokens, which the first has not"
+    assert programs.joins([(0, 60, 7)], 7, 1, 5) and not programs.joins([(0, 60, 7)], 7, 65, 5)
+
+
+def test_what_is_to_be_done_meanwhile_is_done_once_while_the_device_works(tiny, monkeypatch):
+    engine, log = make(tiny), []
+    original = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *a, **k: log.append("decode") or original(*a, **k))
+
+    def step(**settings):
+        log.clear()
+        events = engine.step(lambda: log.append("meanwhile"), **settings)
+        return log.copy(), [len(event.tokens) for event in events]
+
+    assert step() == (["meanwhile"], [])
+    engine.submit([1, 2, 3], 6)
+    assert step() == (["decode", "meanwhile"], [4])
+    assert step(steps=1) == (["decode", "meanwhile"], [1])
+    assert step(steps=99) == (["decode", "meanwhile"], [1])
+
+
 def test_only_as_many_rows_are_decoded_as_there_are_requests(tiny, monkeypatch):
     engine, sizes = make(tiny, slots=8), []
     original = decode.decode
@@ -335,12 +380,14 @@ def test_devices_do_not_talk_to_each_other_and_nothing_is_copied(spread):
     B = spread.slots
     chosen = np.tile(np.arange(B // 4, dtype=np.int32), 4)
     rows, shared = zeros((B, decode.N_COLUMNS + 4), np.int32), zeros((4, decode.N_SHARED + 2), np.int32)
-    ids, where = zeros((4, 16), np.int32), zeros((4, 3), np.int32)
+    ids, where = zeros((4, 16), np.int32), zeros((4, 3), np.int32)  # one row a device
     slots = spread._programs
     common = spread.model, spread.config, slots.params, slots.storage
     programs: Any = decode
     texts = [
-        programs.decode.lower(*common, chosen, rows, shared, visible=64, room=4, logprobs=True, mesh=slots.mesh),
+        programs.decode.lower(
+            *common, chosen, rows, shared, visible=64, room=4, logprobs=True, in_place=slots._in_place, mesh=slots.mesh
+        ),
         programs._compute.lower(*common, ids, where, visible=64, mesh=slots.mesh),
     ]
     texts = [lowered.compile().as_text() for lowered in texts]

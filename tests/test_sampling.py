@@ -11,7 +11,11 @@ from nanochat_jax import cpu_kernels, sampling
 from tests.tokenizer_fixtures import golden
 
 N = 5000
-draw: Any = jax.jit(sampling.sample)
+
+
+@jax.jit
+def draw(logits, temperature, top_k, top_p, seed, stream, count) -> Any:
+    return sampling.sample(logits, temperature, top_k, top_p, sampling.uniforms(seed, stream, count))
 
 
 def call(

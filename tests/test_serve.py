@@ -1,5 +1,6 @@
 """The server beside OpenAI's API: health, the reference's events, metrics, the page, failures, swaps, shutdown."""
 
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -15,7 +16,7 @@ import pytest
 from nanochat_jax.serve import page
 from nanochat_jax.serve.main import make_server
 from nanochat_jax.serve.service import Answer
-from nanochat_jax.serve.worker import Update
+from nanochat_jax.serve.worker import Sampling, Update
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.serve_fixtures import BASE, CAPACITY, CHAT, HI, Toy, serving, toy_engine
 from tests.tokenizer_fixtures import golden_tokenizer
@@ -200,7 +201,7 @@ def test_a_failing_step_is_told_to_everyone(caplog):
     with serving(engine) as running:
         stream = running.openai().chat.completions.create(model="tiny", messages=HI, stream=True, max_tokens=110)
         next(iter(stream))
-        engine.step = lambda: (_ for _ in ()).throw(RuntimeError("secret detail of the device"))
+        engine.step = lambda *arguments: (_ for _ in ()).throw(RuntimeError("secret detail of the device"))
         with pytest.raises(openai.APIError) as caught:
             list(stream)
         assert caught.value.code == "worker_failed" and "secret" not in caught.value.message
@@ -223,7 +224,7 @@ def test_an_endpoint_that_breaks_says_nothing_of_the_inside(tiny, monkeypatch):
 def test_health_answers_while_a_step_takes_its_time():
     engine = toy_engine()
     step, gate = engine.step, threading.Event()
-    engine.step = lambda: (gate.wait(), step())[1]
+    engine.step = lambda *arguments: (gate.wait(), step(*arguments))[1]
     with serving(engine) as running:
         threading.Thread(target=lambda: running.post("/v1/completions", prompt="a", max_tokens=3)).start()
         running.until(lambda: running.http.get("/health").json()["waiting"] == 1)
@@ -238,6 +239,34 @@ def test_health_answers_while_a_step_takes_its_time():
 
 
 # --- hanging up, swapping, stopping ---------------------------------------------------------------
+
+
+def test_the_call_after_an_answer_is_a_short_one_if_a_slot_is_free():
+    """Who got it may ask again at once, and is let in as soon as that call is over."""
+    engine = toy_engine(slots=2, steps_per_call=16)
+    step, log = engine.step, []
+
+    def watched(*arguments):
+        events = step(*arguments)
+        if events:
+            log.append((arguments[1], any(event.finished for event in events)))
+        return events
+
+    engine.step = watched
+    with serving(engine) as running:
+        worker = running.worker
+
+        async def ask() -> None:
+            for n in (5, 100):
+                worker.submit([[1, 2]], 1, Sampling(n, 1.0, 0, 1.0, 0))
+
+        assert worker._loop is not None
+        asyncio.run_coroutine_threadsafe(ask(), worker._loop).result()
+        running.idle()
+    steps, ended = zip(*log, strict=True)
+    first = ended.index(True)
+    assert steps[first + 1] == 2 and ended.count(True) == 2
+    assert {*steps[: first + 1], *steps[first + 2 :]} == {None}, "the others are as long as ever"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])

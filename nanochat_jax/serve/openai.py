@@ -150,12 +150,15 @@ async def conversation_prompt(
     """
     newest = messages[-1:] if truncate else messages
     _check_length(service, sum(_characters(m["content"]) for m in newest), "messages")
+    characters = sum(_characters(m["content"]) for m in messages)
     try:
         if truncate:
             reserve = min(sampling.max_tokens, service.capacity // 2)
-            prompt, _ = await service.off_loop(fit_history, messages, service.tokenizer, service.capacity, reserve)
+            prompt, _ = await service.tokenize(
+                characters, fit_history, messages, service.tokenizer, service.capacity, reserve
+            )
             return prompt
-        prompt = await service.off_loop(chat_prompt, messages, service.tokenizer)
+        prompt = await service.tokenize(characters, chat_prompt, messages, service.tokenizer)
         if len(prompt) > service.capacity:
             raise ContextOverflow(len(prompt), service.capacity)
         return prompt
@@ -188,7 +191,7 @@ async def _text_prompts(service: Service, prompt: Any) -> list[list[int]]:
     for text in given:
         if isinstance(text, str):
             _check_length(service, len(text), "prompt")
-            ids = [service.tokenizer.bos_id, *await service.off_loop(service.tokenizer.encode_text, text)]
+            ids = [service.tokenizer.bos_id, *await service.tokenize(len(text), service.tokenizer.encode_text, text)]
         else:
             ids = text
             if max(ids) >= service.worker.engine.config.vocab_size:

@@ -12,8 +12,8 @@ const BYTES_PER_THREAD: usize = 128 << 10;
 
 /// n = rows * groups problems: softmax(q keys / sqrt(D)) values, for each of H heads that share keys and values.
 ///
-/// Row r attends to its first start[r] old tokens and to filled + 1 new ones, of these only to the last window + 1 if
-/// the window is not negative.
+/// Row r attends to its first start[r] old tokens, which are those of the old arrays' row places[r] (to none if that is
+/// negative), and to filled + 1 new ones, of these only to the last window + 1 if the window is not negative.
 pub struct Attention {
     isa: Isa,
     q: *const f32,
@@ -26,6 +26,7 @@ pub struct Attention {
     dim: usize,
     old: usize,
     new: usize,
+    places: Vec<i32>,
     start: Vec<i32>,
     groups: usize,
     filled: usize,
@@ -42,18 +43,19 @@ unsafe impl Sync for Attention {}
 pub type Arrays = (*const f32, *const f32, *const f32, *const f32, *const f32, *mut f32);
 
 impl Attention {
-    /// Plans the work. None if more tokens are said to be valid than there is room for.
+    /// Plans the work. None if more tokens are said to be valid than there is room for, or a place is none.
     ///
-    /// sizes: n, H, D, and how many old and new tokens the arrays have room for.
+    /// sizes: n, H, D, the old arrays' N, and how many old and new tokens the arrays have room for. rows: their places,
+    /// and how many old tokens of each are valid.
     ///
     /// # Safety
-    /// The processor has `isa`, start's length divides n, and the pointers are good for arrays (n, H, D), twice
-    /// (n, old, D), twice (n, new, D) and (n, H, D) until `wait` has returned.
+    /// The processor has `isa`, the rows' number divides n, and the pointers are good for arrays (n, H, D), twice
+    /// (N, old, D), twice (n, new, D) and (n, H, D) until `wait` has returned.
     pub unsafe fn new(
         isa: Isa,
         arrays: Arrays,
-        (n, heads, dim, old, new): (usize, usize, usize, usize, usize),
-        start: Vec<i32>,
+        (n, heads, dim, n_old, old, new): (usize, usize, usize, usize, usize, usize),
+        (places, start): (Vec<i32>, Vec<i32>),
         filled: i32,
         window: i32,
         threads: usize,
@@ -61,7 +63,11 @@ impl Attention {
         let (q, old_keys, old_values, new_keys, new_values, y) = arrays;
         let filled = usize::try_from(filled).ok().filter(|&filled| filled < new)?;
         let groups = n / start.len().max(1);
+        if places.iter().any(|&place| place >= 0 && (place as usize + 1) * groups > n_old) {
+            return None;
+        }
         let window = usize::try_from(window).ok();
+        let start: Vec<_> = start.iter().zip(&places).map(|(&s, &place)| if place < 0 { 0 } else { s }).collect();
         let lengths = start.iter().map(|&s| (s.max(0) as usize).min(old) + filled + 1);
         let tokens: usize = lengths.map(|length| length.min(window.map_or(usize::MAX, |w| w + 1))).sum();
         let bytes = tokens * groups * dim * 2 * size_of::<f32>();
@@ -79,6 +85,7 @@ impl Attention {
             dim,
             old,
             new,
+            places,
             start,
             groups,
             filled,
@@ -157,9 +164,11 @@ mod x86 {
         scores.resize(n_old + n_new, 0.0);
         let scale = 1.0 / (a.dim as f32).sqrt();
         unsafe {
-            let of = |array: *const f32, room: usize, from: usize| array.add((problem * room + from) * a.dim);
-            let keys = [(of(a.old_keys, a.old, old.0), n_old), (of(a.new_keys, a.new, new.0), n_new)];
-            let values = [(of(a.old_values, a.old, old.0), n_old), (of(a.new_values, a.new, new.0), n_new)];
+            let place = a.places[problem / a.groups].max(0) as usize * a.groups + problem % a.groups;
+            let of_old = |array: *const f32| (array.add((place * a.old + old.0) * a.dim), n_old);
+            let of_new = |array: *const f32| (array.add((problem * a.new + new.0) * a.dim), n_new);
+            let keys = [of_old(a.old_keys), of_new(a.new_keys)];
+            let values = [of_old(a.old_values), of_new(a.new_values)];
             for head in 0..a.heads {
                 let at = (problem * a.heads + head) * a.dim;
                 let (before, after) = scores.split_at_mut(n_old);

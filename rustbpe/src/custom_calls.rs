@@ -20,7 +20,7 @@ pub unsafe extern "C" fn skinny_matmul(frame: *mut CallFrame) -> Error {
 
 fn product(frame: &CallFrame) -> Result<Product, &'static CStr> {
     let isa = Isa::detect().ok_or(NO_VECTORS)?;
-    let wrong = c"skinny_matmul wants float32 x (m, k), w (k, n) and y (m, n) with m at most 32";
+    let wrong = c"skinny_matmul wants float32 x (m, k), w (k, n) and y (m, n) with m at most 64";
     if frame.arity().ok_or(OTHER_XLA)? != (2, 1) {
         return Err(wrong);
     }
@@ -34,8 +34,8 @@ fn product(frame: &CallFrame) -> Result<Product, &'static CStr> {
     Ok(unsafe { Product::new(isa, (x, w, y), (m, k, n), frame.threads()) })
 }
 
-/// Arguments q (n, H, D), old keys and values (n, S, D), new keys and values (n, R, D), all float32, start (b,), filled
-/// and window (scalars), all int32; result (n, H, D). See `attend`.
+/// Arguments q (n, H, D), old keys and values (N, S, D), new keys and values (n, R, D), all float32, places (b,), start
+/// (b,), filled and window (scalars), all int32; result (n, H, D). See `attend`.
 ///
 /// # Safety
 /// For XLA alone to call.
@@ -46,30 +46,40 @@ pub unsafe extern "C" fn decode_attention(frame: *mut CallFrame) -> Error {
 fn attention(frame: &CallFrame) -> Result<Attention, &'static CStr> {
     let isa = Isa::detect().ok_or(NO_VECTORS)?;
     let wrong =
-        c"decode_attention wants float32 q (n, H, D), old keys and values (n, S, D), new ones (n, R, D), int32 \
-                  start (b,), filled (), window (), b dividing n";
-    if frame.arity().ok_or(OTHER_XLA)? != (8, 1) {
+        c"decode_attention wants float32 q (n, H, D), old keys and values (N, S, D), new ones (n, R, D), int32 \
+                  places (b,), start (b,), filled (), window (), b dividing n";
+    if frame.arity().ok_or(OTHER_XLA)? != (9, 1) {
         return Err(wrong);
     }
     let (q, [n, heads, dim]) = frame.argument(0).ok_or(wrong)?;
     let (old_keys, [n_old, old, dim_old]) = frame.argument(1).ok_or(wrong)?;
     let (old_values, old_shape) = frame.argument(2).ok_or(wrong)?;
-    let (new_keys, [n_new, new, dim_new]) = frame.argument(3).ok_or(wrong)?;
-    let (new_values, new_shape) = frame.argument(4).ok_or(wrong)?;
-    let (start, [rows]) = frame.argument::<i32, 1>(5).ok_or(wrong)?;
-    let (filled, []) = frame.argument::<i32, 0>(6).ok_or(wrong)?;
-    let (window, []) = frame.argument::<i32, 0>(7).ok_or(wrong)?;
+    let (places, [placed]) = frame.argument::<i32, 1>(3).ok_or(wrong)?;
+    let (new_keys, [n_new, new, dim_new]) = frame.argument(4).ok_or(wrong)?;
+    let (new_values, new_shape) = frame.argument(5).ok_or(wrong)?;
+    let (start, [rows]) = frame.argument::<i32, 1>(6).ok_or(wrong)?;
+    let (filled, []) = frame.argument::<i32, 0>(7).ok_or(wrong)?;
+    let (window, []) = frame.argument::<i32, 0>(8).ok_or(wrong)?;
     let (y, y_shape) = frame.result(0).ok_or(wrong)?;
-    let shapes = [n_old, n_new] == [n, n] && [dim_old, dim_new] == [dim, dim] && y_shape == [n, heads, dim];
-    if !shapes || old_shape != [n, old, dim] || new_shape != [n, new, dim] || !n.is_multiple_of(rows.max(1)) {
+    let shapes = n_new == n && [dim_old, dim_new] == [dim, dim] && y_shape == [n, heads, dim] && placed == rows;
+    if !shapes || old_shape != [n_old, old, dim] || new_shape != [n, new, dim] || !n.is_multiple_of(rows.max(1)) {
         return Err(wrong);
     }
     // SAFETY: XLA's arrays have the shapes it says and live until the call returns, and so until `wait` has.
     unsafe {
         let start = std::slice::from_raw_parts(start, rows).to_vec();
+        let places = std::slice::from_raw_parts(places, rows).to_vec();
         let arrays = (q, old_keys, old_values, new_keys, new_values, y);
-        Attention::new(isa, arrays, (n, heads, dim, old, new), start, *filled, *window, frame.threads())
-            .ok_or(c"decode_attention: more tokens are said to be valid than the arrays hold")
+        Attention::new(
+            isa,
+            arrays,
+            (n, heads, dim, n_old, old, new),
+            (places, start),
+            *filled,
+            *window,
+            frame.threads(),
+        )
+        .ok_or(c"decode_attention: rows or tokens are said to be where the arrays have none")
     }
 }
 

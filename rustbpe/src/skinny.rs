@@ -1,7 +1,7 @@
 //! The product of a few rows with a large matrix, as fast as memory delivers the matrix.
 //!
 //! A general matrix product first copies the matrix into panels, which pays when many rows use them. For up to
-//! thirty-two rows the matrix is best read once and where it lies: a block of columns at a time, a few of its rows
+//! sixty-four rows the matrix is best read once and where it lies: a block of columns at a time, a few of its rows
 //! together, the next ones on their way from memory, the block's sums in the first-level cache. Blocks are what threads
 //! share.
 //!
@@ -11,7 +11,7 @@
 use crate::parts::{Job, Parts};
 pub use crate::vector::Isa;
 
-pub const MAX_ROWS: usize = 32;
+pub const MAX_ROWS: usize = 64;
 
 /// Rows of the matrix that are read together, one stream of memory each.
 const DEPTH: usize = 32;
