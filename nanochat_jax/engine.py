@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from nanochat_jax import decode, gpt
-from nanochat_jax.request import Event, Request, SpecialTokens, TextCoder, checked_prompt
+from nanochat_jax.request import Event, Request, SpecialTokens, TextCoder, new_request
 from nanochat_jax.slot_programs import PREFILL_CHUNK, SlotPrograms
 from nanochat_jax.slot_table import SlotTable
 from nanochat_jax.tools import use_calculator
@@ -131,27 +131,10 @@ class Engine:
         answer depends on these, not on what else runs. run_on: do not stop at an end token (only set `ended`). Raises
         ValueError for settings that cannot work, naming the numbers.
         """
-        prompt = checked_prompt(tokens, self.config.vocab_size)
-        if not temperature >= 0 or temperature == float("inf"):
-            raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0 or None = off), got {top_k}")
-        if top_p is not None and not 0 <= top_p <= 1:
-            raise ValueError(f"top_p must lie between 0 and 1 (1 or None = off), got {top_p}")
-        room = self.capacity - len(prompt) + 1  # the last token of an answer is never fed back
-        if len(prompt) > self.capacity:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, but a slot of this engine holds {self.capacity}")
-        if max_tokens is None:
-            max_tokens = room
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
-        if max_tokens > room:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_tokens={max_tokens} do not fit the {self.capacity} "
-                f"positions of a slot: ask for at most {room}, or build the Engine with a larger capacity"
-            )
-        k, p = min(top_k or 0, self.config.vocab_size), 1.0 if top_p is None else float(top_p)
-        request = Request(prompt, max_tokens, float(temperature), k, p, seed, stream, run_on, next(self._numbers))
+        request = new_request(
+            tokens, self.config.vocab_size, self.capacity, max_tokens, temperature, top_k, top_p, seed, stream, run_on,
+            next(self._numbers),
+        )  # fmt: skip
         if max_tokens == 0:
             request.finished = "length"
         else:

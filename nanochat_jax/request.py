@@ -153,7 +153,47 @@ class Event:
     finished: str | None
 
 
-def checked_prompt(tokens: Sequence[int], vocab_size: int) -> list[int]:
+def new_request(
+    tokens: Sequence[int],
+    vocab_size: int,
+    capacity: int,
+    max_tokens: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stream: int,
+    run_on: bool,
+    number: int,
+) -> Request:
+    """A request for a slot of `capacity` positions, its settings as `Engine.submit` takes them.
+
+    Raises ValueError for settings that cannot work, naming the numbers.
+    """
+    prompt = _checked_prompt(tokens, vocab_size)
+    if not temperature >= 0 or temperature == float("inf"):
+        raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k must be at least 0 (0 or None = off), got {top_k}")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must lie between 0 and 1 (1 or None = off), got {top_p}")
+    room = capacity - len(prompt) + 1  # the last token of an answer is never fed back
+    if len(prompt) > capacity:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, but a slot of this engine holds {capacity}")
+    if max_tokens is None:
+        max_tokens = room
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
+    if max_tokens > room:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and max_tokens={max_tokens} do not fit the {capacity} "
+            f"positions of a slot: ask for at most {room}, or build the Engine with a larger capacity"
+        )
+    k, p = min(top_k or 0, vocab_size), 1.0 if top_p is None else float(top_p)
+    return Request(prompt, max_tokens, float(temperature), k, p, seed, stream, run_on, number)
+
+
+def _checked_prompt(tokens: Sequence[int], vocab_size: int) -> list[int]:
     """The prompt as a list of ints. Raises ValueError for an empty one, or ids that the vocabulary does not have."""
     try:
         prompt = [operator.index(token) for token in tokens]
