@@ -1,5 +1,9 @@
 """--device_batch_size=auto and a memory that runs out, in a real pretraining run on simulated devices."""
 
+import contextlib
+import dataclasses
+import functools
+import io
 import random
 
 import jax
@@ -24,18 +28,24 @@ def text(tmp_path_factory):
     return folder
 
 
+def use(folder, patch) -> None:
+    """Makes `folder` the base directory."""
+    patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
+    patch.setattr(base_stage, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
+
+
+def start(folder, name: str, **changes) -> int:
+    """Trains on the text in `folder`, as a user starts it; the exit code."""
+    flags = dict(depth=1, max_seq_len=32, total_batch_size=512, num_iterations=5, eval_every=0, eval_tokens=256)
+    flags |= dict(save_every=2, data=folder / "text.txt", run_name=name, device="cpu", grad_clip=0) | changes
+    return main(["--stage=base", *(f"--{k}={v}" for k, v in flags.items())])
+
+
 @pytest.fixture
 def train(text, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(text))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
-    monkeypatch.setattr(base_stage, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
-
-    def run(name: str, **changes) -> int:
-        flags = dict(depth=1, max_seq_len=32, total_batch_size=512, num_iterations=5, eval_every=0, eval_tokens=256)
-        flags |= dict(save_every=2, data=text / "text.txt", run_name=name, device="cpu", grad_clip=0) | changes
-        return main(["--stage=base", *(f"--{k}={v}" for k, v in flags.items())])
-
-    return run
+    use(text, monkeypatch)
+    return functools.partial(start, text)
 
 
 def losses(name: str) -> list[float]:
@@ -43,26 +53,34 @@ def losses(name: str) -> list[float]:
     return [r["loss"] for r in records if r["kind"] == "train"]
 
 
+@dataclasses.dataclass
+class Auto:
+    printed: str
+    measured: list  # the bytes that each compiled program needs
+    losses: list[float]
+    rows: int  # per device
+
+
 @pytest.fixture(scope="module")
-def whole() -> list[float]:
-    """The losses of the uninterrupted run, filled in by the first test."""
-    return []
+def auto(text) -> Auto:
+    """An uninterrupted run that chose its batch itself."""
+    compiled, real = [], auto_batch.measured
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        use(text, patch)
+        patch.setattr(auto_batch, "least_free_memory", lambda: 2**33)
+        patch.setattr(auto_batch, "measured", lambda lower: compiled.append(n := real(lower)) or n)
+        assert start(text, "auto", device_batch_size="auto") == 0
+        rows = checkpoint.load_meta(checkpoint.run_dir("auto"))["settings"]["device_batch_size"]
+        return Auto(out.getvalue(), compiled, losses("auto"), rows)
 
 
 @pytest.mark.slow
-def test_auto_takes_the_largest_that_fits_and_checks_the_rest(train, whole, monkeypatch, capsys):
-    monkeypatch.setattr(auto_batch, "least_free_memory", lambda: 2**33)
-    compiled = []
-    real = auto_batch.measured
-    monkeypatch.setattr(auto_batch, "measured", lambda lower: compiled.append(n := real(lower)) or n)
-    assert train("auto", device_batch_size="auto") == 0
-    out = capsys.readouterr().out
-    assert "device batch size: 2 rows x 1 accumulated (2 needs" in out and "8.0 GiB" in out
-    assert "512 tokens = 2 rows x 32 tokens x 8 devices x 1 accumulated" in out
-    assert len(compiled) == 3 and None not in compiled  # the step, once; sampling and the evaluation
-    assert checkpoint.load_meta(checkpoint.run_dir("auto"))["settings"]["device_batch_size"] == 2
-    whole.extend(losses("auto"))
-    assert len(whole) == 5
+def test_auto_takes_the_largest_that_fits_and_checks_the_rest(auto):
+    assert "device batch size: 2 rows x 1 accumulated (2 needs" in auto.printed and "8.0 GiB" in auto.printed
+    assert "512 tokens = 2 rows x 32 tokens x 8 devices x 1 accumulated" in auto.printed
+    assert len(auto.measured) == 3 and None not in auto.measured  # the step, once; sampling and the evaluation
+    assert auto.rows == 2
+    assert len(auto.losses) == 5
 
 
 def test_what_does_not_fit_is_said_before_training(train, monkeypatch, capsys):
@@ -77,7 +95,7 @@ def test_what_does_not_fit_is_said_before_training(train, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("donated", [False, True])
-def test_a_memory_that_runs_out_halves_the_batch_and_goes_on(train, whole, monkeypatch, capsys, donated):
+def test_a_memory_that_runs_out_halves_the_batch_and_goes_on(train, auto, monkeypatch, capsys, donated):
     """From the same step where the state is still there, from the last checkpoint where the failed step took it."""
     fails, real = [True], loop._compile
 
@@ -100,7 +118,7 @@ def test_a_memory_that_runs_out_halves_the_batch_and_goes_on(train, whole, monke
     out = capsys.readouterr().out
     assert "ran out of memory at step 3" in out and "Going on with --device_batch_size=1" in out
     assert f"from step {2 if donated else 3}" in out
-    assert losses(name) == pytest.approx(whole, abs=2e-6)  # accumulation: the same step
+    assert losses(name) == pytest.approx(auto.losses, abs=2e-6)  # accumulation: the same step
     noted = [r for r in metrics.read(checkpoint.run_dir(name) / "metrics.jsonl") if r["kind"] == "incident"]
     assert noted == [{"kind": "incident", "step": 3, "what": "out of memory", "rows": 2}]
 

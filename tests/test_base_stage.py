@@ -7,11 +7,10 @@ import threading
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, gpt, metrics, sharding
+from nanochat_jax import checkpoint, metrics, sharding
 from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.shards import Shard, ShardList
 from nanochat_jax.data.text import FileDocuments
@@ -20,6 +19,7 @@ from nanochat_jax.loss import token_nll
 from nanochat_jax.stages.common import held_out
 from nanochat_jax.stages.launch import main
 from nanochat_jax.tokenizer import Tokenizer
+from tests.toy_params import toy_params
 from tests.web_server import WebServer
 
 WORDS = "the a cat dog sun moon walks sings sees under over river tree red blue and then she he".split()
@@ -79,8 +79,7 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(base):
     tokenizer = Tokenizer.load()
     rows = build_rows(FileDocuments(base / "text.txt", "all"), tokenizer, 16, split="val", max_rows=33)
     config = GPTConfig.from_depth(1, tokenizer.vocab_size, 16)
-    params = gpt.init(config, jax.random.key(0))
-    params = jax.tree.map(lambda a: a + jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) / 9, params)
+    params = toy_params(config)
     tokens = np.stack([rows[i] for i in range(33)]).astype(np.int32)
     nats = np.asarray(jax.jit(token_nll, static_argnums=0)(config, params, tokens[:, :-1], tokens[:, 1:]))
     sizes = tokenizer.token_bytes()[tokens[:, 1:]]

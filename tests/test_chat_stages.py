@@ -1,7 +1,10 @@
 """Midtraining, finetuning and reinforcement learning as a user starts them, one after the other, on the demo world."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,15 +30,46 @@ STAGES = {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A base directory with a tokenizer and a base run, on which the later stages build."""
-    folder = tmp_path_factory.mktemp("home")
+def base_folder(tmp_path_factory):
+    """A base directory with a tokenizer and the base run `toy-base`; to be copied, not to be used."""
+    folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
+        use(folder, patch)
         Tokenizer.train(demo_documents("train", 200_000), 500).save(folder / "tokenizer")
         assert stage("base", run_name="toy-base") == 0
-        yield folder
+    return folder
+
+
+@pytest.fixture
+def home(base_folder, tmp_path, monkeypatch):
+    """A base directory of this test's own, on whose `toy-base` the later stages build."""
+    use(shutil.copytree(base_folder, tmp_path / "home"), monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def chain_folder(base_folder, tmp_path_factory):
+    """The base directory after mid, sft and rl (`toy-mid`, ...), each started from the newest run that it can start
+    from, and what they printed; to be copied, not to be used."""
+    folder = shutil.copytree(base_folder, tmp_path_factory.mktemp("chain") / "home")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        use(folder, patch)
+        assert stage("mid") == 0
+        assert stage("sft", model_name="Ada") == 0
+        assert stage("rl") == 0
+    return folder, out.getvalue()
+
+
+@pytest.fixture
+def chain(chain_folder, tmp_path, monkeypatch) -> str:
+    """A base directory of this test's own with the four runs; what making the last three printed."""
+    folder, printed = chain_folder
+    use(shutil.copytree(folder, tmp_path / "home"), monkeypatch)
+    return printed
+
+
+def use(folder, patch):
+    patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
 
 
 def stage(name, **changes) -> int:
@@ -54,10 +88,8 @@ def test_without_a_midtrained_model_finetuning_starts_from_the_base(home, capsys
 
 
 @pytest.mark.slow
-def test_the_chain_and_its_rules(home, capsys):
-    assert stage("mid") == 0
-    out = capsys.readouterr().out
-    assert "mid starts from toy-base, step 3" in out
+def test_the_chain_and_its_rules(chain, capsys):
+    assert "mid starts from toy-base, step 3" in chain
     meta = checkpoint.load_meta(checkpoint.run_dir("toy-mid"))
     assert meta["stage"] == "mid" and meta["parent"] == {"run": "toy-base", "step": 3, "stage": "base"}
     base_tokenizer = (checkpoint.run_dir("toy-base") / "tokenizer.json").read_bytes()
@@ -65,7 +97,6 @@ def test_the_chain_and_its_rules(home, capsys):
     assert {"val_bpb", "val_loss"} <= set(records("toy-mid", "eval")[-1])
     assert any("Who are you?" in text for text in records("toy-mid", "sample")[-1]["texts"])
 
-    assert stage("sft", model_name="Ada") == 0
     assert checkpoint.load_meta(checkpoint.run_dir("toy-sft"))["parent"]["run"] == "toy-mid"
     last = records("toy-sft", "eval")[-1]
     assert 0 <= last["choice_acc_low"] <= last["choice_acc"] <= last["choice_acc_high"] <= 1 and last["val_loss"] > 0
@@ -73,7 +104,6 @@ def test_the_chain_and_its_rules(home, capsys):
     lr = [r["lr_multiplier"] for r in records("toy-sft", "train")]
     assert lr == pytest.approx([1, 0.75, 0.5, 0.25])
 
-    assert stage("rl") == 0
     assert checkpoint.load_meta(checkpoint.run_dir("toy-rl"))["settings"]["model_name"] == "Ada", (
         "evaluated by its name"
     )
@@ -86,7 +116,6 @@ def test_the_chain_and_its_rules(home, capsys):
     assert [t["step"] for t in transcripts] == [0, 1, 2]
     assert {"prompt", "answer", "reward"} <= set(transcripts[0]["samples"][0])
 
-    capsys.readouterr()
     assert stage("rl") == 0, "a finished run has nothing to do"
     assert "from step 3" in capsys.readouterr().out
 
@@ -135,14 +164,14 @@ def cut_off_after_first_save(name, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, source", [("mid", "toy-base"), ("sft", "toy-mid"), ("rl", "toy-sft")])
-def test_resumed_stages_go_on_with_the_same_numbers(home, name, source):
+def test_resumed_stages_go_on_with_the_same_numbers(chain, name, source):
     cut_off_after_first_save(name, source=source, run_name=f"cut-{name}")
     assert stage(name, source=source, run_name=f"cut-{name}") == 0
     assert numbers(f"cut-{name}") == numbers(f"toy-{name}")
 
 
 @pytest.mark.slow
-def test_mistakes_name_the_flag_and_the_remedy(home, capsys):
+def test_mistakes_name_the_flag_and_the_remedy(chain, capsys):
     assert stage("mid", source="nowhere") == 1
     assert "nowhere" in capsys.readouterr().err
     assert stage("rl", source="toy-base") == 1

@@ -11,8 +11,9 @@ import pytest
 
 from nanochat_jax import checkpoint
 from nanochat_jax.checkpoint import CheckpointError
-from nanochat_jax.gpt import GPTConfig, abstract, init
+from nanochat_jax.gpt import GPTConfig, abstract
 from nanochat_jax.tokenizer import Tokenizer
+from tests.toy_params import toy_params
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 
@@ -29,7 +30,7 @@ def tokenizer():
 
 
 def state(seed: int = 0):
-    return {"params": init(CONFIG, jax.random.key(seed)), "step": jnp.int32(seed)}
+    return {"params": toy_params(CONFIG, seed), "step": jnp.int32(seed)}
 
 
 def meta(tokenizer, **extra):

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from nanochat_jax import checkpoint, gpt
-from nanochat_jax.gpt import GPTConfig, init
+from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.interchange import InterchangeError, exporting, folders, huggingface, torch_file
 from nanochat_jax.interchange.chat_template import chat_template
 from nanochat_jax.interchange.exporting import ExportSettings, export
 from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.toy_params import toy_params
 
 forward = jax.jit(gpt.forward, static_argnums=0)
 GROUPED = dict(sequence_len=48, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
@@ -35,17 +36,9 @@ def tokenizer():
     return Tokenizer.train(["the cat sat on the mat, 1234 times; it's the bat's hat"] * 4, 300)
 
 
-def random_params(config: GPTConfig, seed: int = 0):
-    """Parameters without the zeros of a fresh model."""
-    leaves, structure = jax.tree.flatten(init(config, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    drawn = [jax.random.normal(k, p.shape) * p.shape[0] ** -0.5 for k, p in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
-
-
 def make_run(tokenizer, name="r", stage="sft", sizes=GROUPED, **fields):
     config = GPTConfig(vocab_size=tokenizer.vocab_size, **sizes, **fields)
-    folder, params = checkpoint.run_dir(name), random_params(config)
+    folder, params = checkpoint.run_dir(name), toy_params(config)
     folder.mkdir(parents=True)
     tokenizer.save(folder)
     meta = {"stage": stage, "config": checkpoint.config_to_dict(config), "tokenizer_hash": tokenizer.hash}

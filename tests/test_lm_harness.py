@@ -18,8 +18,9 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from nanochat_jax import gpt  # noqa: E402
 from nanochat_jax.evals.lm_harness import NanochatLM  # noqa: E402
-from nanochat_jax.gpt import GPTConfig, init  # noqa: E402
+from nanochat_jax.gpt import GPTConfig  # noqa: E402
 from nanochat_jax.tokenizer import Tokenizer  # noqa: E402
+from tests.toy_params import toy_params
 
 forward = jax.jit(gpt.forward, static_argnums=0)
 
@@ -28,10 +29,7 @@ forward = jax.jit(gpt.forward, static_argnums=0)
 def lm():
     tokenizer = Tokenizer.train(["the cat sat on the mat, it's the bat's hat"] * 4, 290)
     config = GPTConfig(sequence_len=24, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
-    leaves, structure = jax.tree.flatten(init(config, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = [jax.random.normal(k, p.shape) * p.shape[0] ** -0.5 for k, p in zip(keys, leaves, strict=True)]
-    return NanochatLM.of(config, jax.tree.unflatten(structure, params), tokenizer, max_gen_toks=6)
+    return NanochatLM.of(config, toy_params(config), tokenizer, max_gen_toks=6)
 
 
 def requests(kind, *arguments):

@@ -12,6 +12,7 @@ import pytest
 from nanochat_jax import loss as module
 from nanochat_jax.gpt import GPTConfig, forward, init
 from nanochat_jax.loss import fused_weighted_nll, next_token_loss, target_weights, token_nll, weighted_nll
+from tests.toy_params import toy_params
 
 CAP = 15.0
 SIZES = [(1, 8, 7), (5, 16, 33), (127, 8, 101), (128, 8, 64), (130, 12, 17), (300, 4, 1001)]  # N, C, V
@@ -112,8 +113,7 @@ def batch(rows=4, length=24, seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-    drawn = init(CONFIG, jax.random.key(0))
-    return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), drawn)
+    return toy_params(CONFIG)
 
 
 @jax.jit

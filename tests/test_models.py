@@ -4,13 +4,13 @@ import json
 import os
 import re
 
-import jax
 import pytest
 
 from nanochat_jax import checkpoint, models
 from nanochat_jax.evals import results
-from nanochat_jax.gpt import GPTConfig, init, num_params
+from nanochat_jax.gpt import GPTConfig, num_params
 from nanochat_jax.tokenizer import Tokenizer
+from tests.toy_params import toy_params
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=270, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
 
@@ -32,7 +32,7 @@ def make_run(tokenizer, name, stage, steps=(4,), **meta):
     tokenizer.save(folder)
     common = {"stage": stage, "config": checkpoint.config_to_dict(CONFIG), "tokenizer_hash": tokenizer.hash}
     for step in steps:
-        state = {"params": init(CONFIG, jax.random.key(step))}
+        state = {"params": toy_params(CONFIG, step)}
         checkpoint.save(folder, step, state, {**common, "evaluated": True, **meta})
     return folder
 

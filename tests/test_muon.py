@@ -31,6 +31,11 @@ def data(golden):
 compiled = jax.jit(orthogonalize, static_argnums=(1, 2))
 
 
+def normal(seed, *shape):
+    """Drawn by numpy: jax.random would be compiled for every shape."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def slow_orthogonalize(x, steps=5):
     """One matrix, float64."""
     x = np.asarray(x, np.float64)
@@ -87,9 +92,10 @@ def test_newton_schulz_bf16_follows_the_eager_recipe(data, case, jit):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_zero_stays_zero(data, dtype):
-    assert not np.any(orthogonalize(jnp.asarray(data["ns/zero/input"]), 5, dtype))
-    stack = jnp.zeros((3, 8, 4)).at[1].set(jax.random.normal(jax.random.key(0), (8, 4)))
-    result = np.asarray(orthogonalize(stack, 5, dtype), np.float32)
+    assert not np.any(compiled(data["ns/zero/input"], 5, dtype))
+    stack = np.zeros((3, 8, 4), np.float32)
+    stack[1] = normal(0, 8, 4)
+    result = np.asarray(compiled(stack, 5, dtype), np.float32)
     assert not result[0].any() and not result[2].any() and np.isfinite(result).all() and result[1].any()
 
 
@@ -129,16 +135,14 @@ def test_scalar_map_of_the_specification():
 
 
 def test_transposition_and_scale_do_not_matter():
-    x = jax.random.normal(jax.random.key(1), (24, 60))
+    x = normal(1, 24, 60)
     wide = np.asarray(compiled(x, 5, "float32"))
     np.testing.assert_allclose(compiled(x.T, 5, "float32").T, wide, atol=1e-6)
     np.testing.assert_allclose(compiled(x * 1000, 5, "float32"), wide, atol=2e-5)
 
 
 def test_result_is_nearly_orthogonal():
-    values = np.linalg.svd(
-        np.asarray(orthogonalize(jax.random.normal(jax.random.key(2), (64, 160)), 5, "float32")), compute_uv=False
-    )
+    values = np.linalg.svd(np.asarray(compiled(normal(2, 64, 160), 5, "float32")), compute_uv=False)
     assert values.min() > 0.6 and values.max() < 1.3
 
 
@@ -197,8 +201,7 @@ def test_muon_runs(data, run):
 
 def test_both_layouts_are_the_same_optimizer():
     """(in, out) kernels and their transposes with the other layout: transposed updates, the aspect factor included."""
-    keys = jax.random.split(jax.random.key(3), 2)
-    kernels = {"up": jax.random.normal(keys[0], (2, 8, 32)), "down": jax.random.normal(keys[1], (32, 8))}
+    kernels = {"up": normal(3, 2, 8, 32), "down": normal(4, 32, 8)}
     weights = jax.tree.map(lambda k: k.mT, kernels)
     ours, _ = first_update(muon(0.02, ns_dtype="float32"), kernels)
     theirs, _ = first_update(muon(0.02, ns_dtype="float32", kernel_layout="out_in"), weights)
@@ -208,7 +211,7 @@ def test_both_layouts_are_the_same_optimizer():
 
 
 def test_stack_equals_separate_matrices():
-    grads = jax.random.normal(jax.random.key(4), (5, 12, 20))
+    grads = normal(4, 5, 12, 20)
     transform = muon(0.1, 0.9, ns_dtype="float32")
     stacked, _ = first_update(transform, {"w": grads})
     alone, _ = first_update(transform, {str(i): grads[i] for i in range(5)})
@@ -273,7 +276,7 @@ def test_errors_name_the_leaf_and_the_remedy():
 def test_custom_scale_and_defaults():
     assert aspect_scale(256, 1024) == 2 and aspect_scale(1024, 256) == 1
     assert default_ns_dtype() == jnp.float32  # tests run on CPU
-    g = {"w": jax.random.normal(jax.random.key(5), (4, 16))}
+    g = {"w": normal(5, 4, 16)}
     plain, double = muon(0.1, update_scale=lambda n_in, n_out: 1.0), muon(0.1, update_scale=lambda n_in, n_out: 3.0)
     (first, _), (second, _) = first_update(plain, g), first_update(double, g)
     np.testing.assert_allclose(second["w"], 3 * np.asarray(first["w"]), rtol=1e-6)
@@ -283,7 +286,7 @@ def test_sharded_stack_needs_no_communication():
     """Eight devices, the stack axis sharded: the same numbers, and not one collective in the compiled update."""
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("data"))
-    grads = {"w": jax.random.normal(jax.random.key(6), (16, 8, 24))}
+    grads = {"w": normal(6, 16, 8, 24)}
     transform = muon(lambda count: 0.1 / (1 + count), ns_dtype="float32")
     expected, _ = first_update(transform, grads)
     sharded = jax.device_put(grads, sharding)

@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from nanochat_jax import optim, schedules
-from nanochat_jax.gpt import GPTConfig, abstract, init
+from nanochat_jax.gpt import GPTConfig, abstract
+from tests.toy_params import toy_params
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=20, n_layer=12, n_head=4, n_kv_head=2, n_embd=16)
 SMALL = dataclasses.replace(CONFIG, n_layer=2)
@@ -162,7 +163,7 @@ def test_adamw_against_float64():
 
 
 def test_zero_gradient_is_a_zero_update():
-    groups = optim.group(init(SMALL, jax.random.key(0)))
+    groups = optim.group(toy_params(SMALL))
     transform = optim.make_optimizer(optim.OptimHyper(), 10, CONFIG.n_embd)
     updates, _ = jax.jit(transform.update)(jax.tree.map(jnp.zeros_like, groups), transform.init(groups), groups)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
@@ -189,7 +190,7 @@ def test_schedule_is_a_length_or_a_function():
 
 def test_learning_rate_scales_every_group():
     """Half the multiplier, half the update, in each of the three groups."""
-    groups = optim.group(init(SMALL, jax.random.key(0)))
+    groups = optim.group(toy_params(SMALL))
     grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), groups)
     full, half = (optim.make_optimizer(optim.OptimHyper(), lambda t, f=f: f, CONFIG.n_embd) for f in (1.0, 0.5))
     a, _ = jax.jit(full.update)(grads, full.init(groups), groups)
@@ -199,7 +200,7 @@ def test_learning_rate_scales_every_group():
 
 
 def test_state_is_plain_arrays_and_resumes_exactly():
-    groups = optim.pad_stacks(optim.group(init(SMALL, jax.random.key(0))), 8)
+    groups = optim.pad_stacks(optim.group(toy_params(SMALL)), 8)
     transform = optim.make_optimizer(optim.OptimHyper(momentum_warmup=3, warmdown_ratio=0.5), 6, CONFIG.n_embd)
     update = jax.jit(transform.update)
     state = transform.init(groups)
@@ -224,7 +225,7 @@ def test_state_is_plain_arrays_and_resumes_exactly():
 
 
 def test_update_needs_parameters():
-    groups = optim.group(init(SMALL, jax.random.key(0)))
+    groups = optim.group(toy_params(SMALL))
     transform = optim.make_optimizer(optim.OptimHyper(), 10, CONFIG.n_embd)
     with pytest.raises(ValueError, match="needs the parameters"):
         transform.update(groups, transform.init(groups))
@@ -270,7 +271,7 @@ def test_sharded_norm_and_update_equal_the_single_device_ones():
     """Padded stacks over eight devices, embeddings over their rows: same norm, same updates."""
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     config = GPTConfig(sequence_len=8, vocab_size=24, n_layer=2, n_head=4, n_kv_head=4, n_embd=16)
-    groups = optim.pad_stacks(optim.group(init(config, jax.random.key(0))), 8)
+    groups = optim.pad_stacks(optim.group(toy_params(config)), 8)
     transform = optim.make_optimizer(optim.OptimHyper(ns_dtype="float32"), 10, config.n_embd)
 
     @jax.jit
