@@ -75,45 +75,54 @@ def slow_attention(q, k, v, window):
 def test_matches_slow_version(shape, window):
     q, k, v = tensors(shape)
     expected = slow_attention(q, k, v, window)
-    for path in (attention, attention_by_xla):
-        out = jax.jit(functools.partial(path, window=window))(q, k, v)
+    for out in jax.jit(lambda *x: [path(*x, window=window) for path in (attention, attention_by_xla)])(q, k, v):
         assert out.dtype == q.dtype and out.shape == q.shape
         np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("window", [None, 5, 64])
 @pytest.mark.parametrize("shape", SHAPES[:3])
-def test_causal_on_every_path(path, shape, window):
+def test_causal_on_every_path(shape, window):
     """Perturbing token t changes nothing before t, and with a window nothing after t + window; t itself changes."""
-    q, k, v = tensors(shape)
-    run = jax.jit(functools.partial(PATHS[path], window=window))
-    base = np.asarray(run(q, k, v))
+    given = [np.asarray(x) for x in tensors(shape)]
+    run = jax.jit(lambda *x: {name: path(*x, window) for name, path in PATHS.items()})
+    base = run(*given)
     T = shape[1]
     for t in {0, 1, T // 2, T - 1}:
-        changed = np.asarray(run(*(x.at[:, t].add(3.0) for x in (q, k, v))))
-        moved = np.abs(changed - base).max(axis=(0, 2, 3)) > 0
-        assert not moved[:t].any()
-        assert moved[t]
-        if window is not None:
-            assert not moved[t + window + 1 :].any()
-            assert moved[min(t + window, T - 1)]
+        others = [x.copy() for x in given]
+        for x in others:
+            x[:, t] += 3.0
+        for name, changed in run(*others).items():
+            moved = np.abs(np.asarray(changed) - np.asarray(base[name])).max(axis=(0, 2, 3)) > 0
+            assert not moved[:t].any(), name
+            assert moved[t], name
+            if window is not None:
+                assert not moved[t + window + 1 :].any(), name
+                assert moved[min(t + window, T - 1)], name
 
 
-@pytest.mark.parametrize("window", [None, pytest.param(0, marks=pytest.mark.slow), 64])
-@pytest.mark.parametrize("shape", SHAPES)
+FAST = {(0, None), (1, 64), (2, None), (3, 64), (4, 64)}  # every shape once, both kinds of window; the rest is slow
+GRADIENTS = [
+    pytest.param(shape, window, marks=() if (i, window) in FAST else pytest.mark.slow)
+    for i, shape in enumerate(SHAPES)
+    for window in (None, 0, 64)
+]
+
+
+@pytest.mark.parametrize("shape, window", GRADIENTS)
 def test_gradients_match_plain_formula(shape, window):
-    q, k, v = tensors(shape)
     d_out = tensors(shape, seed=1)[0]
 
-    def gradients(f):
-        return out_and_gradients(functools.partial(f, window=window), (q, k, v), d_out)[1]
+    @jax.jit
+    def gradients(tensors, d_out):
+        paths = blocked_attention, xla_attention
+        return [jax.vjp(functools.partial(path, window=window), *tensors)[1](d_out) for path in paths]
 
-    for ours, plain in zip(gradients(blocked_attention), gradients(xla_attention), strict=True):
+    for ours, plain in zip(*gradients(tensors(shape), d_out), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 9])
 def test_bf16_inputs(window):
     """bf16 in and out, the softmax in float32: both directions within bf16 rounding of the float32 result."""
     shape = (2, 150, 4, 2, 16)

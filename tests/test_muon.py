@@ -76,18 +76,24 @@ def test_newton_schulz_fp32(data, case, steps):
     np.testing.assert_allclose(result, data[f"ns/{case}/fp32_steps{steps}"], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("case, jit", [(case, True) for case in NS_CASES] + [("batched", False)])
-def test_newton_schulz_bf16_follows_the_eager_recipe(data, case, jit):
-    """Rounded after every operation, compiled or not: exact here; atol 1e-2 allows matmuls that add in another order.
+def bf16_cases():
+    """(case, steps, compiled?) The chaotic near-rank-one matrix is compared after one and two steps only."""
+    for case in NS_CASES:
+        yield case, 1, True
+        yield pytest.param(case, 2, True, marks=() if case == "rank1" else pytest.mark.slow)
+        if case != "rank1":
+            yield case, 5, True
+    yield from (("batched", steps, False) for steps in (1, 2, 5))
 
-    The chaotic near-rank-one matrix is compared after one and two steps only.
-    """
-    for steps in (1, 2) if case == "rank1" else (1, 2, 5):
-        run = compiled if jit else orthogonalize
-        result = run(jnp.asarray(data[f"ns/{case}/input"]), steps, "bfloat16")
-        assert result.dtype == jnp.bfloat16
-        expected = data[f"ns/{case}/bf16_steps{steps}"]
-        np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0, atol=1e-2)
+
+@pytest.mark.parametrize("case, steps, jit", list(bf16_cases()))
+def test_newton_schulz_bf16_follows_the_eager_recipe(data, case, steps, jit):
+    """Rounded after every operation, compiled or not: exact here; atol 1e-2 is for matmuls of another order."""
+    run = compiled if jit else orthogonalize
+    result = run(jnp.asarray(data[f"ns/{case}/input"]), steps, "bfloat16")
+    assert result.dtype == jnp.bfloat16
+    expected = data[f"ns/{case}/bf16_steps{steps}"]
+    np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -177,7 +183,9 @@ def run_muon(transform, params, grads):
     return out, state
 
 
-@pytest.mark.parametrize("run", MUON_RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(r, marks=pytest.mark.slow if r == "plain_bf16" else ()) for r in MUON_RUNS]
+)
 def test_muon_runs(data, run):
     names = [f"p{i}" for i in range(4)]
     momentum = jnp.asarray(data["muon/momentum_per_step"])

@@ -11,30 +11,32 @@ from nanochat_jax.gpt import GPTConfig, abstract
 from nanochat_jax.optim import OptimHyper, group, make_optimizer
 from nanochat_jax.train_step import (
     abstract_state,
-    init_state,
     make_train_step,
     restore_padding,
+    state_of,
     strip_padding,
 )
+from tests.toy_params import toy_params
 
 STEPS = 20
-# GQA, and stacks (8, 4, 2, 2 matrices) that need padding on 8 devices
-CONFIG = GPTConfig(sequence_len=32, vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
+# GQA with fewer key/value heads (2) than some meshes of test_mesh.py have tensor devices (4, 8); stacks (of 4, 4, 2, 2
+# matrices) that need padding on 8 devices. Shared with test_mesh.py, so that the same programs serve both.
+CONFIG = GPTConfig(sequence_len=32, vocab_size=320, n_layer=2, n_head=8, n_kv_head=2, n_embd=64)
+HYPER = OptimHyper(weight_decay=0.1)
 
 
-def batch(step: int, accumulation: int = 2, rows: int = 8, weights: bool = True):
+def batch(step: int, accumulation: int = 2, rows: int = 8):
     rng = np.random.default_rng(step % 3)
     tokens = rng.integers(0, CONFIG.vocab_size, (accumulation, rows, CONFIG.sequence_len + 1)).astype(np.int32)
     inputs, targets = tokens[..., :-1], tokens[..., 1:].copy()
     targets[rng.random(targets.shape) < 0.2] = -1
-    w = rng.random(targets.shape).astype(np.float32) if weights else np.ones(targets.shape, np.float32)
-    return inputs, targets, w
+    return inputs, targets, rng.random(targets.shape).astype(np.float32)
 
 
 def setup(n_devices: int, steps: int = STEPS):
     mesh = sharding.make_mesh(jax.devices()[:n_devices])
-    optimizer = make_optimizer(OptimHyper(), steps, CONFIG.n_embd)
-    state = init_state(CONFIG, optimizer, mesh, jax.random.key(0))
+    optimizer = make_optimizer(HYPER, steps, CONFIG.n_embd)
+    state = state_of(CONFIG, toy_params(CONFIG), optimizer, mesh)
     return mesh, optimizer, state, make_train_step(CONFIG, optimizer, mesh)
 
 
