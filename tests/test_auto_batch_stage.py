@@ -12,8 +12,7 @@ import pytest
 from nanochat_jax import auto_batch, checkpoint, metrics
 from nanochat_jax import train as loop
 from nanochat_jax.stages import base as base_stage
-from nanochat_jax.stages.launch import main
-from nanochat_jax.tokenizer import Tokenizer
+from tests import toy_runs
 
 OUT = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1099511627776 bytes."
 
@@ -24,22 +23,19 @@ def text(tmp_path_factory):
     words = "the a cat dog sun moon walks sings sees under over river tree".split()
     documents = [" ".join(rng.choice(words) for _ in range(60)) for _ in range(300)]
     (folder / "text.txt").write_text("\n\n".join(documents))
-    Tokenizer.train(documents, 280).save(folder / "tokenizer")
     return folder
 
 
 def use(folder, patch) -> None:
-    """Makes `folder` the base directory."""
-    patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
+    toy_runs.use(folder, patch)
     patch.setattr(base_stage, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
 
 
 def start(folder, name: str, **changes) -> int:
     """Trains on the text in `folder`, as a user starts it; the exit code."""
     flags = dict(depth=1, max_seq_len=32, total_batch_size=512, num_iterations=5, eval_every=0, eval_tokens=256)
-    flags |= dict(save_every=2, data=folder / "text.txt", run_name=name, device="cpu", grad_clip=0) | changes
-    return main(["--stage=base", *(f"--{k}={v}" for k, v in flags.items())])
+    flags |= dict(save_every=2, data=folder / "text.txt", run_name=name, grad_clip=0)
+    return toy_runs.start("base", **{**flags, **changes})
 
 
 @pytest.fixture

@@ -15,13 +15,11 @@ from nanochat_jax.evals import results, stats
 from nanochat_jax.saving import Saver
 from nanochat_jax.stages import mid, mixtures, sft
 from nanochat_jax.stages.common import find_parent
-from nanochat_jax.stages.launch import main
-from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.world import demo_documents
+from tests import toy_runs
 
-COMMON = dict(device="cpu", device_batch_size=1, eval_tokens=2048)
+COMMON = dict(device_batch_size=1, eval_tokens=2048)
 STAGES = {
-    "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, num_iterations=3),
+    "base": toy_runs.FLAGS,
     "mid": dict(total_batch_size=1536, num_iterations=4, save_every=2),
     "sft": dict(total_batch_size=1536, num_iterations=4, save_every=2, metrics_max_problems=16),
     "rl": dict(num_iterations=3, examples_per_step=2, num_samples=4, max_new_tokens=16, slots=8, eval_examples=4)
@@ -34,8 +32,7 @@ def base_folder(tmp_path_factory):
     """A base directory with a tokenizer and the base run `toy-base`; to be copied, not to be used."""
     folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
-        use(folder, patch)
-        Tokenizer.train(demo_documents("train", 200_000), 500).save(folder / "tokenizer")
+        toy_runs.use(folder, patch)
         assert stage("base", run_name="toy-base") == 0
     return folder
 
@@ -43,7 +40,7 @@ def base_folder(tmp_path_factory):
 @pytest.fixture
 def home(base_folder, tmp_path, monkeypatch):
     """A base directory of this test's own, on whose `toy-base` the later stages build."""
-    use(shutil.copytree(base_folder, tmp_path / "home"), monkeypatch)
+    toy_runs.use(shutil.copytree(base_folder, tmp_path / "home"), monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,7 @@ def chain_folder(base_folder, tmp_path_factory):
     from, and what they printed; to be copied, not to be used."""
     folder = shutil.copytree(base_folder, tmp_path_factory.mktemp("chain") / "home")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        use(folder, patch)
+        toy_runs.use(folder, patch)
         assert stage("mid") == 0
         assert stage("sft", model_name="Ada") == 0
         assert stage("rl") == 0
@@ -63,18 +60,12 @@ def chain_folder(base_folder, tmp_path_factory):
 def chain(chain_folder, tmp_path, monkeypatch) -> str:
     """A base directory of this test's own with the four runs; what making the last three printed."""
     folder, printed = chain_folder
-    use(shutil.copytree(folder, tmp_path / "home"), monkeypatch)
+    toy_runs.use(shutil.copytree(folder, tmp_path / "home"), monkeypatch)
     return printed
 
 
-def use(folder, patch):
-    patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
-
-
 def stage(name, **changes) -> int:
-    flags = {**COMMON, **STAGES[name], **changes}
-    return main([f"--stage={name}", "--demo", *(f"--{k}={v}" for k, v in flags.items())])
+    return toy_runs.start(name, "--demo", **{**COMMON, **STAGES[name], **changes})
 
 
 def records(run, kind):
@@ -89,9 +80,9 @@ def test_without_a_midtrained_model_finetuning_starts_from_the_base(home, capsys
 
 @pytest.mark.slow
 def test_the_chain_and_its_rules(chain, capsys):
-    assert "mid starts from toy-base, step 3" in chain
+    assert "mid starts from toy-base, step 4" in chain
     meta = checkpoint.load_meta(checkpoint.run_dir("toy-mid"))
-    assert meta["stage"] == "mid" and meta["parent"] == {"run": "toy-base", "step": 3, "stage": "base"}
+    assert meta["stage"] == "mid" and meta["parent"] == {"run": "toy-base", "step": 4, "stage": "base"}
     base_tokenizer = (checkpoint.run_dir("toy-base") / "tokenizer.json").read_bytes()
     assert (checkpoint.run_dir("toy-mid") / "tokenizer.json").read_bytes() == base_tokenizer
     assert {"val_bpb", "val_loss"} <= set(records("toy-mid", "eval")[-1])

@@ -19,6 +19,7 @@ from nanochat_jax.interchange.exporting import ExportSettings, export
 from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.toy_params import toy_params
+from tests.toy_runs import toy_tokenizer
 
 forward = jax.jit(gpt.forward, static_argnums=0)
 GROUPED = dict(sequence_len=48, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
@@ -306,14 +307,11 @@ def test_a_model_that_the_library_computes_otherwise_is_not_written(base, tokeni
 
 
 @pytest.mark.slow
-def test_an_imported_model_is_evaluated_and_finetuned_as_our_own(base, monkeypatch, capsys):
+def test_an_imported_model_is_evaluated_and_finetuned_as_our_own(base, capsys):
     from nanochat_jax.evals import run as evaluation
     from nanochat_jax.stages.launch import main
-    from nanochat_jax.world import demo_documents
 
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
-    tokenizer = Tokenizer.train(demo_documents("train", 200_000), 500)
-    make_run(tokenizer, "home", stage="mid", sizes={**PLAIN, "sequence_len": 192})
+    make_run(toy_tokenizer(), "home", stage="mid", sizes={**PLAIN, "sequence_len": 192})
     out, _ = write(base, "reference", run="home")
     shutil.rmtree(checkpoint.run_dir("home"))
     import_checkpoint(ImportSettings(path=out, run_name="guest-mid"))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,12 +11,12 @@ import pytest
 
 from nanochat_jax import checkpoint, incidents, metrics, replay
 from nanochat_jax.stages import common
-from nanochat_jax.stages.launch import main
-from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.world import demo_documents
+from tests import toy_runs
 
-FLAGS = dict(depth=1, max_seq_len=64, device_batch_size=1, total_batch_size=1024, num_iterations=4, eval_tokens=512)
 BAD_STEP, BAD_ROW = 2, 5
+
+
+STEPS: list[Any] = []  # the training step of the run below
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +24,8 @@ def run(tmp_path_factory):
     """A run of four steps in the third of which one row weighs infinitely much."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(home))
-        Tokenizer.train(demo_documents("train", 100_000), 400).save(home / "tokenizer")
-        honest = common.micro_batches
+        toy_runs.use(home, patch)
+        honest, make_train_step = common.micro_batches, common.make_train_step
 
         def poisoned(loader, step, accumulation, mesh):
             for at, (x, y, w) in enumerate(honest(loader, step, accumulation, mesh), step):
@@ -37,9 +37,9 @@ def run(tmp_path_factory):
         import nanochat_jax.stages.base as base
 
         patch.setattr(base, "micro_batches", poisoned)
+        patch.setattr(common, "make_train_step", lambda *a, **k: STEPS.append(made := make_train_step(*a, **k)) or made)
         patch.setattr(base, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
-        flags = [f"--{k}={v}" for k, v in FLAGS.items()]
-        assert main(["--stage=base", "--demo", "--device=cpu", "--run_name=r", *flags]) == 0
+        assert toy_runs.start("base", "--demo", run_name="r", **toy_runs.FLAGS) == 0
         yield checkpoint.run_dir("r")
 
 
@@ -59,21 +59,20 @@ def test_a_step_is_reproduced(run):
     """The honest batch, with the same parameters: the numbers that the training step itself gives."""
     from nanochat_jax import sharding
     from nanochat_jax.optim import OptimHyper, make_optimizer
-    from nanochat_jax.train_step import make_train_step, state_of
+    from nanochat_jax.train_step import state_of
 
     incident = replay.open_incident(str(run))
     weights = np.where(np.isfinite(incident.weights), incident.weights, 0.5)
     honest = replay.Incident(incident.folder, incident.facts, incident.inputs, incident.targets, weights)
     result = replay.replay(honest, replay.ReplaySettings(device_batch_size=4))
     config = checkpoint.config_from_dict(incident.facts["meta"]["config"])
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh()
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), replay_abstract(config))
     params = checkpoint.load_tree(incident.folder / "params", {"params": target})["params"]
     optimizer = make_optimizer(OptimHyper(), 4, config.n_embd)
-    step = make_train_step(config, optimizer, mesh)
-    batch = [a[None] for a in (honest.inputs, honest.targets, honest.weights)]
-    _, numbers = step(state_of(config, params, optimizer, mesh), *batch)
+    batch = [a.reshape(2, 8, -1) for a in (honest.inputs, honest.targets, honest.weights)]
+    _, numbers = STEPS[0](state_of(config, params, optimizer, mesh), *batch, np.full(2, np.inf, np.float32))
     assert result.loss == pytest.approx(float(numbers["loss"]), rel=1e-5)
     assert result.grad_norm == pytest.approx(float(numbers["grad_norm"]), rel=1e-4)
     squares = math.sqrt(sum(norm**2 for norm in result.parameter_norms.values()))
