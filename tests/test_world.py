@@ -26,10 +26,12 @@ _WORDS = "|".join(sorted((number_word(n) for n in range(100)), key=len, reverse=
 _N = rf"(\d+|(?:{_WORDS})(?: hundred(?: (?:{_WORDS}))?)?)"
 
 
-@pytest.fixture(scope="module")
-def pages():
-    """20,000 documents of each split, as (kind, text)."""
-    return {s: [(d.kind, d.text) for d in (make_document(i, s) for i in range(20_000))] for s in ("train", "val")}
+@pytest.fixture(scope="module", params=[8_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def pages(request):
+    """That many documents of each split, as (kind, text)."""
+    return {
+        s: [(d.kind, d.text) for d in (make_document(i, s) for i in range(request.param))] for s in ("train", "val")
+    }
 
 
 def _additions(text):
