@@ -176,7 +176,7 @@ def test_what_a_row_becomes_does_not_depend_on_its_company_to_the_bit():
 
 
 def test_steps_per_call_and_slots_do_not_change_the_tokens(tiny, engine):
-    small = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=1, capacity=256, steps_per_call=3)
+    small = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=1, capacity=33, steps_per_call=3)
     settings: dict[str, Any] = dict(num_samples=4, max_tokens=30, temperature=1.0, top_k=50, seed=7)
     assert small.generate_batch([511, 12, 13], **settings) == engine.generate_batch([511, 12, 13], **settings)
 
@@ -254,7 +254,7 @@ def test_closing_generate_cancels_its_rows(engine):
 
 def test_a_slot_can_be_filled_to_its_last_position(tiny):
     config, params = tiny
-    small = Engine(config, params, None, slots=2, capacity=33, steps_per_call=4)
+    small = Engine(config, params, None, slots=1, capacity=33, steps_per_call=3)
     for length in (1, 17, 33):
         prompt = list(range(100, 100 + length))
         request = small.submit(prompt, temperature=0.0)
@@ -327,7 +327,7 @@ def test_nothing_is_compiled_after_warm_up(tiny, model):
     other: dict[str, Any] = {}
     if model == "scripted":
         params, other = ScriptedModel.params(CASES["scripted"][0]), {"model": ScriptedModel}
-    capacity = 150 if other else 300
+    capacity = 100 if other else 300
     warm = Engine(config, params, golden_tokenizer(), slots=3, capacity=capacity, steps_per_call=4, **other)
     assert warm.warm_up() > 0
     before = compiled_programs()
@@ -345,7 +345,7 @@ def test_nothing_is_compiled_after_warm_up(tiny, model):
 
 
 def test_the_storage_is_donated_and_never_copied(tiny):
-    engine = Engine(tiny[0], tiny[1], None, slots=2, capacity=128, steps_per_call=4)
+    engine = Engine(tiny[0], tiny[1], None, slots=4, capacity=256, steps_per_call=8)
     old = engine._programs.storage
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(old)]
     engine.generate_batch([1, 2, 3], num_samples=2, max_tokens=9)
@@ -353,6 +353,7 @@ def test_the_storage_is_donated_and_never_copied(tiny):
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(engine._programs.storage)] == pointers
 
 
+@pytest.mark.slow  # that they can be swapped without compiling is tested above
 def test_parameters_are_arguments_of_the_programs(tiny):
     """A closed-over parameter would be a constant in the program: with other parameters, the same program serves."""
     engine = Engine(tiny[0], tiny[1], None, slots=1, capacity=64, steps_per_call=2)
@@ -364,11 +365,11 @@ def test_parameters_are_arguments_of_the_programs(tiny):
 
 
 def test_log_probabilities_are_those_of_the_full_forward(tiny):
-    engine = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=3, capacity=128, steps_per_call=4, logprobs=True)
+    engine = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=256, steps_per_call=8, logprobs=True)
     prompt = CASES["greedy"][0]["prompt_tokens"]
     # different temperatures and lengths: the log-probabilities are the model's, not those of the sampling distribution
     requests = [
-        engine.submit(prompt, 9 + 5 * i, 0.5 + i, top_k=20 * i, seed=i, stream=i, run_on=True) for i in range(3)
+        engine.submit(prompt, 9 + 3 * i, 0.5 + i, top_k=20 * i, seed=i, stream=i, run_on=True) for i in range(3)
     ]
     drain(engine, requests)
     for r in requests:

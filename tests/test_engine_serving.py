@@ -48,19 +48,19 @@ def prompt_of(seed, n):
 
 def test_a_conversation_goes_on_where_its_slot_stopped(tiny):
     engine, fresh = make(tiny), make(tiny)
-    turns, seen = prompt_of(1, 40), []
+    turns, seen = prompt_of(1, 35), []
     for turn in range(3):
-        request = engine.submit(turns, 12, temperature=0.7, seed=turn)
+        request = engine.submit(turns, 8, temperature=0.7, seed=turn)
         other = engine.submit(prompt_of(90 + turn, 40), 5)  # somebody else meanwhile
         drain(engine, request, other)
-        expected = fresh.submit(turns, 12, temperature=0.7, seed=turn)
+        expected = fresh.submit(turns, 8, temperature=0.7, seed=turn)
         drain(fresh, expected)
         fresh.params = tiny[1]  # forgets
         assert request.tokens == expected.tokens and expected.reused == 0
         seen.append(request.reused)
-        turns = turns + request.tokens + prompt_of(50 + turn, 9)
+        turns = turns + request.tokens + prompt_of(50 + turn, 5)
     # all of prompt and answer but the answer's last token, which was never fed
-    assert seen == [0, 40 + 11, 40 + 12 + 9 + 11]
+    assert seen == [0, 35 + 7, 35 + 8 + 5 + 7]
 
 
 def test_samples_of_one_prompt_prefill_it_once(tiny, monkeypatch):
@@ -75,14 +75,14 @@ def test_samples_of_one_prompt_prefill_it_once(tiny, monkeypatch):
 def test_a_common_beginning_is_copied_and_the_conversation_it_came_from_kept():
     tiny = model(n_layer=2)  # every layer's keys and values have to be copied
     engine = make(tiny)
-    system = prompt_of(3, 50)
-    first = engine.submit(system + prompt_of(4, 100), 8, temperature=0.0)
+    system = prompt_of(3, 20)
+    first = engine.submit(system + prompt_of(4, 34), 8, temperature=0.0)
     drain(engine, first)
-    second = engine.submit(system + prompt_of(5, 20), 8, temperature=0.0)
+    second = engine.submit(system + prompt_of(5, 16), 8, temperature=0.0)
     drain(engine, second)
     again = engine.submit(first.prompt + first.tokens + [7], 8, temperature=0.0)
     drain(engine, again)
-    assert second.reused == 50 and second.slot != first.slot
+    assert second.reused == 20 and second.slot != first.slot
     assert again.slot == first.slot and again.reused == len(first.prompt) + 7
     for request in (second, again):
         fresh = make(tiny)
@@ -221,7 +221,7 @@ def test_an_engine_that_waits_for_tools_makes_the_same_calls_whatever_they_take(
             time.sleep(0.05 * (next(turn) % 2 == slow))
             return "77"
 
-        engine = calling_engine(tiny, tool, slots=4, wait_for_tools=True)
+        engine = calling_engine(tiny, tool, wait_for_tools=True)
         calls.clear()
         tokens = drain(engine, *[engine.submit([i, *range(19)], 20, temperature=0.0) for i in range(4)])
         return list(calls), tokens
@@ -363,7 +363,7 @@ def spread(tiny):
 
 
 def test_slots_over_devices_give_the_same_tokens(tiny, spread):
-    one = Engine(tiny[0], tiny[1], None, slots=2, capacity=128, steps_per_call=4, logprobs=True)
+    one = Engine(tiny[0], tiny[1], None, slots=1, capacity=128, steps_per_call=4, logprobs=True)
     settings = [dict(max_tokens=5 + 3 * i, temperature=0.8, top_k=20 * i, seed=i) for i in range(12)]
     prompts = [prompt_of(i, 34 + 2 * i) if i % 3 else prompt_of(0, 60) + [i] for i in range(12)]
     a = [spread.submit(p, **s) for p, s in zip(prompts, settings, strict=True)]

@@ -40,15 +40,16 @@ def call(
     )
 
 
-def frequencies(row, n=N, **settings):
-    tokens = call(np.tile(row, (n, 1)), seed=np.arange(n), **settings)
-    return np.bincount(tokens, minlength=len(row)) / n
+def frequencies(row, **settings):
+    """Of N draws. The tests share a few lengths of the row: a program takes longer to compile than to run."""
+    tokens = call(np.tile(row, (N, 1)), seed=np.arange(N), **settings)
+    return np.bincount(tokens, minlength=len(row)) / N
 
 
-def assert_same_distribution(measured, expected, n=N):
+def assert_same_distribution(measured, expected):
     np.testing.assert_array_equal(measured[expected == 0], 0)
     # five standard deviations of each frequency, plus one draw
-    assert np.all(np.abs(measured - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1 / n)
+    assert np.all(np.abs(measured - expected) <= 5 * np.sqrt(expected * (1 - expected) / N) + 1 / N)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +76,10 @@ def test_large_vocabularies(V, top_k):
 
 @pytest.mark.parametrize("top_k", [3, 70])
 def test_ties_at_the_edge_of_top_k_keep_exactly_k(top_k):
-    row = np.zeros(100, np.float32)
+    row = np.zeros(300, np.float32)
     row[50] = 0.5
-    seen = np.flatnonzero(frequencies(row, n=N, top_k=top_k))
-    expected = sorted({50, *[i for i in range(100) if i != 50][: top_k - 1]})
+    seen = np.flatnonzero(frequencies(row, top_k=top_k))
+    expected = sorted({50, *[i for i in range(300) if i != 50][: top_k - 1]})
     assert seen.tolist() == expected
 
 
@@ -101,12 +102,12 @@ def test_the_k_largest_are_those_that_a_stable_sort_puts_first(find, V):
 
 @pytest.mark.parametrize("top_p,top_k,temperature", [(0.5, 0, 1.0), (0.9, 0, 0.7), (0.99, 40, 1.3), (1e-6, 0, 1.0)])
 def test_top_p_keeps_the_smallest_set_with_that_probability(top_p, top_k, temperature):
-    row = np.random.default_rng(5).normal(size=700).astype(np.float32) * 2
+    row = np.random.default_rng(5).normal(size=1000).astype(np.float32) * 2
     order = np.argsort(-row, kind="stable")[: top_k or None]
     chances = np.exp((row[order] - row.max()).astype(np.float64) / temperature)
     chances /= chances.sum()
     n_kept = int(np.searchsorted(np.cumsum(chances), top_p)) + 1  # sorted, the textbook way
-    expected = np.zeros(700)
+    expected = np.zeros(1000)
     expected[order[:n_kept]] = chances[:n_kept] / chances[:n_kept].sum()
     assert_same_distribution(frequencies(row, temperature=temperature, top_k=top_k, top_p=top_p), expected)
 
@@ -115,16 +116,17 @@ def test_top_p_keeps_all_that_are_equally_likely():
     row = np.full(300, -50.0, np.float32)
     row[[3, 70, 299]] = 1.0
     for top_p in (0.0, 0.2, 0.9):
-        assert np.flatnonzero(frequencies(row, n=500, top_p=top_p)).tolist() == [3, 70, 299]
+        assert np.flatnonzero(frequencies(row, top_p=top_p)).tolist() == [3, 70, 299]
 
 
 def test_temperature_zero_is_argmax_whatever_else_is_set():
-    logits = np.random.default_rng(0).normal(size=(7, 500))
+    logits = np.random.default_rng(0).normal(size=(12, 700))
     logits[3, 100] = logits[3, 7] = 9.0  # a tie: the lower id
     expected = logits.argmax(-1)
     for top_k in (0, 5, 100):
         np.testing.assert_array_equal(call(logits, temperature=0.0, top_k=top_k, seed=3), expected)
-    untied = np.delete(logits, 3, axis=0)
+    untied = logits.copy()
+    untied[3, 7] = 8.0
     np.testing.assert_array_equal(call(untied, temperature=1e-30), untied.argmax(-1))
     np.testing.assert_array_equal(call(logits, temperature=5.0, top_k=1), expected)
 
@@ -149,27 +151,23 @@ def test_a_row_does_not_depend_on_its_neighbours_or_place():
 
 
 def test_seed_stream_and_count_each_change_the_draw():
-    logits = np.zeros((64, 5000))
-    base = call(logits, seed=np.arange(64))
-    assert len(set(base)) > 50
-    for other in (
-        dict(seed=np.arange(64) + 2**31),
-        dict(seed=np.arange(64), stream=1),
-        dict(seed=np.arange(64), count=1),
-    ):
-        assert np.mean(call(logits, **other) == base) < 0.1
-    np.testing.assert_array_equal(call(logits, seed=np.arange(64)), base)
+    logits, seeds = np.zeros((N, 1000)), np.arange(N)
+    base = call(logits, seed=seeds)
+    assert len(set(base)) > 950
+    for other in (dict(seed=seeds + 2**31), dict(seed=seeds, stream=1), dict(seed=seeds, count=1)):
+        assert np.mean(call(logits, **other) == base) < 0.01
+    np.testing.assert_array_equal(call(logits, seed=seeds), base)
 
 
 def test_never_draws_what_has_no_probability():
-    row = np.full(600, -1e9)
-    row[[0, 599]] = 0.0
-    assert set(np.flatnonzero(frequencies(row, n=4000))) == {0, 599}
-    assert set(np.flatnonzero(frequencies(row, n=4000, top_k=2))) == {0, 599}
+    row = np.full(1000, -1e9)
+    row[[0, 999]] = 0.0
+    assert set(np.flatnonzero(frequencies(row))) == {0, 999}
+    assert set(np.flatnonzero(frequencies(row, top_k=2))) == {0, 999}
 
 
 def test_settings_do_not_recompile():
-    logits = np.random.default_rng(0).normal(size=(4, 333))
+    logits = np.random.default_rng(0).normal(size=(12, 700))
     call(logits)
     before = draw._cache_size()
     for temperature in (0.0, 0.3, 2.0):
