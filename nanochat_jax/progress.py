@@ -44,7 +44,7 @@ class Live:
         """How long the rest takes if it goes on as until now; "?" at the beginning."""
         if not share_done > 0:
             return "?"
-        return duration((time.monotonic() - self._began) * (1 - share_done) / share_done)
+        return time_left((time.monotonic() - self._began) * (1 - share_done) / share_done)
 
     def show(self, done: float, text: str, line: str, total: float | None = None, now: bool = False) -> None:
         """`done` and `text` on the bar; without a terminal `line` and `text`, every ten seconds unless `now`."""
@@ -70,7 +70,7 @@ class Progress(Live):
         parts += [f"lr x{record['lr_multiplier']:.3f}"] if "lr_multiplier" in record else []
         parts += [f"{record['tok_per_sec']:,.0f} tok/s"]
         parts += [f"mfu {100 * record['mfu']:.1f}%"] if "mfu" in record else []
-        parts += [f"data wait {100 * record['data_wait']:.1f}%", f"left {duration(seconds_left)}"]
+        parts += [f"data wait {100 * record['data_wait']:.1f}%", f"left {time_left(seconds_left)}"]
         line = f"step {done}/{self._total} ({100 * done / self._total:.1f}%)"
         self.show(done, " | ".join(parts), line, now=done == self._total)
 
@@ -115,8 +115,11 @@ class ProblemsProgress(Live):
 
 def duration(seconds: float) -> str:
     """1h02m, 3m04s, 42s or, below ten seconds, 5.3s."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
+    return f"{seconds:.1f}s" if seconds < 9.95 else time_left(seconds)
+
+
+def time_left(seconds: float) -> str:
+    """The same in whole seconds throughout, as becomes an estimate."""
     s = round(seconds)
     if s >= 3600:
         return f"{s // 3600}h{s % 3600 // 60:02d}m"

@@ -37,7 +37,7 @@ from nanochat_jax.data.shards import (
     web_list,
 )
 from nanochat_jax.paths import data_dir, sha256_file
-from nanochat_jax.progress import Live, duration
+from nanochat_jax.progress import Live, time_left
 from nanochat_jax.web import FetchError, FinalError, Stopped, refuse_offline
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ class FilesProgress(Live):
             text = f"{self._complete}/{self._files} files, {so_far / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
             if self._total:
                 left = (self._total - so_far) / rate if rate > 0 else 0.0
-                self.show(so_far, f"{text}, left {duration(left)}", f"shards: {100 * so_far / self._total:.0f}%")
+                self.show(so_far, f"{text}, left {time_left(left)}", f"shards: {100 * so_far / self._total:.0f}%")
             else:
                 self.show(so_far, text, "shards")
 
