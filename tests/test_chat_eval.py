@@ -10,13 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import gpt
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals import chat
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.reference import params_from_reference
 from nanochat_jax.sandbox import SandboxUnavailable
-from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
+from tests.golden_model import golden_engine, golden_model
+from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 CASES = golden("chateval_v1")
 LETTERS = ["A", "B", "C", "D"]
@@ -25,16 +24,12 @@ LETTERS = ["A", "B", "C", "D"]
 @pytest.fixture(scope="module")
 def tiny():
     """(config, params) of the golden files' model, whose vocabulary is the golden tokenizer's."""
-    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
-        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
-        config = gpt.GPTConfig(**sizes)
-        names = [k for k in arrays if k.startswith("param/")]
-        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
+    return golden_model()
 
 
 @pytest.fixture(scope="module")
-def engine(tiny):
-    return Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=64, steps_per_call=4)
+def engine():
+    return golden_engine()
 
 
 class ListTask:
