@@ -11,8 +11,7 @@ from nanochat_jax import auto_batch, sharding
 from nanochat_jax.auto_batch import MARGIN, DoesNotFit, bytes_needed, choose, halved, is_out_of_memory, sizes
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.optim import OptimHyper, make_optimizer
-from nanochat_jax.train_step import make_train_step, state_of
-from tests.toy_params import toy_params
+from nanochat_jax.train_step import init_state, make_train_step
 
 GIB = 2**30
 
@@ -131,9 +130,9 @@ def test_real_steps_are_measured_and_chosen_among(mesh, step):
         )
         return needed[rows]
 
-    assert measure(8) > measure(1) > 0  # the steps of the next test
-    between = int((needed[8] + needed[1]) / 2 / (1 - MARGIN))
-    assert choose(8, lambda rows: needed.get(rows, needed[8]), between).rows == 1
+    assert measure(8) > measure(2) > 0
+    between = int((needed[8] + needed[2]) / 2 / (1 - MARGIN))
+    assert choose(8, lambda rows: needed.get(rows, needed[8]), between).rows == 2
 
 
 def test_every_choice_is_the_same_step(mesh, step):
@@ -144,7 +143,7 @@ def test_every_choice_is_the_same_step(mesh, step):
     for per_device in (1, 8):
         shape = 8 // per_device, 2 * per_device, 32
         x, y = rows[:, :-1].reshape(shape), rows[:, 1:].reshape(shape)
-        state = state_of(CONFIG, toy_params(CONFIG), OPTIMIZER, mesh)
+        state = init_state(CONFIG, OPTIMIZER, mesh, jax.random.key(0))
         state, numbers = step(state, x, y, np.ones(shape, np.float32), NO_LIMITS)
         results.append((float(numbers["loss"]), np.asarray(state.params["wte"]["embedding"])))
     for loss, embedding in results[1:]:
@@ -155,7 +154,7 @@ def test_every_choice_is_the_same_step(mesh, step):
 def test_the_lowered_step_is_the_one_that_runs(mesh, step):
     """Same shapes, same program: the compilation cache then serves the run."""
     lowered = auto_batch.lower_step(step, CONFIG, OPTIMIZER, mesh, 2, 4, 32)
-    state = state_of(CONFIG, toy_params(CONFIG), OPTIMIZER, mesh)
+    state = init_state(CONFIG, OPTIMIZER, mesh, jax.random.key(0))
     tokens = np.zeros((4, 4, 32), np.int32)
     real = step.lower(state, tokens, tokens, np.zeros((4, 4, 32), np.float32), NO_LIMITS)
     assert lowered.as_text() == real.as_text()

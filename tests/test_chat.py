@@ -15,15 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from nanochat_jax import gpt
 from nanochat_jax.answers import ContextOverflow, as_text
+from nanochat_jax.engine import Engine
+from nanochat_jax.reference import params_from_reference
 from nanochat_jax.terminal import app, console
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings
-from tests.golden_model import golden_engine
 from tests.scripted_engine import Scripted
-from tests.tokenizer_fixtures import golden_tokenizer
+from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
 TOKENIZER = golden_tokenizer()
 END = TOKENIZER.encode_special("<|assistant_end|>")
@@ -37,7 +40,12 @@ def base_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def engine():
-    return golden_engine()
+    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        config = gpt.GPTConfig(**sizes)
+        names = [k for k in arrays if k.startswith("param/")]
+        params = params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
+    return Engine(config, params, golden_tokenizer(), slots=1, capacity=128, steps_per_call=4)
 
 
 def make(engine, completing=False, **settings) -> Any:

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax import gpt
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals import chat
 from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.reference import params_from_reference
 from nanochat_jax.sandbox import SandboxUnavailable
-from tests.golden_model import golden_engine, golden_model
-from tests.tokenizer_fixtures import golden, golden_tokenizer
+from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
 CASES = golden("chateval_v1")
 LETTERS = ["A", "B", "C", "D"]
@@ -24,12 +25,16 @@ LETTERS = ["A", "B", "C", "D"]
 @pytest.fixture(scope="module")
 def tiny():
     """(config, params) of the golden files' model, whose vocabulary is the golden tokenizer's."""
-    return golden_model()
+    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        config = gpt.GPTConfig(**sizes)
+        names = [k for k in arrays if k.startswith("param/")]
+        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return golden_engine()
+def engine(tiny):
+    return Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=64, steps_per_call=4)
 
 
 class ListTask:

@@ -229,17 +229,17 @@ def test_fingerprint_follows_the_content(tmp_path):
 def test_memory_is_the_places_not_the_text(tmp_path):
     path = tmp_path / "large.jsonl"
     with open(path, "w") as out:
-        for i in range(5_000):
-            out.write(json.dumps({"prompt": f"question {i}", "completion": "word " * 400}) + "\n")
+        for i in range(20_000):
+            out.write(json.dumps({"prompt": f"question {i}", "completion": "word " * 100}) + "\n")
     assert path.stat().st_size > 10_000_000
     tracemalloc.start()
     file = load_chat_file(path)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(file) == 5_000 and held < 125_000 and peak < 1_500_000
+    assert len(file) == 20_000 and held < 500_000 and peak < 1_500_000
     with ThreadPoolExecutor(8) as pool:
-        asked = list(pool.map(lambda i: file[i]["messages"][0]["content"], range(0, 5_000, 50)))
-    assert asked == [f"question {i}" for i in range(0, 5_000, 50)]
+        asked = list(pool.map(lambda i: file[i]["messages"][0]["content"], range(0, 20_000, 50)))
+    assert asked == [f"question {i}" for i in range(0, 20_000, 50)]
 
 
 def test_a_long_line(tmp_path):

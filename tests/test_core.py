@@ -1,11 +1,13 @@
 """CORE against the reference's numbers: shots, prompts, tokens, spans, losses, decisions, centring."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from nanochat_jax import gpt
 from nanochat_jax.evals.core import centered, evaluate_core, evaluate_task
 from nanochat_jax.evals.core_bundle import CoreTask, open_bundle
 from nanochat_jax.evals.core_prompts import (
@@ -18,8 +20,8 @@ from nanochat_jax.evals.core_prompts import (
 )
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.progress import ShareProgress
-from tests.golden_model import golden_model
-from tests.tokenizer_fixtures import golden, golden_tokenizer
+from nanochat_jax.reference import params_from_reference
+from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
 CORE = golden("core_v1")
 TASKS = {case["label"]: case for case in CORE["tasks"]}
@@ -33,7 +35,12 @@ def task_of(case) -> CoreTask:
 
 @pytest.fixture(scope="module")
 def scorer():
-    return Scorer(*golden_model(), max_tokens_per_batch=512)
+    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        config = gpt.GPTConfig(**sizes)
+        names = [k for k in arrays if k.startswith("param/")]
+        params = params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
+    return Scorer(config, params, max_tokens_per_batch=512)
 
 
 def encode(prompts: list[str]) -> list[np.ndarray]:

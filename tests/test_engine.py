@@ -12,8 +12,8 @@ import rustbpe
 from nanochat_jax import gpt
 from nanochat_jax.decode import compiled_programs
 from nanochat_jax.engine import Engine
-from tests.golden_model import golden_engine, golden_model
-from tests.tokenizer_fixtures import golden, golden_tokenizer
+from nanochat_jax.reference import params_from_reference
+from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
 CASES = golden("engine_v1")
 
@@ -21,13 +21,17 @@ CASES = golden("engine_v1")
 @pytest.fixture(scope="module")
 def tiny():
     """(config, params) of the golden files' model, whose vocabulary is the golden tokenizer's."""
-    return golden_model()
+    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        config = gpt.GPTConfig(**sizes)
+        names = [k for k in arrays if k.startswith("param/")]
+        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
 
 
 @pytest.fixture(scope="module")
 def engine(tiny):
     """One engine for most tests: its programs are compiled once."""
-    return golden_engine()
+    return Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=256, steps_per_call=8)
 
 
 @pytest.fixture(autouse=True)
@@ -340,8 +344,8 @@ def test_nothing_is_compiled_after_warm_up(tiny, model):
     assert compiled_programs() == before
 
 
-def test_the_storage_is_donated_and_never_copied():
-    engine = golden_engine()
+def test_the_storage_is_donated_and_never_copied(tiny):
+    engine = Engine(tiny[0], tiny[1], None, slots=4, capacity=256, steps_per_call=8)
     old = engine._programs.storage
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(old)]
     engine.generate_batch([1, 2, 3], num_samples=2, max_tokens=9)
@@ -361,7 +365,7 @@ def test_parameters_are_arguments_of_the_programs(tiny):
 
 
 def test_log_probabilities_are_those_of_the_full_forward(tiny):
-    engine = golden_engine(logprobs=True)
+    engine = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=256, steps_per_call=8, logprobs=True)
     prompt = CASES["greedy"][0]["prompt_tokens"]
     # different temperatures and lengths: the log-probabilities are the model's, not those of the sampling distribution
     requests = [
@@ -371,7 +375,6 @@ def test_log_probabilities_are_those_of_the_full_forward(tiny):
     for r in requests:
         ids = np.zeros((1, 128), np.int32)
         ids[0, : len(prompt) + len(r.tokens)] = prompt + r.tokens
-        logits = np.asarray(full_forward(*tiny, ids), np.float64)[0]
-        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        logp = np.asarray(jax.nn.log_softmax(full_forward(*tiny, ids)))[0]
         expected = [logp[len(prompt) - 1 + i, token] for i, token in enumerate(r.tokens)]
         np.testing.assert_allclose(r.logprobs, expected, atol=2e-4)

@@ -30,7 +30,7 @@ def tiny():
 
 
 def make(tiny, **settings) -> Engine:
-    return Engine(tiny[0], tiny[1], None, **{"slots": 4, "capacity": 1500, "steps_per_call": 4, **settings})
+    return Engine(tiny[0], tiny[1], None, **{"slots": 4, "steps_per_call": 4, **settings})
 
 
 def drain(engine, *requests):
@@ -91,7 +91,8 @@ def test_a_common_beginning_is_copied_and_the_conversation_it_came_from_kept():
 
 
 def test_a_follower_whose_leader_is_cancelled_goes_its_own_way(tiny):
-    engine = make(tiny)
+    config, params = tiny
+    engine = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
     prompt = prompt_of(6, 1300)
     running = engine.submit([1, 2], 60, temperature=0.0)  # keeps prefilling down to a chunk a step
     engine.step()
@@ -101,7 +102,7 @@ def test_a_follower_whose_leader_is_cancelled_goes_its_own_way(tiny):
     assert 0 < leader.prefilled < 1299 and follower.prefilled == 0 and follower.reused == 1299
     engine.cancel(leader)
     drain(engine, follower, running)
-    fresh = make(tiny)
+    fresh = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
     assert drain(fresh, fresh.submit(prompt + [3], 4, temperature=0.0)) == [follower.tokens]
 
 
@@ -258,7 +259,8 @@ def test_cancelling_while_a_tool_works_frees_the_slot(tiny):
 
 
 def test_a_long_prompt_does_not_stall_the_others(tiny):
-    engine = make(tiny)
+    config, params = tiny
+    engine = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
     running = engine.submit([1, 2, 3], 60, temperature=0.0)
     engine.step()
     long = [engine.submit(prompt_of(i, 1300), 4, temperature=0.0) for i in (11, 12)]
@@ -295,13 +297,13 @@ def test_short_prompts_are_prefilled_together(tiny, devices, monkeypatch):
         assert shapes == [(4, 16)] * 3 + [(1, 128), (4, 32)]
     else:  # six short ones on each
         assert shapes[:2] == [(8, 16)] * 2 and len(shapes) <= 4
-    one = make(tiny)
+    one = make(tiny, slots=1)
     for i, prompt in enumerate(prompts):
         assert drain(one, one.submit(prompt, 6, temperature=0.9, seed=i)) == [together[i]]
 
 
 def test_only_prompts_of_one_program_are_prefilled_together(tiny):
-    programs = make(tiny, slots=8)._programs
+    programs = make(tiny, slots=8, capacity=500)._programs
     turn = [(slot, 0, 16) for slot in range(4)]
     assert [programs.joins(turn[:n], 7, 0, 5) for n in range(5)] == [True] * 4 + [False]
     assert not programs.joins(turn[:1], 7, 0, 17) and programs.joins([(0, 0, 17)], 7, 0, 32)
@@ -328,12 +330,12 @@ def test_what_is_to_be_done_meanwhile_is_done_once_while_the_device_works(tiny, 
 
 
 def test_only_as_many_rows_are_decoded_as_there_are_requests(tiny, monkeypatch):
-    engine, sizes = make(tiny, slots=14), []
+    engine, sizes = make(tiny, slots=8), []
     original = decode.decode
     monkeypatch.setattr(decode, "decode", lambda *a, **k: sizes.append(a[5].shape[0]) or original(*a, **k))
     first = [engine.submit([9, i], 8, temperature=0.0) for i in range(7)]
     drain(engine, *first)
-    assert set(sizes) == {14}
+    assert set(sizes) == {8}
     sizes.clear()
     # requests in slots 4 and 5 alone, while the others hold what they hold
     goes_on = [engine.submit(prompt_of(i, 40), 30, temperature=0.9, seed=i) for i in range(7)]

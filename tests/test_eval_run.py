@@ -1,6 +1,7 @@
 """scripts.eval: which model, which tasks, what is kept, what is made again, and going on after an interruption."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from nanochat_jax import checkpoint, gpt
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.evals import core, evaluator, results, run
 from nanochat_jax.evals.settings import EvalSettings
-from tests.golden_model import golden_model
-from tests.tokenizer_fixtures import golden_tokenizer
+from nanochat_jax.reference import params_from_reference
+from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
 QUICK = ["--device=cpu", "--max_problems=3", "--max_new_tokens=5"]
 
@@ -20,7 +21,11 @@ QUICK = ["--device=cpu", "--max_problems=3", "--max_new_tokens=5"]
 @pytest.fixture(scope="module")
 def tiny():
     """(config, params) of the golden files' model, whose vocabulary is the golden tokenizer's."""
-    return golden_model()
+    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        names = [k for k in arrays if k.startswith("param/")]
+        config = gpt.GPTConfig(**sizes)
+        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
 
 
 @pytest.fixture

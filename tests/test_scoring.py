@@ -1,7 +1,8 @@
 """The batched scorer against one plain forward pass per prompt."""
 
-import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,27 +11,31 @@ import pytest
 from nanochat_jax import gpt, sharding
 from nanochat_jax.evals import scoring
 from nanochat_jax.evals.scoring import Scorer, row_length, suffix_length
-from tests.golden_model import golden_model
-
-LONGEST = 250
+from nanochat_jax.reference import params_from_reference
+from tests.tokenizer_fixtures import GOLDEN
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(config, params) of the golden files' model: GQA, 2 layers, 520 tokens; here for at most 250 positions, so that
-    the longest prompts need no program of their own."""
-    config, params = golden_model()
-    return dataclasses.replace(config, sequence_len=LONGEST // 10), params
+    """(config, params) of the golden files' model: GQA, 2 layers, 520 tokens, at most 640 positions."""
+    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        config = gpt.GPTConfig(**sizes)
+        names = [k for k in arrays if k.startswith("param/")]
+        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
 
 
-forward = jax.jit(gpt.forward, static_argnums=0)
+@functools.cache
+def jitted(config, length: int):
+    return jax.jit(lambda params, ids: gpt.forward(config, params, ids)[0])
 
 
 def logits_of(config, params, ids) -> np.ndarray:
     """Softcapped logits (T, V), float64, of a forward pass over one prompt (padded, to compile it only once)."""
-    padded = np.zeros((1, LONGEST), np.int32)
+    length = 256 if len(ids) <= 256 else 640
+    padded = np.zeros((1, length), np.int32)
     padded[0, : len(ids)] = ids
-    return np.asarray(forward(config, params, padded)[0], np.float64)[: len(ids)]
+    return np.asarray(jitted(config, length)(params, padded), np.float64)[: len(ids)]
 
 
 def slow(config, params, ids, start: int, end: int):
@@ -48,7 +53,7 @@ def some_items(config, params, seed: int):
         return rng.integers(0, config.vocab_size, n)
 
     items = []
-    for n, sizes in ((200, (1, 1, 1)), (230, (9, 2, 9, 14)), (180, (40, 3)), (150, (0, 5))):
+    for n, sizes in ((200, (1, 1, 1)), (240, (9, 2, 9, 14)), (180, (40, 3)), (150, (0, 5))):
         beginning = draw(n)
         rows = [np.concatenate([beginning, draw(k)]) for k in sizes]
         items += [(row, n - 2, len(row)) for row in rows]
@@ -143,10 +148,10 @@ def test_nothing_is_compiled_after_the_first_pass_and_params_can_be_swapped(tiny
 def test_long_prompts_lose_their_first_tokens_and_are_counted(tiny):
     config, params = tiny
     scorer = Scorer(config, params, max_tokens_per_batch=512)
-    ids = np.random.default_rng(5).integers(0, 520, 300)
-    (_, _, nll), (_, _, cut) = scorer.spans([(ids, 290, 300), (ids, 40, 300)])
-    np.testing.assert_allclose(nll, slow(config, params, ids[-LONGEST:], LONGEST - 10, LONGEST)[0], atol=3e-5)
-    assert len(cut) == LONGEST - 1, "of a span that is cut itself, what remains is scored"
+    ids = np.random.default_rng(5).integers(0, 520, 700)
+    (_, _, nll), (_, _, cut) = scorer.spans([(ids, 690, 700), (ids, 40, 700)])
+    np.testing.assert_allclose(nll, slow(config, params, ids[-640:], 630, 640)[0], atol=3e-5)
+    assert len(cut) == 639, "of a span that is cut itself, what remains is scored"
     assert scorer.stats.cropped == 2
     scorer.choices([ids], [[1, 2]])
     assert scorer.stats.cropped == 3

@@ -12,18 +12,19 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint
+from nanochat_jax import checkpoint, gpt
+from nanochat_jax.reference import params_from_reference
 from nanochat_jax.serve import main as serving
 from nanochat_jax.serve.watch import Watcher
-from tests.golden_model import golden_model
 from tests.serve_fixtures import CHAT
-from tests.tokenizer_fixtures import golden_tokenizer
+from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +32,11 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def tiny():
     """(config, params) of the golden files' model."""
-    return golden_model()
+    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
+        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
+        config = gpt.GPTConfig(**sizes)
+        names = [k for k in arrays if k.startswith("param/")]
+        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
 
 
 @pytest.fixture

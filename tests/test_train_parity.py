@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -40,10 +41,6 @@ def hyper_of(data, **overrides) -> optim.OptimHyper:
     return optim.OptimHyper(**{name: float(given[name]) for name in names}, **overrides)
 
 
-ungroup = jax.jit(optim.ungroup, static_argnums=0)
-loss_of = jax.jit(next_token_loss, static_argnums=0)
-
-
 @functools.cache
 def _compiled(config: GPTConfig, hyper: optim.OptimHyper, n: int, clip: float, pad: int):
     optimizer = optim.make_optimizer(hyper, n, config.n_embd)
@@ -52,12 +49,15 @@ def _compiled(config: GPTConfig, hyper: optim.OptimHyper, n: int, clip: float, p
     def step(groups, state, x, y):
         """One optimizer step on micro-batches x, y (A, B, T): the mean of the micro losses is differentiated."""
         params = optim.ungroup(config, groups)
-        gradient = jax.value_and_grad(lambda p, x, y: next_token_loss(config, p, x, y))
-        losses, grads = jax.lax.map(lambda micro: gradient(params, *micro), (x, y))
-        grads = optim.pad_stacks(optim.group(jax.tree.map(lambda g: g.sum(0) / x.shape[0], grads)), pad)
+        losses, grads = [], None
+        for micro in range(x.shape[0]):
+            loss, grad = jax.value_and_grad(lambda p, i=micro: next_token_loss(config, p, x[i], y[i]))(params)
+            losses.append(loss)
+            grads = grad if grads is None else jax.tree.map(jnp.add, grads, grad)
+        grads = optim.pad_stacks(optim.group(jax.tree.map(lambda g: g / x.shape[0], grads)), pad)
         grads, norm = optim.clip_by_global_norm(grads, clip)
         updates, state = optimizer.update(grads, state, groups)
-        return optax.apply_updates(groups, updates), state, losses, norm
+        return optax.apply_updates(groups, updates), state, jnp.stack(losses), norm
 
     return optimizer, step
 
@@ -71,14 +71,14 @@ def train(data, init, mode, pad=1, noise=None):
     start = below(data, f"{init}/init/")
     if noise is not None:
         start = {name: value * (1 + 1e-7 * noise.normal(size=value.shape)) for name, value in start.items()}
-    groups = jax.jit(lambda p: optim.pad_stacks(optim.group(p), pad))(params_from_reference(config, start))
-    state = jax.jit(optimizer.init)(groups)
+    groups = optim.pad_stacks(optim.group(params_from_reference(config, start)), pad)
+    state = optimizer.init(groups)
     losses, norms, snapshots = [], [], []
     for x, y in zip(data["batch/x"], data["batch/y"], strict=True):
         groups, state, loss, norm = step(groups, state, x, y)
         losses.append(loss)
         norms.append(norm)
-        snapshots.append(params_to_reference(config, ungroup(config, groups)))
+        snapshots.append(params_to_reference(config, optim.ungroup(config, groups)))
     return config, groups, state, np.array(losses), np.array(norms), snapshots
 
 
@@ -86,7 +86,8 @@ def errors(data, init, mode, noise=None):
     """Absolute error of the losses (steps + 1: the last is the final model's) and relative error of the norms."""
     config, groups, _, losses, norms, _ = train(data, init, mode, noise=noise)
     run = below(data, f"{init}/{mode}/")
-    final = loss_of(config, ungroup(config, groups), data["batch/x"][0, 0], data["batch/y"][0, 0])
+    first = jnp.asarray(data["batch/x"][0, 0]), jnp.asarray(data["batch/y"][0, 0])
+    final = next_token_loss(config, optim.ungroup(config, groups), *first)
     loss_error = np.abs(losses - run["loss_micro"]).max(axis=1)
     return np.append(loss_error, abs(final - run["final_loss_on_first_batch"])), np.abs(norms / run["grad_norm"] - 1)
 
