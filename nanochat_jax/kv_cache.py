@@ -112,7 +112,10 @@ class KVSlots:
         old_keys = old_values = places = None
         if visible and in_place:
             old_keys, old_values = ([x.reshape(B * G, S, D) for x in xs] for xs in (self.keys, self.values))
-            places = jnp.arange(B) if slot is None and slots is None else slots if slot is None else slot[None]
+            if slot is not None:
+                places = slot[None]
+            else:
+                places = jnp.arange(B) if slots is None else slots
         elif visible:
             at = (0 if slot is None else slot, 0, 0, 0)
 
@@ -217,8 +220,7 @@ def cached_attention(
     q = q.reshape(b, T, G, H // G, D).swapaxes(1, 2).reshape(b * G, T * H // G, D)
     old = None
     if cache.old_keys is not None and cache.old_values is not None:
-        places = jnp.arange(b) if cache.places is None else cache.places
-        old = cache.old_keys[layer], cache.old_values[layer], places
+        old = cache.old_keys[layer], cache.old_values[layer], cache.places
     arguments = q, old, (new_keys, new_values), cache.start, cache.filled
     formula = functools.partial(_attend, (b, T, H, G, D), window)
     if T == 1 and q.dtype == dtype == jnp.float32 and cpu_kernels.available("decode_attention"):
@@ -231,21 +233,24 @@ def cached_attention(
 def _kernel(window: int | None, q, old, new, start, filled) -> jax.Array:
     """The same as `_attend` for one token per row, as a custom call."""
     if old is None:
-        old, start = (*new, jnp.zeros_like(start)), jnp.zeros_like(start)  # none of it is valid
+        old, start = (*new, None), jnp.zeros_like(start)  # none of it is valid
+    keys, values, places = old
+    places = jnp.arange(len(start)) if places is None else places
     width = jnp.int32(-1 if window is None else window)
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    return jax.ffi.ffi_call("decode_attention", out)(q, *old, *new, start, filled, width)
+    return jax.ffi.ffi_call("decode_attention", out)(q, keys, values, places, *new, start, filled, width)
 
 
 def _attend(sizes, window: int | None, q, old, new, start, filled) -> jax.Array:
-    """q (b * G, T * H / G, D) against old keys and values (B * G, S, D), of which row r has place places[r] of B, and
-    the call's buffers (b * G, room, D): the shape of q."""
+    """q (b * G, T * H / G, D) against old keys and values (B * G, S, D), of which row r has place places[r] of B (or r,
+    where places is None), and the call's buffers (b * G, room, D): the shape of q."""
     b, T, H, G, D = sizes
     new_keys, new_values = new
     if old is not None:
         *old, places = old
-        whole = [x.reshape(-1, G, *x.shape[1:]) for x in old]
-        old = [jnp.take(x, places, axis=0, mode="clip").reshape(b * G, *x.shape[2:]) for x in whole]
+        if places is not None:  # a gather: XLA would make one even of the places 0, 1, 2, ...
+            whole = [x.reshape(-1, G, *x.shape[1:]) for x in old]
+            old = [jnp.take(x, places, axis=0, mode="clip").reshape(b * G, *x.shape[2:]) for x in whole]
 
     def score(keys, visible):  # visible (b or 1, T, S), per row and query
         s = jax.lax.dot_general(q, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)

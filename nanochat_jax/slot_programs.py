@@ -79,8 +79,11 @@ class SlotPrograms:
 
     def _chunk(self, begin: int, left: int) -> tuple[int, int]:
         """A prompt's next chunk: how long it is, and how many old tokens it may look at."""
-        fits = 1 << ((self._physical - begin).bit_length() - 1)
-        return min(_bucket(min(PREFILL_CHUNK, left)), fits), self._visible_to_prompts(begin)
+        return min(_bucket(min(PREFILL_CHUNK, left)), self._longest(begin)), self._visible_to_prompts(begin)
+
+    def _longest(self, begin: int) -> int:
+        """The longest chunk that does not overhang the slot's end: a power of two."""
+        return 1 << ((self._physical - begin).bit_length() - 1)
 
     def _at_once(self, length: int) -> int:
         """Prompts of one device that are prefilled in one call, where it takes `length` tokens of each."""
@@ -94,7 +97,7 @@ class SlotPrograms:
         """
         chunks = [self._chunk(begin, len(tokens)) for _, begin, tokens in turn]
         visible = max(visible for _, visible in chunks)
-        length = min(max(n for n, _ in chunks), *(1 << ((self._physical - b).bit_length() - 1) for _, b, _ in turn))
+        length = min(max(n for n, _ in chunks), *(self._longest(begin) for _, begin, _ in turn))
         ids = np.zeros((self.devices, self._at_once(length), length), np.int32)
         where = np.zeros((self.devices, self._at_once(length), 3), np.int32)
         filled = [0] * self.devices

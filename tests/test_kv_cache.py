@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import gpt
-from nanochat_jax.kv_cache import KVCache, KVSlots, reads_in_place
+from nanochat_jax.kv_cache import KVCache, KVSlots, cached_attention, reads_in_place
 
 SHAPES = {
     "mha": dict(n_head=4, n_kv_head=4),
@@ -170,3 +170,12 @@ def test_bf16_storage_keeps_its_dtype():
     cache = KVCache.create(config.n_layer, 1, config.n_kv_head, 32, config.head_dim, jnp.bfloat16)
     hidden, cache = forward_cached(config, params, ids_for(config, 1, 8), cache)
     assert hidden.dtype == jnp.bfloat16 and {x.dtype for x in cache.new_keys} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_attention_gathers_nothing_where_the_rows_lie_in_order(platform):
+    """A gather would copy all old keys and values, in every layer and for every token."""
+    cache = jax.eval_shape(lambda: slots_for(build("gqa")[0], 4, 256).view(jnp.zeros(4, jnp.int32), 128, 8))
+    q, kv = (jax.ShapeDtypeStruct((4, 1, heads, 8), jnp.float32) for heads in (4, 2))
+    traced = jax.jit(lambda q, k, v, cache: cached_attention(q, k, v, cache, 0, None)).trace(q, kv, kv, cache)
+    assert "gather" not in traced.lower(lowering_platforms=(platform,)).as_text()

@@ -1,6 +1,6 @@
 import pytest
 
-from nanochat_jax.progress import duration
+from nanochat_jax.progress import duration, time_left
 
 
 @pytest.mark.parametrize(
@@ -12,3 +12,7 @@ from nanochat_jax.progress import duration
 )  # fmt: skip
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_what_is_left_is_an_estimate_in_whole_seconds():
+    assert [time_left(s) for s in (0.2, 5.31, 9.96, 184, 3725)] == ["0s", "5s", "10s", "3m04s", "1h02m"]
