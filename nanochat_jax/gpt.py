@@ -160,12 +160,19 @@ relu_squared.defvjp(_relu_squared_fwd, _relu_squared_bwd)
 
 @functools.lru_cache(maxsize=32)
 def rotary_tables(length: int, head_dim: int, base: float, dtype: str = "bfloat16") -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of shape (length, head_dim / 2), float32 holding values rounded to `dtype` (reference: bfloat16)."""
+    """cos and sin of shape (length, head_dim / 2), float32 holding values rounded to `dtype` (reference: bfloat16).
+
+    Angles are the reference's float32 ones; power, cosine and sine are computed in float64. NumPy's float32 versions
+    differ in the last bit between processors with AVX-512 and without, and one such bit flips a bfloat16 rounding.
+    """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inv_freq = (1.0 / np.power(np.float32(base), exponent)).astype(np.float32)
-    angle = np.arange(length, dtype=np.float32)[:, None] * inv_freq[None, :]
-    rounded = jnp.dtype(dtype)
-    return np.cos(angle).astype(rounded).astype(np.float32), np.sin(angle).astype(rounded).astype(np.float32)
+    inv_freq = np.float32(1.0) / np.power(np.float64(np.float32(base)), exponent.astype(np.float64)).astype(np.float32)
+    angle = (np.arange(length, dtype=np.float32)[:, None] * inv_freq[None, :]).astype(np.float64)
+
+    def rounded(table: np.ndarray) -> np.ndarray:
+        return table.astype(np.float32).astype(jnp.dtype(dtype)).astype(np.float32)
+
+    return rounded(np.cos(angle)), rounded(np.sin(angle))
 
 
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

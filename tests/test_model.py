@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from typing import Any
 
 import jax
@@ -134,8 +135,11 @@ def slow_forward(config, weights, ids):
     """Logits (T, V) of one row of ids from reference-named (out, in) weights."""
     w = {name: np.asarray(a, np.float64) for name, a in weights.items()}
     D, shared = config.head_dim, config.n_head // config.n_kv_head
-    angle = np.arange(len(ids))[:, None] * config.rotary_base ** (-np.arange(0, D, 2) / D)
-    table = [np.asarray(jnp.asarray(f(angle), jnp.bfloat16), np.float32) for f in (np.cos, np.sin)]
+    # exponent, frequency and angle are float32 numbers by definition (reference); cos and sin are exact, then rounded
+    speed = [np.float32(1) / np.float32(config.rotary_base ** float(np.float32(i / D))) for i in range(0, D, 2)]
+    angle = [[float(np.float32(t) * s) for s in speed] for t in range(len(ids))]
+    exact = [np.array([[f(a) for a in row] for row in angle]) for f in (math.cos, math.sin)]
+    table = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in exact]
     x = slow_norm(w["transformer.wte.weight"][ids])
     for layer in range(config.n_layer):
         name = f"transformer.h.{layer}."

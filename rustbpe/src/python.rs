@@ -394,10 +394,10 @@ fn skinny_matmul(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
     custom_call(py, custom_calls::skinny_matmul)
 }
 
-/// Up to how many rows `skinny_matmul` is worthwhile on this processor.
+/// Up to how many rows `skinny_matmul` takes; 0 where the processor has no AVX2.
 #[pyfunction]
 fn skinny_rows() -> usize {
-    Isa::detect().map_or(0, skinny::rows)
+    Isa::detect().map_or(0, |_| skinny::MAX_ROWS)
 }
 
 #[pyfunction]

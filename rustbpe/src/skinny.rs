@@ -26,14 +26,6 @@ const STEP: usize = 32;
 const WIDE: usize = 8192;
 const AHEAD: usize = 128;
 
-/// Up to how many rows the product is faster than a general one (measured against XLA's).
-pub fn rows(isa: Isa) -> usize {
-    match isa {
-        Isa::Avx512 => MAX_ROWS,
-        Isa::Avx2 => 8,
-    }
-}
-
 // However many rows: there is a width.
 const _: () = assert!(MIN_COLUMNS.is_multiple_of(STEP) && MIN_COLUMNS * MAX_ROWS <= MAX_SUMS);
 
@@ -134,12 +126,14 @@ mod x86 {
             for row in 0..p.m {
                 sums.add(row * p.columns).write_bytes(0, width);
             }
+            // equal groups of rows, none larger than the registers hold: 8 rows are 4 + 4 with room for 6
+            let together = p.m.div_ceil(p.m.div_ceil(V::ROWS).max(1)).max(1);
             for k in (0..p.k).step_by(DEPTH) {
                 let depth = DEPTH.min(p.k - k);
-                for row in (0..p.m).step_by(V::ROWS) {
+                for row in (0..p.m).step_by(together) {
                     let (x, w) = (p.x.add(row * p.k + k), p.w.add(k * p.n + start));
                     let sums = sums.add(row * p.columns);
-                    match (p.m - row).min(V::ROWS) {
+                    match (p.m - row).min(together) {
                         1 => panel::<V, 1>(p, x, w, sums, width, depth),
                         2 => panel::<V, 2>(p, x, w, sums, width, depth),
                         3 => panel::<V, 3>(p, x, w, sums, width, depth),
@@ -147,7 +141,6 @@ mod x86 {
                         5 => panel::<V, 5>(p, x, w, sums, width, depth),
                         6 => panel::<V, 6>(p, x, w, sums, width, depth),
                         7 => panel::<V, 7>(p, x, w, sums, width, depth),
-                        8 if depth == DEPTH => panel::<V, 8>(p, x, w, sums, width, DEPTH), // a loop of known length
                         _ => panel::<V, 8>(p, x, w, sums, width, depth),
                     }
                 }
@@ -161,6 +154,23 @@ mod x86 {
     /// Adds x (M rows, `depth` columns) times w (`depth` rows, `width` columns) to the sums.
     #[inline(always)]
     unsafe fn panel<V: Vector, const M: usize>(
+        p: &Product,
+        x: *const f32,
+        w: *const f32,
+        sums: *mut f32,
+        width: usize,
+        depth: usize,
+    ) {
+        unsafe {
+            match depth {
+                DEPTH => panel_of::<V, M>(p, x, w, sums, width, DEPTH), // a loop of known length
+                _ => panel_of::<V, M>(p, x, w, sums, width, depth),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of<V: Vector, const M: usize>(
         p: &Product,
         x: *const f32,
         w: *const f32,

@@ -76,7 +76,7 @@ mod x86 {
     vector!(__m512, 16, 8, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps, |v| {
         _mm512_reduce_add_ps(v)
     });
-    vector!(__m256, 8, 4, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps, sum256);
+    vector!(__m256, 8, 6, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps, sum256);
 
     #[inline(always)]
     unsafe fn sum256(v: __m256) -> f32 {
