@@ -137,7 +137,7 @@ gpu_node() {
   if [ "$plan_only" ]; then
     step "download: further shards, meanwhile" "$PY" -m nanochat_jax.data.download -n "$shards"
   else
-    log=$("$PY" -c 'from nanochat_jax.paths import data_dir; print(data_dir() / "download.log")')
+    log=$("$PY" -c 'from nanochat_jax.utils.paths import data_dir; print(data_dir() / "download.log")')
     echo "Up to $shards shards are downloaded meanwhile; see $log"
     "$PY" -m nanochat_jax.data.download -n "$shards" >"$log" 2>&1 &
     download=$!

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import cli, decode, gpt
-from nanochat_jax.cli import flag
+from nanochat_jax import decode, gpt
 from nanochat_jax.engine import Engine
+from nanochat_jax.utils import flags
+from nanochat_jax.utils.flags import flag
 
 REFERENCE = {  # (depth, vocabulary, rows): tokens per second of the reference's engine
     (4, 4096, 1): 635,
@@ -113,4 +114,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(cli.parse(Settings, sys.argv[1:], __doc__ or ""))
+    main(flags.parse(Settings, sys.argv[1:], __doc__ or ""))

@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.streams import Connection, Stream, alone, body, stream
-from nanochat_jax import cli, paths
-from nanochat_jax.cli import flag
+from nanochat_jax.utils import flags, paths
+from nanochat_jax.utils.flags import flag
 
 
 @dataclass(frozen=True)
@@ -415,7 +415,7 @@ def verdicts(r: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    s = cli.parse(Settings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
+    s = flags.parse(Settings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
     if s.run and s.depth:
         print("error: --depth serves random weights, --run a trained model: give one of them", file=sys.stderr)
         return 2

@@ -3,10 +3,10 @@
 import sys
 from dataclasses import dataclass
 
-from nanochat_jax import errors
-from nanochat_jax.cli import flag, parse
 from nanochat_jax.data.repackage import SHARD_CHARS, repackage
-from nanochat_jax.progress import ShareProgress
+from nanochat_jax.utils import errors
+from nanochat_jax.utils.flags import flag, parse
+from nanochat_jax.utils.progress import ShareProgress
 
 
 @dataclass(frozen=True)

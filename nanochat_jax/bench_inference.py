@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import cli, errors
-from nanochat_jax.cli import flag
 from nanochat_jax.gpt import GPTConfig, num_params
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.flags import flag
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
 
     from nanochat_jax.devices import peak_flops
     from nanochat_jax.engine import Engine
-    from nanochat_jax.progress import ShareProgress
+    from nanochat_jax.utils.progress import ShareProgress
 
     model = load(settings)
     config = model.config
@@ -381,7 +381,7 @@ def json_line(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 fine, 1 no such model or device, 2 bad flags)."""
-    settings = cli.parse(BenchSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
+    settings = flags.parse(BenchSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
 
     def action() -> None:
         from nanochat_jax import devices

@@ -23,9 +23,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax import distributed, paths
+from nanochat_jax import distributed
 from nanochat_jax.gpt import GPTConfig, Params, abstract
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.utils import paths
 
 FORMAT = 1
 _STEP = re.compile(r"\d{8}")

@@ -33,7 +33,7 @@ def prepare(device: str = "auto", *, alone: bool = False) -> None:
 
     from nanochat_jax import xla_flags
     from nanochat_jax.cpu_memory import keep_freed_memory
-    from nanochat_jax.paths import base_dir
+    from nanochat_jax.utils.paths import base_dir
 
     keep_freed_memory()
     if device != "cpu" and (gpus := visible_gpus()):

@@ -22,7 +22,7 @@ from nanochat_jax.identity_phrases import (
     OPENING_WEIGHTS,
     topics,
 )
-from nanochat_jax.paths import write_atomic
+from nanochat_jax.utils.paths import write_atomic
 from nanochat_jax.world.chance import SPLITS, VAL, Draw
 from nanochat_jax.world.template import fill
 

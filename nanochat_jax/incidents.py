@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax import distributed, paths
+from nanochat_jax import distributed
+from nanochat_jax.utils import paths
 
 WINDOW, ENOUGH = 100, 20  # steps that make the running level; fewer than ENOUGH make none
 KEPT = 8  # incidents on disk

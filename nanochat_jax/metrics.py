@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_jax.paths import is_full, no_space, offline, write_atomic
+from nanochat_jax.utils.paths import is_full, no_space, offline, write_atomic
 
 logger = logging.getLogger(__name__)
 

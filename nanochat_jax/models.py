@@ -13,10 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import checkpoint, cli, devices, errors, gpt, paths
-from nanochat_jax.cli import flag
+from nanochat_jax import checkpoint, devices, gpt
 from nanochat_jax.evals import results
 from nanochat_jax.tokenizer import FILE_NAME
+from nanochat_jax.utils import errors, flags, paths
+from nanochat_jax.utils.flags import flag
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def shown(model: Model) -> str:
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 listed, 1 nothing there, 2 bad flags."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    settings = cli.parse(ModelsSettings, argv, __doc__ or "", echo=False)
+    settings = flags.parse(ModelsSettings, argv, __doc__ or "", echo=False)
     return errors.exit_status(lambda: _list(settings))
 
 

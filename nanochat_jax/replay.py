@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, cli, devices, errors, incidents
-from nanochat_jax.cli import flag
+from nanochat_jax import checkpoint, devices, incidents
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.flags import flag
 
 
 class ReplayError(ValueError):
@@ -175,7 +176,7 @@ def main(argv: list[str]) -> int:
     names = []
     while argv and not argv[0].startswith("-"):
         names.append(argv.pop(0))
-    settings = cli.parse(ReplaySettings, argv, "python -m scripts.replay RUN [STEP]: computes a skipped step again")
+    settings = flags.parse(ReplaySettings, argv, "python -m scripts.replay RUN [STEP]: computes a skipped step again")
     if not 1 <= len(names) <= 2 or (len(names) == 2 and not names[1].isdigit()):
         print("error: give a run, and a step if not the newest skipped one: scripts.replay RUN [STEP]", file=sys.stderr)
         return 2

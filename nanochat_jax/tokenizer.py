@@ -18,8 +18,8 @@ import numpy as np
 import tiktoken
 
 from nanochat_jax import conversation as rendering
-from nanochat_jax.paths import tokenizer_dir, write_atomic
 from nanochat_jax.stock_encodings import stock_encoding
+from nanochat_jax.utils.paths import tokenizer_dir, write_atomic
 
 logger = logging.getLogger(__name__)
 

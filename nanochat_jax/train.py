@@ -21,10 +21,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from nanochat_jax import auto_batch, checkpoint, devices, distributed, incidents, metrics
-from nanochat_jax.progress import Clock, Progress, Smoothed
 from nanochat_jax.saving import Saver
 from nanochat_jax.stopping import Interrupted, Stop, stop_on_signals
 from nanochat_jax.train_step import TrainState
+from nanochat_jax.utils.progress import Clock, Progress, Smoothed
 from nanochat_jax.watchdog import HungError, Watchdog
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, weights: (A, B, T)

@@ -18,8 +18,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from nanochat_jax.errors import DISK_FULL
-from nanochat_jax.paths import OFFLINE_VARIABLE, offline
+from nanochat_jax.utils.errors import DISK_FULL
+from nanochat_jax.utils.paths import OFFLINE_VARIABLE, offline
 
 logger = logging.getLogger(__name__)
 

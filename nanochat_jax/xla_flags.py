@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.paths import base_dir, write_atomic
+from nanochat_jax.utils.paths import base_dir, write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.paths import sha256_hex
+from nanochat_jax.utils.paths import sha256_hex
 from tasks.common import Conversation, Task, TaskError, check_alternation
 
 logger = logging.getLogger(__name__)

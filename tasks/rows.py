@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.paths import sha256_file
+from nanochat_jax.utils.paths import sha256_file
 
 Row = dict[str, Any]
 

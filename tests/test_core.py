@@ -19,8 +19,8 @@ from nanochat_jax.evals.core_prompts import (
     item_order,
 )
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.progress import ShareProgress
 from nanochat_jax.reference import params_from_reference
+from nanochat_jax.utils.progress import ShareProgress
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
 CORE = golden("core_v1")

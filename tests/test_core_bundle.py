@@ -10,7 +10,7 @@ import pytest
 
 from nanochat_jax.evals import core_bundle
 from nanochat_jax.evals.core_bundle import BundleError, open_bundle
-from nanochat_jax.paths import sha256_file, sha256_hex
+from nanochat_jax.utils.paths import sha256_file, sha256_hex
 
 YAML = """
 icl_tasks:

@@ -27,9 +27,9 @@ from nanochat_jax.data.shards import (
     shards_for,
     web_list,
 )
-from nanochat_jax.paths import offline
 from nanochat_jax.stock_encodings import stock_encoding
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.utils.paths import offline
 from nanochat_jax.web import FetchError, OfflineError
 from tests.web_server import WebServer
 
@@ -269,7 +269,7 @@ def test_useless_options(capsys):
 
 
 def test_progress_counts_all_files(server, capsys, monkeypatch):
-    monkeypatch.setattr("nanochat_jax.progress.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("nanochat_jax.utils.progress.LINE_EVERY_S", 0.0)
     publish(server, SHARDS)
     assert main(["-n", "4"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("shards: ")]

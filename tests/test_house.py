@@ -276,7 +276,7 @@ BREACHES = [
     (scripts_hold_no_logic, "scripts.chat", "print('done')"),
     (scripts_hold_no_logic, "scripts.new", '"""Runs."""\nimport sys\nfrom nanochat_jax.models import main\nmain()'),
     (imports_are_absolute, "nanochat_jax.loss", "from . import gpt"),
-    (nobody_imports_the_faces, "nanochat_jax.cli", "def f():\n    from scripts import train"),
+    (nobody_imports_the_faces, "nanochat_jax.utils.flags", "def f():\n    from scripts import train"),
     (nobody_imports_the_faces, "nanochat_jax.engine", "import tests.conftest"),
     (nobody_imports_the_faces, "dev.repackage_data", "from benchmarks import streams"),
     (nobody_imports_the_faces, "scripts.chat", "import scripts.serve"),

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat_jax import metrics, paths
-from nanochat_jax.errors import exit_status
+from nanochat_jax import metrics
+from nanochat_jax.utils import paths
+from nanochat_jax.utils.errors import exit_status
 
 
 def test_lines_are_read_back_and_a_torn_line_is_left_out(tmp_path):

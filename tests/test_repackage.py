@@ -19,7 +19,7 @@ from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.repackage import BASE_BYTES, LEAST_BYTES, repackage
 from nanochat_jax.data.shards import ShardList
 from nanochat_jax.data.sources import text_source
-from nanochat_jax.paths import sha256_file
+from nanochat_jax.utils.paths import sha256_file
 from tests.test_rows import document
 
 LEAST = BASE_BYTES + LEAST_BYTES

@@ -8,7 +8,7 @@ import pytest
 
 import tasks
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.paths import offline
+from nanochat_jax.utils.paths import offline
 from tasks.common import Task, TaskError, TaskIndexError, TaskMixture, TaskSequence, render_mc, shuffled_order
 from tasks.gsm8k import extract_answer
 from tasks.humaneval import extract_imports, extract_program

@@ -30,8 +30,8 @@ from typing import IO, Any
 from nanochat_jax import conversation as rendering
 from nanochat_jax.data.conversations import check_contents
 from nanochat_jax.data.readers import decode_utf8
-from nanochat_jax.paths import data_dir
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.utils.paths import data_dir
 
 KEPT_PROBLEMS = 10_000
 _SHOWN_TOKENS, _SHOWN_CHARS = 400, 400

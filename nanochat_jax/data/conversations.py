@@ -33,8 +33,8 @@ from nanochat_jax.data.row_files import (
 )
 from nanochat_jax.data.row_set import RowSet, identity_key
 from nanochat_jax.data.rows import Progress, read_ahead
-from nanochat_jax.paths import rows_dir
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.utils.paths import rows_dir
 
 logger = logging.getLogger(__name__)
 

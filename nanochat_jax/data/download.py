@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import errors
-from nanochat_jax.cli import flag, parse
 from nanochat_jax.data.fetch import fetch_file, part_of
 from nanochat_jax.data.shards import (
     DEFAULT_REPO,
@@ -36,8 +34,10 @@ from nanochat_jax.data.shards import (
     token_for,
     web_list,
 )
-from nanochat_jax.paths import data_dir, sha256_file
-from nanochat_jax.progress import Live, time_left
+from nanochat_jax.utils import errors
+from nanochat_jax.utils.flags import flag, parse
+from nanochat_jax.utils.paths import data_dir, sha256_file
+from nanochat_jax.utils.progress import Live, time_left
 from nanochat_jax.web import FetchError, FinalError, Stopped, refuse_offline
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from nanochat_jax.errors import DISK_FULL
-from nanochat_jax.paths import atomic_writer, lock_file, write_atomic
+from nanochat_jax.utils.errors import DISK_FULL
+from nanochat_jax.utils.paths import atomic_writer, lock_file, write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.data.row_files import MANIFEST, ROWS_FORMAT, ROWS_VERSION, RowsError
-from nanochat_jax.paths import sha256_file, sha256_hex
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.utils.paths import sha256_file, sha256_hex
 
 
 class RowSet:

@@ -21,7 +21,7 @@ from typing import Any
 from nanochat_jax.data.fetch import Wanted
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.text import LAST_SHARD
-from nanochat_jax.paths import sha256_hex, write_atomic
+from nanochat_jax.utils.paths import sha256_hex, write_atomic
 from nanochat_jax.web import FetchError, fetch_json
 
 LIST_NAME = "shards.json"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanochat_jax.data.readers import READER_VERSION, READERS, BadLine, DataError, document_count, read_documents
-from nanochat_jax.paths import data_dir, sha256_hex, write_atomic
+from nanochat_jax.utils.paths import data_dir, sha256_hex, write_atomic
 
 logger = logging.getLogger(__name__)
 

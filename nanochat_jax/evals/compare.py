@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import cli, errors, paths
-from nanochat_jax.cli import flag
 from nanochat_jax.evals import results, stats
 from nanochat_jax.evals.results import Result
+from nanochat_jax.utils import errors, flags, paths
+from nanochat_jax.utils.flags import flag
 
 SIGNIFICANT = 0.05
 
@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     rest = list(argv)
     while rest and not rest[0].startswith("-"):
         names.append(rest.pop(0))
-    settings = cli.parse(CompareSettings, rest, __doc__ or "", echo=False)
+    settings = flags.parse(CompareSettings, rest, __doc__ or "", echo=False)
     if len(names) != 2:
         print(f"error: two runs are needed, got {len(names)}: python -m scripts.compare A B", file=sys.stderr)
         return 2

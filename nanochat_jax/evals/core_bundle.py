@@ -20,7 +20,7 @@ import yaml
 
 from nanochat_jax.data.fetch import fetch_file
 from nanochat_jax.evals.core_prompts import FIELDS, Item
-from nanochat_jax.paths import base_dir, lock_file, sha256_file, sha256_hex, write_atomic
+from nanochat_jax.utils.paths import base_dir, lock_file, sha256_file, sha256_hex, write_atomic
 from nanochat_jax.web import FetchError
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"

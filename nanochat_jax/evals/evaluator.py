@@ -33,8 +33,8 @@ from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
 from nanochat_jax.gpt import GPTConfig, Params
-from nanochat_jax.progress import ProblemsProgress, RowsProgress, ShareProgress
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.utils.progress import ProblemsProgress, RowsProgress, ShareProgress
 from tasks import world
 
 LONGEST_ANSWER, LONGEST_ANSWER_DEMO = 512, 128

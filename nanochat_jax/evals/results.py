@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import paths
 from nanochat_jax.evals import stats
+from nanochat_jax.utils import paths
 
 Result = dict[str, Any]
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tasks
-from nanochat_jax import cli, devices, errors
+from nanochat_jax import devices
 from nanochat_jax.evals import results
 from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
-from nanochat_jax.progress import duration
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.progress import duration
 from tasks import world
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    settings = cli.parse(EvalSettings, argv, __doc__ or "")
+    settings = flags.parse(EvalSettings, argv, __doc__ or "")
 
     def action() -> None:
         run(settings)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.cli import flag
 from nanochat_jax.evals import results
+from nanochat_jax.utils.flags import flag
 
 BUILT_IN = ("CORE", "bpb", "chat-bpb", "samples")  # every other name is a task's
 

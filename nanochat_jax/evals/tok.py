@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_jax import cli, errors
-from nanochat_jax.cli import flag
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.text import text_iterator
-from nanochat_jax.paths import tokenizer_dir, write_atomic
 from nanochat_jax.tokenizer import Tokenizer, TokenizerError
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.flags import flag
+from nanochat_jax.utils.paths import tokenizer_dir, write_atomic
 
 REPORT_NAME = "evaluation.json"
 DATA_CHARS = 1_000_000
@@ -171,7 +171,7 @@ def evaluate(settings: TokEvalSettings) -> dict[str, dict[str, Measure]]:
 def main(argv: Sequence[str]) -> int:
     """The command line. Exit status: 0 measured, 1 error, 2 bad flags, 130 stopped by Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    settings = cli.parse(TokEvalSettings, argv, f"python -m scripts.tok_eval: {__doc__}")
+    settings = flags.parse(TokEvalSettings, argv, f"python -m scripts.tok_eval: {__doc__}")
 
     def action() -> None:
         evaluate(settings)

@@ -18,14 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, cli, conversation, devices, errors, gpt
-from nanochat_jax.cli import flag
+from nanochat_jax import checkpoint, conversation, devices, gpt
 from nanochat_jax.engine import Engine
 from nanochat_jax.gpt import GPTConfig, Params
 from nanochat_jax.interchange import InterchangeError, folders, huggingface, reference_files, tokenizer_json
 from nanochat_jax.interchange.model_card import model_card
 from nanochat_jax.reference import params_to_reference
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.flags import flag
 
 TARGETS = ("hf", "reference", "safetensors")
 GREEDY_TOKENS = 32
@@ -239,7 +240,7 @@ def main(argv: Sequence[str]) -> int:
     """Exit status: 0 done, 1 error, 2 bad flags."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = folders.take_path(argv, "out", switches=("overwrite", "check"))
-    settings = cli.parse(ExportSettings, arguments, __doc__ or "", echo=False)
+    settings = flags.parse(ExportSettings, arguments, __doc__ or "", echo=False)
 
     def action() -> None:
         devices.prepare("cpu")  # the comparison is made in float32

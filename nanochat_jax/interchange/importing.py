@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, cli, devices, errors, paths, reference
-from nanochat_jax.cli import flag
+from nanochat_jax import checkpoint, devices, reference
 from nanochat_jax.gpt import GPTConfig, Params, num_params
 from nanochat_jax.interchange import (
     InterchangeError,
@@ -25,6 +24,8 @@ from nanochat_jax.interchange import (
     tokenizer_json,
 )
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.utils import errors, flags, paths
+from nanochat_jax.utils.flags import flag
 
 STAGES = ("base", "mid", "sft", "rl")
 
@@ -217,7 +218,7 @@ def _meta(found: Found, path: Path) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 done, 1 error, 2 bad flags."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    settings = cli.parse(ImportSettings, folders.take_path(argv, "path"), __doc__ or "", echo=False)
+    settings = flags.parse(ImportSettings, folders.take_path(argv, "path"), __doc__ or "", echo=False)
 
     def action() -> None:
         devices.prepare("cpu")

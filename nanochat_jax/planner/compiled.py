@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import nanochat_jax
 from nanochat_jax.cards import CARDS
-from nanochat_jax.paths import base_dir, sha256_hex, write_atomic
 from nanochat_jax.planner import target
+from nanochat_jax.utils.paths import base_dir, sha256_hex, write_atomic
 
 if TYPE_CHECKING:
     from nanochat_jax.planner.child import Case

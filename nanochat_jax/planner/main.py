@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import auto_batch, cards, cli, errors, xla_flags
-from nanochat_jax.cli import flag
+from nanochat_jax import auto_batch, cards, xla_flags
 from nanochat_jax.data.shards import CHARS_PER_TOKEN, SHARD_CHARS
 from nanochat_jax.plan import BasePlan, PlanError
 from nanochat_jax.planner import budget, compiled, memory, roofline, target
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.flags import flag
 
 SHARD_BYTES = 100e6  # a downloaded shard of the default data set, compressed
 SPARE_SHARDS = 1.1  # more than the tokens need: documents and tokenizers differ
@@ -45,7 +46,7 @@ class PlanSettings:
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 planned, 1 impossible, 2 bad flags."""
-    settings = cli.parse(PlanSettings, argv, __doc__ or "", echo=False)
+    settings = flags.parse(PlanSettings, argv, __doc__ or "", echo=False)
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin may be here without any GPU
     jax.config.update("jax_platforms", "cpu")  # nor is a GPU wanted: what is compiled is compiled in a child process
 

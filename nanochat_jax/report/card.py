@@ -3,8 +3,6 @@
 import datetime
 
 from nanochat_jax.evals import results
-from nanochat_jax.progress import duration
-from nanochat_jax.provenance import Source, source, this_machine
 from nanochat_jax.report import reproduce
 from nanochat_jax.report.blocks import (
     ABSENT,
@@ -26,6 +24,8 @@ from nanochat_jax.report.collect import STAGES, Run, rows_manifest
 from nanochat_jax.report.cost import NOT_COUNTED, Cost, cost, elapsed
 from nanochat_jax.report.stage import stage_section, tokens_seen
 from nanochat_jax.report.summary import Row, Value, stage_label, summary
+from nanochat_jax.utils.progress import duration
+from nanochat_jax.utils.provenance import Source, source, this_machine
 
 
 def build(runs: list[Run], price_per_hour: float | None = None, left_out: list[str] | None = None) -> Card:

@@ -4,8 +4,8 @@ import datetime
 from dataclasses import dataclass
 
 from nanochat_jax import cards
-from nanochat_jax.progress import duration
 from nanochat_jax.report.collect import Run
+from nanochat_jax.utils.progress import duration
 
 NOT_COUNTED = (
     "Counted: optimizer steps (in reinforcement learning with their rollouts), tokenizer training, and evaluations. "

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import cli, devices, errors, paths
-from nanochat_jax.cli import flag
+from nanochat_jax import devices
 from nanochat_jax.report import card, collect, html, markdown
 from nanochat_jax.report.collect import ReportError
 from nanochat_jax.report.summary import summary
+from nanochat_jax.utils import errors, flags, paths
+from nanochat_jax.utils.flags import flag
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def in_lines(rows: Sequence[Sequence[str]]) -> str:
 def main(argv: list[str]) -> int:
     """Exit status: 0 written, 1 nothing to report on, 2 bad flags."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    settings = cli.parse(ReportSettings, argv, __doc__ or "")
+    settings = flags.parse(ReportSettings, argv, __doc__ or "")
 
     def action() -> None:
         devices.prepare("cpu")  # counting parameters must not take a GPU from a run that is still going

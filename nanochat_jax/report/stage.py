@@ -3,7 +3,6 @@
 import os
 import statistics
 
-from nanochat_jax.progress import duration
 from nanochat_jax.report.blocks import (
     ABSENT,
     Block,
@@ -22,6 +21,7 @@ from nanochat_jax.report.blocks import (
 )
 from nanochat_jax.report.collect import Run, curve
 from nanochat_jax.report.summary import PASS_AT, bpb_label, figure, interval_in, main_keys
+from nanochat_jax.utils.progress import duration
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
 # Numbers of a training step that are shown as a fact or have a plot of their own; any other one is plotted by its name.

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from nanochat_jax import cli, errors
-from nanochat_jax.cli import flag
 from nanochat_jax.serve.security import is_loopback
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.flags import flag
 
 API_KEY_VARIABLE = "NANOCHAT_API_KEY"
 GRACE_S = 2.0  # what a stream that runs at shutdown gets to end by itself
@@ -82,14 +82,14 @@ def _given_key(settings: ServeSettings) -> str | None:
     """The key of the flag, or of the environment. Exits with status 2 where the environment's cannot be one."""
     key = settings.api_key or os.environ.get(API_KEY_VARIABLE) or None
     if key is not None and not _is_key(key):
-        cli.fail(f"{API_KEY_VARIABLE} must be ASCII without spaces")
+        flags.fail(f"{API_KEY_VARIABLE} must be ASCII without spaces")
     return key
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 stopped as asked, 1 cannot serve, 2 bad flags, 130 stopped before
     it could serve)."""
-    settings = cli.parse(ServeSettings, argv, __doc__ or "", echo=False)
+    settings = flags.parse(ServeSettings, argv, __doc__ or "", echo=False)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("nanochat_jax").setLevel(logging.INFO)
     return errors.exit_status(lambda: _serve(settings))
@@ -153,7 +153,7 @@ def _engine(settings: ServeSettings, config, params, tokenizer):
     import jax
 
     from nanochat_jax.engine import Engine
-    from nanochat_jax.progress import ShareProgress
+    from nanochat_jax.utils.progress import ShareProgress
 
     engine = Engine(config, params, tokenizer, slots=settings.slots, devices=jax.devices())
     if settings.warm_up:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from nanochat_jax import checkpoint, sharding
-from nanochat_jax.cli import flag
 from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_set import RowSet
@@ -15,7 +14,6 @@ from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.optim import lr_schedule
 from nanochat_jax.plan import BasePlan
-from nanochat_jax.progress import RowsProgress
 from nanochat_jax.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (
@@ -30,6 +28,8 @@ from nanochat_jax.stages.common import (
 )
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Evaluation, Outcome
+from nanochat_jax.utils.flags import flag
+from nanochat_jax.utils.progress import RowsProgress
 
 
 @dataclass(frozen=True)

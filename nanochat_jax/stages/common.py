@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import checkpoint, cluster, devices, distributed, metrics, paths, provenance, sharding
+from nanochat_jax import checkpoint, cluster, devices, distributed, metrics, sharding
 from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.bpb import held_out_loss
-from nanochat_jax.cli import flag
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.row_set import RowSet
 from nanochat_jax.gpt import GPTConfig, Params, flops_per_token
@@ -31,6 +30,8 @@ from nanochat_jax.train_step import (
     state_of,
     strip_padding,
 )
+from nanochat_jax.utils import paths, provenance
+from nanochat_jax.utils.flags import flag
 
 MODEL_NAME = "nanochat"  # what a model is called that nobody gave a name
 

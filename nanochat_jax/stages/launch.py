@@ -5,8 +5,9 @@ import importlib
 import logging
 from typing import Any
 
-from nanochat_jax import cli, devices, errors, watchdog
+from nanochat_jax import devices, watchdog
 from nanochat_jax.stopping import Interrupted, signals_raise
+from nanochat_jax.utils import errors, flags
 
 # stage -> settings class and its variant for the demo, in the stage's module
 STAGES = {
@@ -40,9 +41,9 @@ def main(argv: list[str]) -> int:
 
 def _run(stage: str, argv: list[str]) -> None:
     module: Any = importlib.import_module(f"nanochat_jax.stages.{stage}")  # only now: JAX takes a second to import
-    settings_type = getattr(module, STAGES[stage][cli.is_set("demo", argv)])
+    settings_type = getattr(module, STAGES[stage][flags.is_set("demo", argv)])
     description = f"python -m scripts.train --stage={stage}: {module.__doc__}"
-    settings = cli.parse(settings_type, argv, description, unused=UNUSED.get(stage, ()))
+    settings = flags.parse(settings_type, argv, description, unused=UNUSED.get(stage, ()))
     if names := unused(stage, settings):
         print(f"not used by {stage}: {', '.join(names)}")
     try:
@@ -67,5 +68,5 @@ def _take_stage(argv: list[str]) -> tuple[str, list[str]]:
         stage = "base"
     if stage not in STAGES:
         got = "is missing" if stage is None else f"{stage!r} is not known"
-        cli.fail(f"--stage {got}; give one of: {', '.join(f'--stage={s}' for s in STAGES)}")
+        flags.fail(f"--stage {got}; give one of: {', '.join(f'--stage={s}' for s in STAGES)}")
     return stage, rest

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from nanochat_jax import checkpoint, rollouts, sharding
-from nanochat_jax.cli import flag
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals.chat import evaluate_generative, longest_prompt
 from nanochat_jax.loss import token_statistics
@@ -29,6 +28,7 @@ from nanochat_jax.stages.common import (
 )
 from nanochat_jax.stages.supervised import ChatStageSettings, open_parent
 from nanochat_jax.train import Evaluation, Outcome, Rollout
+from nanochat_jax.utils.flags import flag
 
 PARENTS = ("sft", "mid")
 TRANSCRIPTS = 2  # questions a step whose best and worst answers are kept

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax import checkpoint, distributed, sharding
-from nanochat_jax.cli import flag
 from nanochat_jax.data.conversations import Conversations, build_conversation_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_set import RowSet
 from nanochat_jax.plan import check_batch
-from nanochat_jax.progress import RowsProgress
 from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
@@ -30,6 +28,8 @@ from nanochat_jax.stages.common import (
     train,
 )
 from nanochat_jax.train import Evaluation, Outcome
+from nanochat_jax.utils.flags import flag
+from nanochat_jax.utils.progress import RowsProgress
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import numpy as np
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from nanochat_jax import cli, errors
-from nanochat_jax.cli import flag
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.text import text_iterator
-from nanochat_jax.paths import sha256_hex, tokenizer_dir, write_atomic
 from nanochat_jax.tokenizer import FILE_NAME, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, TokenizerError
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.flags import flag
+from nanochat_jax.utils.paths import sha256_hex, tokenizer_dir, write_atomic
 
 LINE_EVERY_S = 10.0
 # Text the finished tokenizer must give back exactly: scripts, numbers, spaces, joined emoji, and special strings.
@@ -53,8 +53,8 @@ class DemoTokTrainSettings(TokTrainSettings):
 
 def parse_settings(argv: list[str]) -> TokTrainSettings:
     """Settings from command-line arguments; exits with status 2 on a mistake."""
-    kind = DemoTokTrainSettings if cli.is_set("demo", argv) else TokTrainSettings
-    return cli.parse(kind, argv, f"python -m scripts.tok_train: {__doc__}")
+    kind = DemoTokTrainSettings if flags.is_set("demo", argv) else TokTrainSettings
+    return flags.parse(kind, argv, f"python -m scripts.tok_train: {__doc__}")
 
 
 def train_tokenizer(settings: TokTrainSettings) -> Tokenizer:

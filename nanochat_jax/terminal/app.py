@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nanochat_jax import cli, errors
 from nanochat_jax.terminal.commands import Leave
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, line_editing, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings
+from nanochat_jax.utils import errors, flags
 
 TRY_CHAT = """\
 Try:  Who are you?   What is 12 + 30?   How many r are in carrot?   What does a cow eat?
@@ -26,7 +26,7 @@ Try:  The sky is   |   Once upon a time   |   /temperature 1 for surprises, /reg
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 fine, 1 no model or a prompt that does not fit, 2 bad flags,
     3 a GPU that JAX cannot use, 130 interrupted)."""
-    settings = _with_prompt(cli.parse(ChatSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False))
+    settings = _with_prompt(flags.parse(ChatSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False))
     for stream in (sys.stdin, sys.stdout):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -49,7 +49,7 @@ def _with_prompt(settings: ChatSettings) -> ChatSettings:
     try:
         return replace(settings, prompt=sys.stdin.read().rstrip("\n"))
     except ValueError as error:
-        cli.fail(str(error))
+        flags.fail(str(error))
 
 
 def _run(settings: ChatSettings) -> int:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from nanochat_jax import paths
 from nanochat_jax.answers import Piece, PlainText, Text, ToolResult
 from nanochat_jax.terminal.commands import NAMES, Leave, Regenerate, obey
 from nanochat_jax.terminal.session import Chat, Outcome
+from nanochat_jax.utils import paths
 
 HISTORY_LINES = 2000
 BOLD, DIM, CYAN, PLAIN = "\033[1m", "\033[2m", "\033[36m", "\033[0m"

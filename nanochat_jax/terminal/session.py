@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import conversation, paths
+from nanochat_jax import conversation
 from nanochat_jax.answers import AnswerStream, ContextOverflow, MessageError, Piece, as_text, chat_prompt
-from nanochat_jax.cli import flag
+from nanochat_jax.utils import paths
+from nanochat_jax.utils.flags import flag
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from nanochat_jax.paths import data_dir, sha256_hex, write_atomic
+from nanochat_jax.utils.paths import data_dir, sha256_hex, write_atomic
 from nanochat_jax.world.chance import SPLITS, side
 
 MODULES = (

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TypeGuard
 
-from nanochat_jax.errors import DISK_FULL
+from nanochat_jax.utils.errors import DISK_FULL
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from nanochat_jax.errors import is_ours
+from nanochat_jax.utils.errors import is_ours
 
 T = TypeVar("T")
 

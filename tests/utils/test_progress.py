@@ -1,6 +1,6 @@
 import pytest
 
-from nanochat_jax.progress import duration, time_left
+from nanochat_jax.utils.progress import duration, time_left
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanochat_jax import checkpoint, cli, errors, models
-from nanochat_jax.errors import exit_status, in_words, is_ours
+from nanochat_jax import checkpoint, models
+from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.errors import exit_status, in_words, is_ours
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +45,7 @@ def test_what_the_system_says_of_a_file_a_disk_or_the_network_needs_none():
 
 
 def test_a_slip_in_our_own_line_and_a_librarys_error_are_shown_whole():
-    slip = raised(lambda: cli.parse(int, ["x"]))  # pyright: ignore[reportArgumentType] - no dataclass
+    slip = raised(lambda: flags.parse(int, ["x"]))  # pyright: ignore[reportArgumentType] - no dataclass
     assert not is_ours(slip)
     assert not is_ours(raised(lambda: int("x")))
     assert not is_ours(raised(lambda: checkpoint.config_from_dict(3)))  # pyright: ignore[reportArgumentType]
@@ -86,7 +87,7 @@ def test_statuses(capsys):
     assert exit_status(lambda: raise_(KeyboardInterrupt()), stopped="enough") == 130
     assert capsys.readouterr().err == "enough\n"
     with pytest.raises(SystemExit) as stop:
-        exit_status(lambda: cli.fail("this flag"))
+        exit_status(lambda: flags.fail("this flag"))
     assert stop.value.code == 2 and capsys.readouterr().err == "error: this flag\n"
     with pytest.raises(RuntimeError, match="a library's"):
         exit_status(lambda: raise_(RuntimeError("a library's")), {RuntimeError: 8})
@@ -95,7 +96,9 @@ def test_statuses(capsys):
 @pytest.mark.parametrize("length", [1, 1_000_000])  # what fits into the buffer fails at the end only
 @pytest.mark.parametrize("statuses, expected", [("None", errors.UNREAD), ("{BrokenPipeError: 0}", 0)])
 def test_output_that_nobody_reads_any_more_ends_quietly(length, statuses, expected):
-    program = f"from nanochat_jax.errors import exit_status as e; exit(e(lambda: print('x' * {length}), {statuses}))"
+    program = (
+        f"from nanochat_jax.utils.errors import exit_status as e; exit(e(lambda: print('x' * {length}), {statuses}))"
+    )
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as output:

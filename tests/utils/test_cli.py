@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_jax import cli
-from nanochat_jax.cli import flag
+from nanochat_jax.utils import flags
+from nanochat_jax.utils.flags import flag
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Settings:
 
 
 def parse(*argv) -> Settings:
-    return cli.parse(Settings, argv)
+    return flags.parse(Settings, argv)
 
 
 def fails(capsys, *argv, settings: type = Settings) -> str:
     with pytest.raises(SystemExit) as stop:
-        cli.parse(settings, argv)
+        flags.parse(settings, argv)
     assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
@@ -84,7 +84,7 @@ def test_ways_to_write_a_flag(argv, expected):
 def test_overrides_are_printed(capsys):
     parse("--depth=12", "--grad_clip=1", "--run_name=x")
     assert capsys.readouterr().out == "--depth = 12 (default 20)\n--run_name = 'x' (default '')\n"
-    cli.parse(Settings, ["--depth=12"], echo=False)
+    flags.parse(Settings, ["--depth=12"], echo=False)
     assert capsys.readouterr().out == ""
 
 
@@ -120,13 +120,13 @@ def test_required_flag(capsys):
         path: str = dataclasses.field(metadata={"help": "a file"})
 
     assert "--path is required: --path=STR" in fails(capsys, settings=Needs)
-    assert cli.parse(Needs, ["--path=a"]).path == "a"
+    assert flags.parse(Needs, ["--path=a"]).path == "a"
     assert capsys.readouterr().out == "--path = 'a'\n"
 
 
 def test_help_names_every_flag_with_type_text_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parse(Settings, ["--depth=3", "--help"], "Trains a model.")
+        flags.parse(Settings, ["--depth=3", "--help"], "Trains a model.")
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("Trains a model.")
@@ -149,7 +149,7 @@ scripts.plan --depth=4      plans less
 It ends here.
 """
     with pytest.raises(SystemExit):
-        cli.parse(Settings, ["--help"], description)
+        flags.parse(Settings, ["--help"], description)
     first, commands, columns, wrapped = capsys.readouterr().out.split("\n\n")[:4]
     assert first == "Trains a model."
     assert commands == "    scripts.train --depth=4\n    scripts.train"
@@ -163,7 +163,7 @@ def test_settings_that_are_no_flags_are_a_programming_error():
         sizes: list[int] = dataclasses.field(default_factory=list)
 
     with pytest.raises(TypeError, match="Bad.sizes"):
-        cli.parse(Bad, [])
+        flags.parse(Bad, [])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_settings_that_are_no_flags_are_a_programming_error():
     ],
 )
 def test_is_set_agrees_with_parse(argv, expected):
-    assert cli.is_set("demo", argv) is expected
+    assert flags.is_set("demo", argv) is expected
     if "--demonstrate" not in argv:
         assert parse(*argv).demo is expected
 
@@ -189,7 +189,7 @@ def test_is_set_agrees_with_parse(argv, expected):
 @given(st.integers(), st.floats(allow_nan=False), st.booleans(), st.text())
 def test_round_trip(depth, clip, demo, name):
     argv = [f"--depth={depth}", f"--grad_clip={clip!r}", f"--demo={demo}", f"--run_name={name}"]
-    result = cli.parse(Settings, argv, echo=False)
+    result = flags.parse(Settings, argv, echo=False)
     assert (result.depth, result.grad_clip, result.demo, result.run_name) == (depth, clip, demo, name)
 
 
@@ -204,6 +204,6 @@ def test_every_renamed_flag_leads_to_one_that_exists():
 
     fields = {f.name for s in (base.BaseSettings, mid.MidSettings, sft.SftSettings) for f in dataclasses.fields(s)}
     fields |= {f.name for f in dataclasses.fields(EvalSettings)}
-    for old, instead in cli.RENAMED.items():
+    for old, instead in flags.RENAMED.items():
         named = re.findall(r"--(\w+)", instead)
         assert named and set(named) <= fields, old
