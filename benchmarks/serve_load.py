@@ -427,7 +427,7 @@ def main(argv: Sequence[str]) -> int:
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
             os.environ[paths.BASE_DIR_VARIABLE] = str(folder)
             run = random_run(folder, s)
-        from nanochat_jax import devices
+        from nanochat_jax.hardware import devices
 
         devices.prepare(s.device)
         result = measure(s, run)

@@ -252,8 +252,8 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
     """Measures, printing a table as it fills, and returns what the JSON line holds."""
     import jax
 
-    from nanochat_jax.devices import peak_flops
     from nanochat_jax.engine import Engine
+    from nanochat_jax.hardware.devices import peak_flops
     from nanochat_jax.utils.progress import ShareProgress
 
     model = load(settings)
@@ -384,7 +384,7 @@ def main(argv: Sequence[str]) -> int:
     settings = flags.parse(BenchSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
 
     def action() -> None:
-        from nanochat_jax import devices
+        from nanochat_jax.hardware import devices
 
         devices.prepare(settings.device)
         devices.check(settings.device)

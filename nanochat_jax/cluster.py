@@ -229,7 +229,7 @@ def start(mode: str = "auto", time_limit_s: float = TIME_LIMIT_S) -> Cluster | N
 
 def _own_gpus(cluster: Cluster, hosts: list[str]) -> list[int] | None:
     """Which GPUs of the host this process takes: all of them if it is alone there or sees but one."""
-    from nanochat_jax.devices import nvidia_gpus
+    from nanochat_jax.hardware.devices import nvidia_gpus
 
     here = [i for i, host in enumerate(hosts) if host == hosts[cluster.index]]
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")

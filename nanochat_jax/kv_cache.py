@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import cpu_kernels
+from nanochat_jax.hardware import cpu_kernels
 
 
 @jax.tree_util.register_dataclass

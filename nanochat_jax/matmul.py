@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import rustbpe
-from nanochat_jax import cpu_kernels
+from nanochat_jax.hardware import cpu_kernels
 
 # Entries of a matrix from which on the kernel is used: it is faster from about there (decoding 1.1 to 1.3 times against
 # 2^18). And somewhere between 2^14 and 2^16 XLA begins to sum in another order for several rows than for one, and the

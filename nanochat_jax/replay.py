@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, devices, incidents
+from nanochat_jax import checkpoint, incidents
+from nanochat_jax.hardware import devices
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 

@@ -14,7 +14,7 @@ kernel of our own (`rustbpe/src/largest.rs`).
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import cpu_kernels
+from nanochat_jax.hardware import cpu_kernels
 
 _PRNG = "threefry2x32"  # not left to JAX's default: a seed means the same in every release
 _LANES = 256  # vocabularies are folded to rows of this many: reductions over the rows use the whole vector unit

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax import auto_batch, checkpoint, devices, distributed, incidents, metrics
+from nanochat_jax import auto_batch, checkpoint, distributed, incidents, metrics
+from nanochat_jax.hardware import devices
 from nanochat_jax.saving import Saver
 from nanochat_jax.stopping import Interrupted, Stop, stop_on_signals
 from nanochat_jax.train_step import TrainState

@@ -82,7 +82,7 @@ def test_no_run(tmp_path, monkeypatch, capsys):
 
 def test_a_small_run(monkeypatch, capsys):
     monkeypatch.setattr(bench_inference, "measure_bandwidth", lambda n: (1e10, "given"))
-    monkeypatch.setattr("nanochat_jax.devices.peak_flops", lambda: (1e11, "given"))
+    monkeypatch.setattr("nanochat_jax.hardware.devices.peak_flops", lambda: (1e11, "given"))
     settings = BenchSettings(depth=1, vocab_size=300, sequence_len=64, prompt_tokens=500, decode_tokens=8,
                              batch_sizes="1", prompt_lengths="64,128", repeats=2)  # fmt: skip
     result = json.loads(json_line(bench_inference.bench(settings)))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import rustbpe
-from nanochat_jax import cpu_kernels, matmul
+from nanochat_jax import matmul
+from nanochat_jax.hardware import cpu_kernels
 
 needs_kernel = pytest.mark.skipif(rustbpe.skinny_matmul() is None, reason="this processor has no AVX2")
 
@@ -135,11 +136,13 @@ def test_gradient_and_vmap(any_size, rows):
 def falls_back(caplog, reason: str, rows: int) -> None:
     """Checks that the product is a plain one, and that the log says why, once."""
     x, kernel = arrays((rows, 256), (256, 1024))
-    with caplog.at_level(logging.INFO, "nanochat_jax.cpu_kernels"):
+    with caplog.at_level(logging.INFO, "nanochat_jax.hardware.cpu_kernels"):
         for _ in range(2):
             assert not custom_calls(lambda x, kernel: matmul.project(x, kernel), x, kernel)
             np.testing.assert_array_equal(project(x, kernel), jax.jit(jnp.matmul)(x, kernel))
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "nanochat_jax.cpu_kernels"]
+    (message,) = [
+        record.getMessage() for record in caplog.records if record.name == "nanochat_jax.hardware.cpu_kernels"
+    ]
     assert "skinny_matmul" in message and reason in message
 
 
@@ -187,7 +190,7 @@ def test_without_the_kernel_xla_has_another_interface():
     done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 8 * 256 * 1024
-    (message,) = [line for line in done.stderr.splitlines() if line.startswith("nanochat_jax.cpu_kernels")]
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("nanochat_jax.hardware.cpu_kernels")]
     assert "does not take it" in message and "0.99" in message
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nanochat_jax import cards
-from nanochat_jax.cards import CARDS
+from nanochat_jax.hardware import gpus
+from nanochat_jax.hardware.gpus import CARDS
 from nanochat_jax.plan import BasePlan, PlanError
 from nanochat_jax.planner import budget, compiled, main, memory, roofline, target
 from nanochat_jax.planner.child import Case
@@ -40,7 +40,7 @@ def test_cards_are_plausible():
     [("h100", "h100"), ("H100 SXM", "h100"), ("h100_pcie", "h100-pcie"), ("A100", "a100-80"), ("RTX 4090", "rtx4090")],
 )
 def test_spellings(name, key):
-    assert cards.find(name) is CARDS[key]
+    assert gpus.find(name) is CARDS[key]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_spellings(name, key):
     ],
 )
 def test_names_of_drivers(kind, key):
-    assert cards.of_device(kind) is CARDS.get(key)
+    assert gpus.of_device(kind) is CARDS.get(key)
 
 
 def test_text_proto_holds_the_limits():
@@ -135,7 +135,7 @@ def test_a_compiler_that_dies_is_an_error_with_its_last_words(monkeypatch, tmp_p
     fake.write_text("#!/bin/sh\ncat >/dev/null\necho '{\"bytes\": 7}'\necho 'no such card' >&2\nexit 3\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    monkeypatch.setattr("nanochat_jax.xla_flags.unknown_flags", lambda flags, cache=None: [])
+    monkeypatch.setattr("nanochat_jax.hardware.xla_flags.unknown_flags", lambda flags, cache=None: [])
     with pytest.raises(compiled.CompileError, match=r"2 rows a GPU.*exit status 3.*no such card"):
         compiled.results(CASES)
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import cpu_kernels, sampling
+from nanochat_jax import sampling
+from nanochat_jax.hardware import cpu_kernels
 from tests.tokenizer_fixtures import golden
 
 N = 5000

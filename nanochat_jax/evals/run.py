@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tasks
-from nanochat_jax import devices
 from nanochat_jax.evals import results
 from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
+from nanochat_jax.hardware import devices
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.progress import duration
 from tasks import world

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, devices, reference
+from nanochat_jax import checkpoint, reference
 from nanochat_jax.gpt import GPTConfig, Params, num_params
+from nanochat_jax.hardware import devices
 from nanochat_jax.interchange import (
     InterchangeError,
     folders,

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochat_jax.cards import Card
+from nanochat_jax.hardware.gpus import Card
 from nanochat_jax.plan import BasePlan, PlanError
 from nanochat_jax.planner.roofline import seconds_at
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nanochat_jax
-from nanochat_jax.cards import CARDS
+from nanochat_jax.hardware.gpus import CARDS
 from nanochat_jax.planner import target
 from nanochat_jax.utils.paths import base_dir, sha256_hex, write_atomic
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import auto_batch, cards, xla_flags
+from nanochat_jax import auto_batch
 from nanochat_jax.data.shards import CHARS_PER_TOKEN, SHARD_CHARS
+from nanochat_jax.hardware import gpus as cards
+from nanochat_jax.hardware import xla_flags
 from nanochat_jax.plan import BasePlan, PlanError
 from nanochat_jax.planner import budget, compiled, memory, roofline, target
 from nanochat_jax.utils import errors, flags

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import re
 
-from nanochat_jax.cards import Card
+from nanochat_jax.hardware.gpus import Card
 
 
 class NoPlugin(RuntimeError):
@@ -70,7 +70,7 @@ def plugin_version() -> str | None:
 
 def environment(card: Card, gpus: int) -> dict[str, str]:
     """The environment of a process that compiles for the card: the flags of a real run, but no GPU is touched."""
-    from nanochat_jax import xla_flags
+    from nanochat_jax.hardware import xla_flags
 
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     env.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # our own cache holds the few numbers that matter

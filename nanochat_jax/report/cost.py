@@ -3,7 +3,7 @@
 import datetime
 from dataclasses import dataclass
 
-from nanochat_jax import cards
+from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.report.collect import Run
 from nanochat_jax.utils.progress import duration
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import devices
+from nanochat_jax.hardware import devices
 from nanochat_jax.report import card, collect, html, markdown
 from nanochat_jax.report.collect import ReportError
 from nanochat_jax.report.summary import summary

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import checkpoint, cluster, devices, distributed, metrics, sharding
+from nanochat_jax import checkpoint, cluster, distributed, metrics, sharding
 from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.row_set import RowSet
 from nanochat_jax.gpt import GPTConfig, Params, flops_per_token
+from nanochat_jax.hardware import devices
 from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.tokenizer import Tokenizer

@@ -5,7 +5,8 @@ import importlib
 import logging
 from typing import Any
 
-from nanochat_jax import devices, watchdog
+from nanochat_jax import watchdog
+from nanochat_jax.hardware import devices
 from nanochat_jax.stopping import Interrupted, signals_raise
 from nanochat_jax.utils import errors, flags
 

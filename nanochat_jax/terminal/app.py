@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     for stream in (sys.stdin, sys.stdout):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    from nanochat_jax import devices
+    from nanochat_jax.hardware import devices
 
     def action() -> int:
         try:
@@ -54,9 +54,9 @@ def _with_prompt(settings: ChatSettings) -> ChatSettings:
 
 def _run(settings: ChatSettings) -> int:
     # JAX takes a second to import: flags are judged before
-    from nanochat_jax import devices
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.engine import Engine
+    from nanochat_jax.hardware import devices
     from nanochat_jax.models import chosen
 
     talking = settings.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()

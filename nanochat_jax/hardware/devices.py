@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from nanochat_jax import cards
+from nanochat_jax.hardware import gpus as cards
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ def prepare(device: str = "auto", *, alone: bool = False) -> None:
         raise DeviceError(f"--device must be auto, cpu or gpu, got {device!r}")
     import jax
 
-    from nanochat_jax import xla_flags
-    from nanochat_jax.cpu_memory import keep_freed_memory
+    from nanochat_jax.hardware import xla_flags
+    from nanochat_jax.hardware.cpu_memory import keep_freed_memory
     from nanochat_jax.utils.paths import base_dir
 
     keep_freed_memory()

@@ -8,8 +8,17 @@ import sys
 
 import pytest
 
-from nanochat_jax import devices, xla_flags
-from nanochat_jax.xla_flags import SETTINGS, FlagError, Node, Setting, apply, merge, settings_for, unknown_flags
+from nanochat_jax.hardware import devices, xla_flags
+from nanochat_jax.hardware.xla_flags import (
+    SETTINGS,
+    FlagError,
+    Node,
+    Setting,
+    apply,
+    merge,
+    settings_for,
+    unknown_flags,
+)
 
 EIGHT = Node("NVIDIA H100 80GB HBM3", 8)
 GONE = "--xla_gpu_enable_async_collectives=true"  # in many a list on the web; unknown to today's jaxlib

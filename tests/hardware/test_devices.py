@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanochat_jax import devices
+from nanochat_jax.hardware import devices
 
 
 def test_gpu_that_jax_cannot_use_is_an_error_with_the_remedy(monkeypatch):
