@@ -104,7 +104,7 @@ def random_run(folder: Path, s: Settings) -> str:
 
     from nanochat_jax import checkpoint
     from nanochat_jax.gpt import GPTConfig, abstract
-    from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+    from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
     n = s.vocab_size - len(SPECIAL_TOKENS)
     ranks = [bytes([i]) for i in range(256)] + [b"%x" % i for i in range(16, 16 + n - 256)]  # any distinct bytes do

@@ -23,7 +23,7 @@ from nanochat_jax import decode, gpt
 from nanochat_jax.request import Event, Request, SpecialTokens, TextCoder, new_request
 from nanochat_jax.slot_programs import PREFILL_CHUNK, SlotPrograms
 from nanochat_jax.slot_table import SlotTable
-from nanochat_jax.tools import use_calculator
+from nanochat_jax.text.calculator import use_calculator
 
 # A decode call ends when this share of its rows has stopped. Ending at the first would let the host in after nearly
 # every token when many rows run; waiting for more would let stopped rows compute tokens that nobody reads.

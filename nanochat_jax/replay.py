@@ -142,7 +142,7 @@ def worst_rows(result: Replay, count: int) -> list[int]:
 
 def describe(incident: Incident, result: Replay, settings: ReplaySettings) -> str:
     """What `scripts.replay` prints."""
-    from nanochat_jax.tokenizer import Tokenizer
+    from nanochat_jax.text.tokenizer import Tokenizer
 
     facts = incident.facts
     lines = [

@@ -7,11 +7,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from nanochat_jax import conversation
+from nanochat_jax.text import chat_format
 
 
 class TextCoder(Protocol):
-    """What the engine needs of a tokenizer (`nanochat_jax.tokenizer.Tokenizer` has it)."""
+    """What the engine needs of a tokenizer (`nanochat_jax.text.tokenizer.Tokenizer` has it)."""
 
     @property
     def bos_id(self) -> int: ...
@@ -37,14 +37,14 @@ class SpecialTokens:
         if tokenizer is None:
             return cls(frozenset())
         try:
-            ends = frozenset([tokenizer.bos_id, tokenizer.encode_special(conversation.ASSISTANT_END)])
+            ends = frozenset([tokenizer.bos_id, tokenizer.encode_special(chat_format.ASSISTANT_END)])
             start, end, output_start, output_end = map(tokenizer.encode_special, _TOOL_NAMES)
             return cls(ends, start, end, output_start, output_end, tokenizer)
         except KeyError:
             return cls(frozenset([tokenizer.bos_id]))
 
 
-_TOOL_NAMES = (conversation.PYTHON_START, conversation.PYTHON_END, conversation.OUTPUT_START, conversation.OUTPUT_END)
+_TOOL_NAMES = (chat_format.PYTHON_START, chat_format.PYTHON_END, chat_format.OUTPUT_START, chat_format.OUTPUT_END)
 
 
 @dataclass(eq=False)

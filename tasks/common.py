@@ -1,6 +1,6 @@
 """What a task is: a data set whose rows are conversations, seen through a slice, alone, mixed or in sequence.
 
-A conversation is the dict that ``nanochat_jax.conversation`` renders; tasks add what their own ``evaluate`` needs
+A conversation is the dict that ``nanochat_jax.text.chat_format`` renders; tasks add what their own ``evaluate`` needs
 (``letters``, ``entry_point``, ...). Orders are the reference's to the row: a data set is permuted by NumPy's
 ``default_rng(42)`` (what the ``datasets`` library's ``shuffle(seed=42)`` does), a mixture by CPython's ``Random(42)``.
 """

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 
-from nanochat_jax import conversation, gpt
+from nanochat_jax import gpt
 from nanochat_jax.engine import Engine
 from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.main import make_server
 from nanochat_jax.serve.service import Defaults, Service
 from nanochat_jax.serve.worker import ServedModel, Worker
+from nanochat_jax.text import chat_format
 from tests.tokenizer_fixtures import golden_tokenizer
 
 CHAT = ServedModel("tiny", "sft", 7, 1_700_000_000, True)
@@ -56,7 +57,7 @@ def _table(seed, vocab):
 
 
 def _toy_params(seed, script, first, told):
-    line = np.full(CAPACITY, golden_tokenizer().encode_special(conversation.ASSISTANT_END), np.int32)
+    line = np.full(CAPACITY, golden_tokenizer().encode_special(chat_format.ASSISTANT_END), np.int32)
     line[: len(script)] = script
     table = _table(seed, golden_tokenizer().vocab_size)
     return {"table": table, "script": jnp.asarray(line), "first": jnp.int32(first), "told": jnp.asarray(told)}
@@ -92,7 +93,7 @@ class Running:
         return self.http.post(path, json=body)
 
     def tell(self, tokens, messages=None, n: int | None = None) -> None:
-        from nanochat_jax.answers import chat_prompt
+        from nanochat_jax.text.detokenizer import chat_prompt
 
         if n is None:
             n = len(chat_prompt(messages or HI, self.service.tokenizer))

@@ -18,7 +18,7 @@ from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loss import token_nll
 from nanochat_jax.stages.common import held_out
 from nanochat_jax.stages.launch import main
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 from tests import toy_runs
 from tests.toy_params import toy_params

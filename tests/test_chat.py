@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from nanochat_jax import gpt
-from nanochat_jax.answers import ContextOverflow, as_text
 from nanochat_jax.engine import Engine
 from nanochat_jax.reference import params_from_reference
 from nanochat_jax.terminal import app, console
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings
+from nanochat_jax.text.detokenizer import ContextOverflow, as_text
 from tests.scripted_engine import Scripted
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 from nanochat_jax import checkpoint
 from nanochat_jax.checkpoint import CheckpointError
 from nanochat_jax.gpt import GPTConfig, abstract
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from tests.toy_params import toy_params
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)

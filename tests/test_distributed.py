@@ -15,7 +15,7 @@ import pytest
 
 from nanochat_jax import checkpoint, cluster, distributed, metrics, sharding
 from nanochat_jax.cluster import Cluster, DistributedError, find_cluster, first_host
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,8 @@ from nanochat_jax.data.shards import (
     shards_for,
     web_list,
 )
-from nanochat_jax.stock_encodings import stock_encoding
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.stock_encodings import stock_encoding
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import offline
 from nanochat_jax.web import FetchError, OfflineError
 from tests.web_server import WebServer

@@ -17,7 +17,7 @@ from nanochat_jax.interchange import InterchangeError, exporting, folders, huggi
 from nanochat_jax.interchange.chat_template import chat_template
 from nanochat_jax.interchange.exporting import ExportSettings, export
 from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
-from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.toy_params import toy_params
 from tests.toy_runs import toy_tokenizer
 

@@ -19,7 +19,7 @@ from nanochat_jax.interchange.huggingface import hf_name
 from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
 from nanochat_jax.reference import params_to_reference
 from nanochat_jax.stages.common import find_parent
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 
 forward = jax.jit(gpt.forward, static_argnums=0)
 

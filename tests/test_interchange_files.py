@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.interchange import InterchangeError, pickles, tiktoken_pickle, torch_file
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 
 NAMES = {"collections.OrderedDict": lambda *items: dict(*items)}
 

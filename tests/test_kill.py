@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import checkpoint, metrics
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 
 ROOT = Path(__file__).parent.parent

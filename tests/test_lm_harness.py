@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from nanochat_jax import gpt  # noqa: E402
 from nanochat_jax.evals.lm_harness import NanochatLM  # noqa: E402
 from nanochat_jax.gpt import GPTConfig  # noqa: E402
-from nanochat_jax.tokenizer import Tokenizer  # noqa: E402
+from nanochat_jax.text.tokenizer import Tokenizer  # noqa: E402
 from tests.toy_params import toy_params
 
 forward = jax.jit(gpt.forward, static_argnums=0)

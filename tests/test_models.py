@@ -9,7 +9,7 @@ import pytest
 from nanochat_jax import checkpoint, models
 from nanochat_jax.evals import results
 from nanochat_jax.gpt import GPTConfig, num_params
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from tests.toy_params import toy_params
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=270, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)

@@ -21,7 +21,7 @@ from nanochat_jax.data.row_files import RowsError, RowWriter
 from nanochat_jax.data.row_set import RowSet
 from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.text import CallableDocuments, FileDocuments
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from tests.tokenizer_fixtures import golden_tokenizer
 
 WORDS = "the river runs past old mill and miller counts his sacks while rain falls on stone roof at night".split()

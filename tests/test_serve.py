@@ -17,7 +17,7 @@ from nanochat_jax.serve import page
 from nanochat_jax.serve.main import make_server
 from nanochat_jax.serve.service import Answer
 from nanochat_jax.serve.worker import Sampling, Update
-from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.serve_fixtures import BASE, CAPACITY, CHAT, HI, Toy, serving, toy_engine
 from tests.tokenizer_fixtures import golden_tokenizer
 

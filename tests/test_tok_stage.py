@@ -9,7 +9,7 @@ from nanochat_jax.evals import tok as tok_eval
 from nanochat_jax.evals.tok import Measure, TokEvalSettings, evaluate, relative_saving
 from nanochat_jax.stages import tok
 from nanochat_jax.stages.tok import DemoTokTrainSettings, TokTrainSettings, main, parse_settings, train_tokenizer
-from nanochat_jax.tokenizer import Tokenizer, TokenizerError
+from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from nanochat_jax.conversation import render_conversation
-from nanochat_jax.tools import use_calculator
+from nanochat_jax.text.calculator import use_calculator
+from nanochat_jax.text.chat_format import render_conversation
 from nanochat_jax.world import Draw, facts, lookup, make_world, python_prose, sum_side, word_side
 from nanochat_jax.world.chat import KINDS, draw_for, quiz
 from nanochat_jax.world.chat import facts as chat_facts

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nanochat_jax.conversation import render_conversation
-from nanochat_jax.tokenizer import SPECIAL_TOKENS
+from nanochat_jax.text.chat_format import render_conversation
+from nanochat_jax.text.tokenizer import SPECIAL_TOKENS
 from tasks import world
 from tasks.common import TaskError
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 

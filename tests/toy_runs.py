@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 from nanochat_jax.stages.launch import main
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 
 # 192 tokens hold a conversation of the demo world; two rows a device and step, one after the other. Everything that the

@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat_jax import conversation as rendering
 from nanochat_jax.data.conversations import check_contents
 from nanochat_jax.data.readers import decode_utf8
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text import chat_format as rendering
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import data_dir
 
 KEPT_PROBLEMS = 10_000

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat_jax import conversation as rendering
 from nanochat_jax.data.packing import BestFit, Rendered, Source, Stream, Tally
 from nanochat_jax.data.row_files import (
     MANIFEST,
@@ -33,7 +32,8 @@ from nanochat_jax.data.row_files import (
 )
 from nanochat_jax.data.row_set import RowSet, identity_key
 from nanochat_jax.data.rows import Progress, read_ahead
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text import chat_format as rendering
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import rows_dir
 
 logger = logging.getLogger(__name__)

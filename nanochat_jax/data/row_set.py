@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.data.row_files import MANIFEST, ROWS_FORMAT, ROWS_VERSION, RowsError
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import sha256_file, sha256_hex
 
 

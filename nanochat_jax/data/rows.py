@@ -27,7 +27,7 @@ from nanochat_jax.data.row_files import (
 )
 from nanochat_jax.data.row_set import RowSet, identity_key
 from nanochat_jax.data.text import KEPT_MESSAGES, Documents, TextStats
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import rows_dir
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from nanochat_jax.evals.core_prompts import (
     item_order,
 )
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.progress import ShareProgress, duration
 
 BLOCK = 1000  # items tokenized and scored at a time: bounds memory (ten shots before eleven options: 22 M tokens)

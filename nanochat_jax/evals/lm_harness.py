@@ -15,11 +15,12 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from nanochat_jax import checkpoint, conversation
+from nanochat_jax import checkpoint
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.gpt import GPTConfig, Params
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text import chat_format
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors
 
 NAME = "nanochat_jax"
@@ -68,7 +69,7 @@ class NanochatLM(LM):
         self._scorer = Scorer(config, params, max_length=self.max_length)
         self._engine: Engine | None = None
         special = tokenizer.special_tokens
-        self._opening = conversation.BOS + conversation.USER_START if conversation.USER_START in special else None
+        self._opening = chat_format.BOS + chat_format.USER_START if chat_format.USER_START in special else None
 
     # --- text to ids ------------------------------------------------------------------------------------------------
 
@@ -145,14 +146,14 @@ class NanochatLM(LM):
             raise ValueError(f"the tokenizer of {self.name} has no chat tokens: leave --apply_chat_template out")
         ids, _ = self.tokenizer.render_conversation({"messages": chat_history}, max_tokens=1 << 40)
         if add_generation_prompt:
-            ids.append(self.tokenizer.encode_special(conversation.ASSISTANT_START))
+            ids.append(self.tokenizer.encode_special(chat_format.ASSISTANT_START))
         elif chat_history[-1]["role"] == "assistant":
             ids.pop()
         return self.tokenizer.decode(ids)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """What identifies the rendering in the harness's records."""
-        return "nanochat_jax.conversation"
+        return "nanochat_jax.text.chat_format"
 
     @property
     def tokenizer_name(self) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.text import text_iterator
-from nanochat_jax.tokenizer import Tokenizer, TokenizerError
+from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 from nanochat_jax.utils.paths import tokenizer_dir, write_atomic

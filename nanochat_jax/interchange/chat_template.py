@@ -7,7 +7,7 @@ would turn into the tokens themselves: a prompt injection) and two text parts in
 
 import json
 
-from nanochat_jax.conversation import (
+from nanochat_jax.text.chat_format import (
     ASSISTANT_END,
     ASSISTANT_START,
     BOS,

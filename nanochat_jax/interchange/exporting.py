@@ -18,14 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, conversation, gpt
+from nanochat_jax import checkpoint, gpt
 from nanochat_jax.engine import Engine
 from nanochat_jax.gpt import GPTConfig, Params
 from nanochat_jax.hardware import devices
 from nanochat_jax.interchange import InterchangeError, folders, huggingface, reference_files, tokenizer_json
 from nanochat_jax.interchange.model_card import model_card
 from nanochat_jax.reference import params_to_reference
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text import chat_format
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 
@@ -161,7 +162,7 @@ def _prompts(model: Model) -> list[list[int]]:
     tokenizer, bos = model.tokenizer, model.tokenizer.bos_id
     prompts = [[bos], *([bos, *tokenizer.encode_text(text)] for text in ("The", "The capital of France is"))]
     question = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": ""}]
-    if conversation.USER_START in tokenizer.special_tokens:
+    if chat_format.USER_START in tokenizer.special_tokens:
         prompts.append(tokenizer.render_for_completion({"messages": question}))
     else:
         prompts.append([bos, *tokenizer.encode_text("Who are you?")])
@@ -171,7 +172,7 @@ def _prompts(model: Model) -> list[list[int]]:
 
 
 def _chats(model: Model) -> list[list[dict[str, Any]]]:
-    if model.meta["stage"] == "base" or conversation.USER_START not in model.tokenizer.special_tokens:
+    if model.meta["stage"] == "base" or chat_format.USER_START not in model.tokenizer.special_tokens:
         return []
     user, system = {"role": "user", "content": "What is 12+30?"}, {"role": "system", "content": "Be brief."}
     parts = [

@@ -14,11 +14,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanochat_jax import conversation
 from nanochat_jax.gpt import NORM_EPS, GPTConfig
 from nanochat_jax.interchange import InterchangeError, torch_file
 from nanochat_jax.interchange.chat_template import chat_template
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text import chat_format
+from nanochat_jax.text.tokenizer import Tokenizer
 
 MODEL_TYPE, ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -81,7 +81,7 @@ def config_json(config: GPTConfig, tokenizer: Tokenizer, ends: list[int]) -> dic
 
 def end_tokens(tokenizer: Tokenizer, stage: str) -> list[int]:
     """Ids that end an answer, the usual one first: the assistant's end for a chat model, bos for a base model."""
-    end = tokenizer.special_tokens.get(conversation.ASSISTANT_END)
+    end = tokenizer.special_tokens.get(chat_format.ASSISTANT_END)
     if end is None:
         return [tokenizer.bos_id]
     return [tokenizer.bos_id, end] if stage == "base" else [end, tokenizer.bos_id]
@@ -100,7 +100,7 @@ def tokenizer_files(config: GPTConfig, tokenizer: Tokenizer, stage: str) -> dict
         "model_max_length": config.sequence_len,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    if stage != "base" and conversation.USER_START in tokenizer.special_tokens:
+    if stage != "base" and chat_format.USER_START in tokenizer.special_tokens:
         settings["chat_template"] = chat_template(list(tokenizer.special_tokens))
     return {
         "tokenizer_config.json": settings,

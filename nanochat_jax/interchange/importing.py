@@ -24,7 +24,7 @@ from nanochat_jax.interchange import (
     tiktoken_pickle,
     tokenizer_json,
 )
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors, flags, paths
 from nanochat_jax.utils.flags import flag
 

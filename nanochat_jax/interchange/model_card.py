@@ -7,7 +7,7 @@ from nanochat_jax.evals import results
 from nanochat_jax.gpt import NORM_EPS, GPTConfig, num_params
 from nanochat_jax.report import collect, stage, summary
 from nanochat_jax.report.collect import ReportError, Run
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 
 _USE = {
     "hf": """```python

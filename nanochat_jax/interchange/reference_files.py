@@ -16,7 +16,7 @@ import numpy as np
 
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.interchange import InterchangeError, huggingface, tiktoken_pickle, torch_file
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 
 STAGE_FOLDERS = {
     "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.conversation import BOS
 from nanochat_jax.interchange import InterchangeError, pickles
-from nanochat_jax.tokenizer import Tokenizer, TokenizerError
+from nanochat_jax.text.chat_format import BOS
+from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 
 _ENCODING = ("tiktoken.core", "Encoding")
 _FIELDS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}

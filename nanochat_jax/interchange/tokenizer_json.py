@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.conversation import BOS
 from nanochat_jax.interchange import InterchangeError
-from nanochat_jax.tokenizer import Tokenizer, TokenizerError
+from nanochat_jax.text.chat_format import BOS
+from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 
 
 def _byte_letters() -> list[str]:

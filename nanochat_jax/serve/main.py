@@ -103,13 +103,13 @@ def _serve(settings: ServeSettings) -> int:
     import jax  # takes a second
 
     from nanochat_jax.checkpoint import find_run, load_model
-    from nanochat_jax.conversation import ASSISTANT_START
     from nanochat_jax.hardware import devices
     from nanochat_jax.models import chosen
     from nanochat_jax.serve.app import create_app
     from nanochat_jax.serve.service import Defaults, Service
     from nanochat_jax.serve.watch import Watcher, saved_at
     from nanochat_jax.serve.worker import ServedModel, Worker
+    from nanochat_jax.text.chat_format import ASSISTANT_START
 
     devices.prepare(settings.device)
     print(devices.check(settings.device), flush=True)

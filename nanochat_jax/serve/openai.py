@@ -24,11 +24,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from nanochat_jax.answers import ContextOverflow, MessageError, chat_prompt, fit_history
 from nanochat_jax.serve import schemas
 from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.service import Answer, ClientGone, EventStream, Service, error_event, event, while_connected
 from nanochat_jax.serve.worker import Job, Sampling, ServedModel
+from nanochat_jax.text.detokenizer import ContextOverflow, MessageError, chat_prompt, fit_history
 
 router = APIRouter()
 COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is left out, as OpenAI's

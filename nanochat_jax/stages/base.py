@@ -26,7 +26,7 @@ from nanochat_jax.stages.common import (
     open_run,
     train,
 )
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.train import Evaluation, Outcome
 from nanochat_jax.utils.flags import flag
 from nanochat_jax.utils.progress import RowsProgress

@@ -20,7 +20,7 @@ from nanochat_jax.gpt import GPTConfig, Params, flops_per_token
 from nanochat_jax.hardware import devices
 from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.schedules import Schedule
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.train import Batch, Evaluation, Job, Outcome, Rollout, fit
 from nanochat_jax.train_step import (
     TrainState,

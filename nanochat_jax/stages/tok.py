@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.text import text_iterator
-from nanochat_jax.tokenizer import FILE_NAME, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, TokenizerError
+from nanochat_jax.text.tokenizer import FILE_NAME, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, TokenizerError
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 from nanochat_jax.utils.paths import sha256_hex, tokenizer_dir, write_atomic

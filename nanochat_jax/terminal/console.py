@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from nanochat_jax.answers import Piece, PlainText, Text, ToolResult
 from nanochat_jax.terminal.commands import NAMES, Leave, Regenerate, obey
 from nanochat_jax.terminal.session import Chat, Outcome
+from nanochat_jax.text.detokenizer import Piece, PlainText, Text, ToolResult
 from nanochat_jax.utils import paths
 
 HISTORY_LINES = 2000

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import conversation
-from nanochat_jax.answers import AnswerStream, ContextOverflow, MessageError, Piece, as_text, chat_prompt
+from nanochat_jax.text import chat_format
+from nanochat_jax.text.detokenizer import AnswerStream, ContextOverflow, MessageError, Piece, as_text, chat_prompt
 from nanochat_jax.utils import paths
 from nanochat_jax.utils.flags import flag
 
@@ -135,7 +135,7 @@ class Chat:
         show(stream.finish())
         if not self.completing and request.tokens:
             body = request.tokens[:-1] if request.finished == "end" else request.tokens
-            end = self.tokenizer.encode_special(conversation.ASSISTANT_END)
+            end = self.tokenizer.encode_special(chat_format.ASSISTANT_END)
             self.turns.append(Turn(question, stream.pieces, [*opening, *body, end]))
         n = len(request.tokens)
         self.last = Outcome(request.finished or "", n, time.monotonic() - began, dropped, len(prompt) + n)
@@ -173,7 +173,7 @@ class Chat:
         return forgotten
 
     def messages(self) -> list[dict[str, str]]:
-        """The conversation in the OpenAI shape, tool calls written as `nanochat_jax.answers` says."""
+        """The conversation in the OpenAI shape, tool calls written as `nanochat_jax.text.detokenizer` says."""
         found = []
         for turn in self.turns:
             found.append({"role": "user", "content": turn.question})

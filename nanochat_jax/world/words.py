@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from nanochat_jax.tools import use_calculator
+from nanochat_jax.text.calculator import use_calculator
 from nanochat_jax.world import lexicon as lex
 from nanochat_jax.world.chance import TRAIN, VAL, Draw, word_side
 from nanochat_jax.world.prose import python_prose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanochat_jax.tools import use_calculator
+from nanochat_jax.text.calculator import use_calculator
 from nanochat_jax.world.chance import Draw
 
 Conversation = dict[str, Any]

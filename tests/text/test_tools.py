@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_jax.tools import use_calculator
+from nanochat_jax.text.calculator import use_calculator
 from tests.tokenizer_fixtures import golden
 
 CASES = golden("engine_v1")["calculator"]

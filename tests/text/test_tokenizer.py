@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_jax.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer, TokenizerError
+from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer, TokenizerError
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 GOLDEN = golden("tokenizer_v1")
@@ -216,7 +216,7 @@ def test_a_character_in_four_tokens_comes_out_whole():
 
 
 def test_no_jax_is_imported():
-    code = "import sys, nanochat_jax.tokenizer, nanochat_jax.conversation; sys.exit('jax' in sys.modules)"
+    code = "import sys, nanochat_jax.text.tokenizer, nanochat_jax.text.chat_format; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

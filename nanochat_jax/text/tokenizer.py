@@ -17,8 +17,8 @@ from typing import Any, overload
 import numpy as np
 import tiktoken
 
-from nanochat_jax import conversation as rendering
-from nanochat_jax.stock_encodings import stock_encoding
+from nanochat_jax.text import chat_format as rendering
+from nanochat_jax.text.stock_encodings import stock_encoding
 from nanochat_jax.utils.paths import tokenizer_dir, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ SPLIT_PATTERN = (
 )
 
 FILE_NAME = "tokenizer.json"
-FILE_FORMAT, FILE_VERSION = "nanochat_jax.tokenizer", 1
+FILE_FORMAT, FILE_VERSION = "nanochat_jax.text.tokenizer", 1
 HOW_TO_TRAIN = "train one: python -m scripts.tok_train --data PATH (or --demo)"
 
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from nanochat_jax import conversation
+from nanochat_jax.text import chat_format
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 GOLDEN = golden("render_v1")
@@ -77,7 +77,7 @@ def test_messages_name_the_offender():
 
 
 def test_works_with_any_encoder():
-    ids, mask = conversation.render_conversation(
+    ids, mask = chat_format.render_conversation(
         {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]},
         encode=lambda text: list(text.encode()),
         special=lambda name: 1000 + len(name),

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_jax import conversation
-from nanochat_jax.answers import (
+from nanochat_jax.text import chat_format
+from nanochat_jax.text.detokenizer import (
     AnswerStream,
     ContextOverflow,
     MessageError,
@@ -22,14 +22,14 @@ from nanochat_jax.answers import (
     fit_history,
     parts_of_text,
 )
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.text.tokenizer import Tokenizer
 from tests.tokenizer_fixtures import golden_tokenizer
 
 TOKENIZER = golden_tokenizer()
 SPECIAL = TOKENIZER.special_tokens
-PYTHON_START, PYTHON_END = SPECIAL[conversation.PYTHON_START], SPECIAL[conversation.PYTHON_END]
-OUTPUT_START, OUTPUT_END = SPECIAL[conversation.OUTPUT_START], SPECIAL[conversation.OUTPUT_END]
-END = SPECIAL[conversation.ASSISTANT_END]
+PYTHON_START, PYTHON_END = SPECIAL[chat_format.PYTHON_START], SPECIAL[chat_format.PYTHON_END]
+OUTPUT_START, OUTPUT_END = SPECIAL[chat_format.OUTPUT_START], SPECIAL[chat_format.OUTPUT_END]
+END = SPECIAL[chat_format.ASSISTANT_END]
 STOCK = Tokenizer([bytes([i]) for i in range(256)], {"<|endoftext|>": 256}, bos="<|endoftext|>")
 
 
@@ -79,7 +79,7 @@ def test_an_answer_with_a_tool_call():
         ([PYTHON_START, PYTHON_END, *ids("a"), PYTHON_END, OUTPUT_END, OUTPUT_START, END], "a"),
         ([PYTHON_START, *ids("1+1"), OUTPUT_START, *ids("2"), PYTHON_END, *ids("3"), OUTPUT_END], "<1+1=23>"),
         ([PYTHON_START, *ids("1+1"), END, OUTPUT_START], "<1+1>"),
-        ([SPECIAL[conversation.USER_START], *ids("a"), SPECIAL[conversation.USER_END], *ids("b")], "ab"),
+        ([SPECIAL[chat_format.USER_START], *ids("a"), SPECIAL[chat_format.USER_END], *ids("b")], "ab"),
         ([*ids("a"), TOKENIZER.bos_id, *ids("b")], "a"),
     ],
 )
@@ -200,10 +200,10 @@ def test_prompt_is_what_training_saw():
             {"role": "user", "content": [{"type": "text", "text": "Sure"}, {"type": "text", "text": "? <|bos|>"}]},
         ]
         prompt = chat_prompt(messages, TOKENIZER)
-        expected = [TOKENIZER.bos_id, SPECIAL[conversation.USER_START], *ids("Be brief.\n\n12+30?")]
-        expected += [SPECIAL[conversation.USER_END], SPECIAL[conversation.ASSISTANT_START], *ids("It is "), *CALL]
-        expected += [*ids(" 42."), END, SPECIAL[conversation.USER_START], *ids("Sure? <|bos|>")]
-        assert prompt == [*expected, SPECIAL[conversation.USER_END], SPECIAL[conversation.ASSISTANT_START]]
+        expected = [TOKENIZER.bos_id, SPECIAL[chat_format.USER_START], *ids("Be brief.\n\n12+30?")]
+        expected += [SPECIAL[chat_format.USER_END], SPECIAL[chat_format.ASSISTANT_START], *ids("It is "), *CALL]
+        expected += [*ids(" 42."), END, SPECIAL[chat_format.USER_START], *ids("Sure? <|bos|>")]
+        assert prompt == [*expected, SPECIAL[chat_format.USER_END], SPECIAL[chat_format.ASSISTANT_START]]
     messages[0] = {"role": "developer", "content": "Be brief."}
     assert chat_prompt(messages, TOKENIZER) == prompt
     long = [{"role": "user", "content": "word " * 5000}]

@@ -4,7 +4,7 @@ Shared by the terminal, the chat page and the API. Tokens become pieces: `Text`,
 the calculator) and `ToolResult` (what the calculator answered). There are two ways to keep an answer and send it back
 as an assistant message of a later request:
 
-- part lists, as `nanochat_jax.conversation` takes them: ``as_parts(pieces)``; exact.
+- part lists, as `nanochat_jax.text.chat_format` takes them: ``as_parts(pieces)``; exact.
 - plain text: ``as_text(pieces)`` writes a call and its result as ``<12+30=42>`` (a call that got no result:
   ``<12+>``). On the way back ``<expression=result>`` is a tool call only where the calculator gives exactly that result
   for that expression; everything else is the text that it is. So nobody can put a wrong result into the model's
@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_jax import conversation
-from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.tools import use_calculator
+from nanochat_jax.text import chat_format
+from nanochat_jax.text.calculator import use_calculator
+from nanochat_jax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class AnswerStream:
         self._block: list[str] = []
         self._hidden = frozenset(tokenizer.special_tokens.values())
         special = tokenizer.special_tokens.get
-        self._ends = {tokenizer.bos_id, special(conversation.ASSISTANT_END)}
-        self._openings = {special(conversation.PYTHON_START): ToolCall, special(conversation.OUTPUT_START): ToolResult}
-        self._closings = {special(conversation.PYTHON_END): ToolCall, special(conversation.OUTPUT_END): ToolResult}
+        self._ends = {tokenizer.bos_id, special(chat_format.ASSISTANT_END)}
+        self._openings = {special(chat_format.PYTHON_START): ToolCall, special(chat_format.OUTPUT_START): ToolResult}
+        self._closings = {special(chat_format.PYTHON_END): ToolCall, special(chat_format.OUTPUT_END): ToolResult}
 
     @property
     def pieces(self) -> list[Piece]:
@@ -308,11 +308,11 @@ def fit_history(
     return prompt(dropped), 2 * dropped
 
 
-def _render(messages: list[dict[str, Any]], encode: conversation.Encode, tokenizer: Tokenizer) -> list[int]:
+def _render(messages: list[dict[str, Any]], encode: chat_format.Encode, tokenizer: Tokenizer) -> list[int]:
     primed = {"messages": [*messages, {"role": "assistant", "content": ""}]}
     try:
         # the cut is for training rows; here every token counts
-        return conversation.render_for_completion(primed, encode, tokenizer.encode_special, max_tokens=1 << 62)
+        return chat_format.render_for_completion(primed, encode, tokenizer.encode_special, max_tokens=1 << 62)
     except KeyError as error:
         raise MessageError(
             f"this model's tokenizer has no {error.args[0]!r} token: it completes text but holds no conversation"

@@ -1,0 +1,1 @@
+"""Text in, token ids out: tokenizer, chat format, calculator tool, detokenizing of completions. Imports no JAX."""
