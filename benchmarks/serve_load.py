@@ -103,7 +103,7 @@ def random_run(folder: Path, s: Settings) -> str:
     import numpy as np
 
     from nanochat_jax import checkpoint
-    from nanochat_jax.gpt import GPTConfig, abstract
+    from nanochat_jax.model.gpt import GPTConfig, abstract
     from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
     n = s.vocab_size - len(SPECIAL_TOKENS)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax.gpt import GPTConfig, num_params
+from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 
@@ -237,7 +237,7 @@ def load(settings: BenchSettings) -> Model:
     import jax
     import jax.numpy as jnp
 
-    from nanochat_jax.gpt import abstract
+    from nanochat_jax.model.gpt import abstract
 
     config = GPTConfig.from_depth(settings.depth, settings.vocab_size, settings.sequence_len)
     rng = np.random.default_rng(0)

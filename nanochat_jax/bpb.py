@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax import sharding
-from nanochat_jax.gpt import GPTConfig, Params
-from nanochat_jax.loss import token_nll
+from nanochat_jax.model.gpt import GPTConfig, Params
+from nanochat_jax.model.loss import token_nll
 
 
 @functools.lru_cache(maxsize=8)

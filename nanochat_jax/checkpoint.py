@@ -24,7 +24,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from nanochat_jax import distributed
-from nanochat_jax.gpt import GPTConfig, Params, abstract
+from nanochat_jax.model.gpt import GPTConfig, Params, abstract
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import paths
 

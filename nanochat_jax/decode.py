@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax import sharding
-from nanochat_jax.kv_cache import KVSlots
+from nanochat_jax.model.kv_cache import KVSlots
 from nanochat_jax.sampling import sample, uniforms
 
 # columns of the row matrix; forced tokens follow

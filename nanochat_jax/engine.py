@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import decode, gpt
+from nanochat_jax import decode
+from nanochat_jax.model import gpt
 from nanochat_jax.request import Event, Request, SpecialTokens, TextCoder, new_request
 from nanochat_jax.slot_programs import PREFILL_CHUNK, SlotPrograms
 from nanochat_jax.slot_table import SlotTable

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax import schedules
-from nanochat_jax.gpt import GPTConfig, Params, abstract
+from nanochat_jax.model.gpt import GPTConfig, Params, abstract
 from nanochat_jax.muon import MuonState, muon
 
 Groups = dict[str, Any]

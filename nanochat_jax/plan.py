@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nanochat_jax import optim
-from nanochat_jax.gpt import GPTConfig, flops_per_token, num_params
+from nanochat_jax.model.gpt import GPTConfig, flops_per_token, num_params
 
 
 class PlanError(ValueError):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from nanochat_jax.gpt import GPTConfig, Params, abstract
+from nanochat_jax.model.gpt import GPTConfig, Params, abstract
 
 
 def _reference_name(path) -> str:

@@ -86,8 +86,8 @@ def replay(incident: Incident, settings: ReplaySettings) -> Replay:
     import jax
     import jax.numpy as jnp
 
-    from nanochat_jax.gpt import abstract
-    from nanochat_jax.loss import target_weights, token_nll, weighted_nll
+    from nanochat_jax.model.gpt import abstract
+    from nanochat_jax.model.loss import target_weights, token_nll, weighted_nll
     from nanochat_jax.optim import global_norm
 
     facts = incident.facts

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from nanochat_jax.engine import Engine
-from nanochat_jax.gpt import GPTConfig, Params
+from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.text.tokenizer import Tokenizer
 
 # The reference's prompts, so that samples can be compared with its logs.

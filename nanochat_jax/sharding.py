@@ -12,7 +12,7 @@ import re
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.gpt import GPTConfig, abstract
+from nanochat_jax.model.gpt import GPTConfig, abstract
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)  # outermost first: neighbours share the most talkative axis

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from nanochat_jax import decode, sharding
-from nanochat_jax.kv_cache import KVSlots, reads_in_place
+from nanochat_jax.model.kv_cache import KVSlots, reads_in_place
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16

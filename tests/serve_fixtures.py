@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 
-from nanochat_jax import gpt
 from nanochat_jax.engine import Engine
+from nanochat_jax.model import gpt
 from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.main import make_server
 from nanochat_jax.serve.service import Defaults, Service

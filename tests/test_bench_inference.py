@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks import serve_load
 from benchmarks.streams import Stream, events
-from nanochat_jax import bench_inference, gpt
+from nanochat_jax import bench_inference
 from nanochat_jax.bench_inference import BenchSettings, Costs, Timing, json_line, main, numbers, summary, upper_median
+from nanochat_jax.model import gpt
 
 CONFIGS = [
     gpt.GPTConfig(sequence_len=512, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64),

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanochat_jax import gpt
 from nanochat_jax.engine import Engine
+from nanochat_jax.model import gpt
 from nanochat_jax.reference import params_from_reference
 from nanochat_jax.terminal import app, console
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, read_message

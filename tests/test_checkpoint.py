@@ -11,7 +11,7 @@ import pytest
 
 from nanochat_jax import checkpoint
 from nanochat_jax.checkpoint import CheckpointError
-from nanochat_jax.gpt import GPTConfig, abstract
+from nanochat_jax.model.gpt import GPTConfig, abstract
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.toy_params import toy_params
 

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import gpt
 from nanochat_jax.evals.core import centered, evaluate_core, evaluate_task
 from nanochat_jax.evals.core_bundle import CoreTask, open_bundle
 from nanochat_jax.evals.core_prompts import (
@@ -19,6 +18,7 @@ from nanochat_jax.evals.core_prompts import (
     item_order,
 )
 from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.model import gpt
 from nanochat_jax.reference import params_from_reference
 from nanochat_jax.utils.progress import ShareProgress
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer

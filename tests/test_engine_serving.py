@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import decode, gpt
+from nanochat_jax import decode
 from nanochat_jax.engine import PREFILL_CHUNK, Engine
+from nanochat_jax.model import gpt
 from nanochat_jax.request import Request
 from nanochat_jax.slot_programs import SlotPrograms
 from nanochat_jax.slot_table import SlotTable

@@ -75,7 +75,7 @@ def read_house() -> House:
 
 
 def room(name: str) -> str:
-    """ "gpt" for nanochat_jax.gpt, "data" for nanochat_jax.data.rows, "tasks" for tasks.world."""
+    """ "gpt" for nanochat_jax.model.gpt, "data" for nanochat_jax.data.rows, "tasks" for tasks.world."""
     first, _, rest = name.partition(".")
     return rest.partition(".")[0] if first == "nanochat_jax" and rest else first
 
@@ -268,20 +268,20 @@ def test_the_house(rule):
 
 def test_all_of_it_is_read():
     assert {name.partition(".")[0] for name in HOUSE} == set(FOLDERS)
-    assert {"nanochat_jax", "nanochat_jax.gpt", "nanochat_jax.world.chat.letters", "tasks.hub"} <= HOUSE.keys()
+    assert {"nanochat_jax", "nanochat_jax.model.gpt", "nanochat_jax.world.chat.letters", "tasks.hub"} <= HOUSE.keys()
 
 
 # (rule, module, what is added to it)
 BREACHES = [
     (scripts_hold_no_logic, "scripts.chat", "print('done')"),
     (scripts_hold_no_logic, "scripts.new", '"""Runs."""\nimport sys\nfrom nanochat_jax.models import main\nmain()'),
-    (imports_are_absolute, "nanochat_jax.loss", "from . import gpt"),
+    (imports_are_absolute, "nanochat_jax.model.loss", "from . import gpt"),
     (nobody_imports_the_faces, "nanochat_jax.utils.flags", "def f():\n    from scripts import train"),
     (nobody_imports_the_faces, "nanochat_jax.engine", "import tests.conftest"),
     (nobody_imports_the_faces, "dev.repackage_data", "from benchmarks import streams"),
     (nobody_imports_the_faces, "scripts.chat", "import scripts.serve"),
     (no_circle_of_modules, "nanochat_jax.data.text", "import nanochat_jax.data.rows"),
-    (no_circle_of_modules, "nanochat_jax.gpt", "def f():\n    from nanochat_jax import engine"),
+    (no_circle_of_modules, "nanochat_jax.model.gpt", "def f():\n    from nanochat_jax import engine"),
     (no_circle_of_rooms, "nanochat_jax.data.web_pages", "import tasks.hub"),
     (no_circle_of_rooms, "nanochat_jax.evals.results", "if TYPE_CHECKING:\n    from nanochat_jax.stages import base"),
     (the_core_knows_none_of_its_users, "nanochat_jax.decode", "from nanochat_jax.serve import schemas"),
@@ -293,7 +293,7 @@ BREACHES = [
     (text_needs_no_jax, "nanochat_jax.text.chat_format", "def f():\n    import jax.numpy as jnp"),
     (text_needs_no_jax, "nanochat_jax.web", "from nanochat_jax import gpt"),
     (text_needs_no_jax, "nanochat_jax.world", "import optax"),
-    (muon_is_useful_elsewhere, "nanochat_jax.muon", "from nanochat_jax.gpt import Params"),
+    (muon_is_useful_elsewhere, "nanochat_jax.muon", "from nanochat_jax.model.gpt import Params"),
     (tasks_import_little, "tasks.gsm8k", "from nanochat_jax.data import rows"),
     (tasks_import_little, "tasks.common", "from nanochat_jax.text.tokenizer import Tokenizer"),
     (nothing_that_is_read_is_run, "nanochat_jax.checkpoint", "def f():\n    import pickle"),
@@ -301,7 +301,7 @@ BREACHES = [
     (nothing_that_is_read_is_run, "nanochat_jax.replay", "np.load(path, allow_pickle=True)"),
     (imports_by_name_are_known, "nanochat_jax.evals.run", "import importlib\nimportlib.import_module('pickle')"),
     (one_table_of_what_lives_where, "nanochat_jax.train_step", "from jax.sharding import PartitionSpec as P"),
-    (one_table_of_what_lives_where, "nanochat_jax.loss", "jax.sharding.PartitionSpec('data')"),
+    (one_table_of_what_lives_where, "nanochat_jax.model.loss", "jax.sharding.PartitionSpec('data')"),
     (files_are_short, "nanochat_jax.world.words", "x = 1\n" * MAX_LINES),
     (the_readme_names_every_room, "nanochat_jax.attic", ""),
     (the_readme_names_every_room, "nanochat_jax.attic.box", ""),

@@ -16,9 +16,9 @@ from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from nanochat_jax import gpt  # noqa: E402
 from nanochat_jax.evals.lm_harness import NanochatLM  # noqa: E402
-from nanochat_jax.gpt import GPTConfig  # noqa: E402
+from nanochat_jax.model import gpt  # noqa: E402
+from nanochat_jax.model.gpt import GPTConfig  # noqa: E402
 from nanochat_jax.text.tokenizer import Tokenizer  # noqa: E402
 from tests.toy_params import toy_params
 

@@ -8,7 +8,7 @@ import pytest
 
 from nanochat_jax import checkpoint, models
 from nanochat_jax.evals import results
-from nanochat_jax.gpt import GPTConfig, num_params
+from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.toy_params import toy_params
 

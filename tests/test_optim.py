@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from nanochat_jax import optim, schedules
-from nanochat_jax.gpt import GPTConfig, abstract
+from nanochat_jax.model.gpt import GPTConfig, abstract
 from tests.toy_params import toy_params
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=20, n_layer=12, n_head=4, n_kv_head=2, n_embd=16)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from nanochat_jax.gpt import abstract
+from nanochat_jax.model.gpt import abstract
 from nanochat_jax.optim import OptimHyper
 from nanochat_jax.plan import BasePlan, PlanError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.planner import compiled, memory, target
 from nanochat_jax.planner.child import Case
 

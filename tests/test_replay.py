@@ -82,7 +82,7 @@ def test_a_step_is_reproduced(run):
 
 
 def replay_abstract(config):
-    from nanochat_jax.gpt import abstract
+    from nanochat_jax.model.gpt import abstract
 
     return abstract(config)
 

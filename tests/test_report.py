@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, gpt, metrics
+from nanochat_jax import checkpoint, metrics
 from nanochat_jax.evals import results
+from nanochat_jax.model import gpt
 from nanochat_jax.report import card, collect, cost, markdown, plots
 from nanochat_jax.report.blocks import ABSENT, Series, clean, number
 from nanochat_jax.report.main import ReportSettings, main, write

@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from nanochat_jax import optim
-from nanochat_jax.gpt import GPTConfig
-from nanochat_jax.loss import next_token_loss
+from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.model.loss import next_token_loss
 from nanochat_jax.reference import params_from_reference, params_to_reference
 
 EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt
+from nanochat_jax.model import gpt
 
 
 def toy_params(config: gpt.GPTConfig, seed: int = 0) -> gpt.Params:

@@ -32,7 +32,7 @@ from nanochat_jax.evals.core_prompts import item_order
 from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
-from nanochat_jax.gpt import GPTConfig, Params
+from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.progress import ProblemsProgress, RowsProgress, ShareProgress
 from tasks import world

@@ -8,7 +8,7 @@ computes some again and fuses others away.
 import math
 from dataclasses import dataclass
 
-from nanochat_jax.gpt import GPTConfig, num_params
+from nanochat_jax.model.gpt import GPTConfig, num_params
 
 CHUNK = 1 << 27  # entries of a chunk of logits, as loss.chunk_size has it on GPUs
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_jax.gpt import GPTConfig, flops_per_token, num_params
 from nanochat_jax.hardware.gpus import Card
+from nanochat_jax.model.gpt import GPTConfig, flops_per_token, num_params
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import shlex
 
-from nanochat_jax import checkpoint, gpt
+from nanochat_jax import checkpoint
+from nanochat_jax.model import gpt
 from nanochat_jax.report.collect import Run
 
 # How a run is watched, kept and continued, not what it computes.

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax import auto_batch, distributed, sharding
 from nanochat_jax.auto_batch import AUTO
-from nanochat_jax.gpt import GPTConfig, num_params
+from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.planner import memory
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.stages.common import StageSettings, optimizer_of

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nanochat_jax.attention import attention
 from nanochat_jax.hardware import devices
-from nanochat_jax.kv_cache import KVCache, cached_attention
-from nanochat_jax.matmul import project
-from nanochat_jax.parallel import WHOLE, Parallel, keep_all_but_gathered
+from nanochat_jax.model.attention import attention
+from nanochat_jax.model.kv_cache import KVCache, cached_attention
+from nanochat_jax.model.linear import project
+from nanochat_jax.model.tensor_parallel import WHOLE, Parallel, keep_all_but_gathered
 
 Params = dict[str, Any]
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import gpt
-from nanochat_jax.attention import attention
-from nanochat_jax.gpt import GPTConfig, forward, init
-from nanochat_jax.kv_cache import KVCache
-from nanochat_jax.loss import next_token_loss, token_nll
+from nanochat_jax.model import gpt
+from nanochat_jax.model.attention import attention
+from nanochat_jax.model.gpt import GPTConfig, forward, init
+from nanochat_jax.model.kv_cache import KVCache
+from nanochat_jax.model.loss import next_token_loss, token_nll
 from nanochat_jax.reference import params_from_reference, params_to_reference
 from tests.toy_params import toy_params
 

@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.gpt import GPTConfig, Params, hidden_states
-from nanochat_jax.parallel import WHOLE, Parallel
+from nanochat_jax.model.gpt import GPTConfig, Params, hidden_states
+from nanochat_jax.model.tensor_parallel import WHOLE, Parallel
 
 
 def next_token_loss(

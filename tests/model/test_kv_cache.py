@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import gpt
-from nanochat_jax.kv_cache import KVCache, KVSlots, cached_attention, reads_in_place
+from nanochat_jax.model import gpt
+from nanochat_jax.model.kv_cache import KVCache, KVSlots, cached_attention, reads_in_place
 
 SHAPES = {
     "mha": dict(n_head=4, n_kv_head=4),

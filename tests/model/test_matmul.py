@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import rustbpe
-from nanochat_jax import matmul
 from nanochat_jax.hardware import cpu_kernels
+from nanochat_jax.model import linear
 
 needs_kernel = pytest.mark.skipif(rustbpe.skinny_matmul() is None, reason="this processor has no AVX2")
 
@@ -27,7 +27,7 @@ def arrays(*shapes):
 @pytest.fixture
 def any_size(monkeypatch):
     """The kernel serves matrices of every size, so that tests can use small ones."""
-    monkeypatch.setattr(matmul, "LARGE", 0)
+    monkeypatch.setattr(linear, "LARGE", 0)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def undecided():
 
 def project(x, kernel):
     """A function of its own for every call, for JAX keeps what it has compiled by function."""
-    return jax.jit(lambda x, kernel: matmul.project(x, kernel))(x, kernel)
+    return jax.jit(lambda x, kernel: linear.project(x, kernel))(x, kernel)
 
 
 def custom_calls(function, *args) -> int:
@@ -61,16 +61,16 @@ def test_it_is_the_product(any_size, rows, inner, outer):
 @needs_kernel
 def test_the_kernel_serves_a_few_rows_of_a_large_float32_matrix():
     kernel = jnp.ones((256, 1024))
-    used = [rows for rows in range(1, 80) if custom_calls(matmul.project, jnp.ones((rows, 256)), kernel)]
+    used = [rows for rows in range(1, 80) if custom_calls(linear.project, jnp.ones((rows, 256)), kernel)]
     assert rustbpe.skinny_rows() == 64
     assert used == list(range(2, rustbpe.skinny_rows() + 1))
-    assert not custom_calls(matmul.project, jnp.ones((8, 256), jnp.bfloat16), kernel.astype(jnp.bfloat16))
-    assert not custom_calls(matmul.project, jnp.ones((8, 128)), jnp.ones((128, 255)))
+    assert not custom_calls(linear.project, jnp.ones((8, 256), jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert not custom_calls(linear.project, jnp.ones((8, 128)), jnp.ones((128, 255)))
 
 
 @needs_kernel
 def test_other_platforms_get_a_plain_product():
-    traced = jax.jit(matmul.project).trace(jnp.ones((8, 256)), jnp.ones((256, 1024)))
+    traced = jax.jit(linear.project).trace(jnp.ones((8, 256)), jnp.ones((256, 1024)))
     assert "skinny" in traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "skinny" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -95,9 +95,9 @@ def test_sharded_arrays_give_the_same_product(any_size, x_spec, kernel_spec):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     x, kernel = arrays((16, 64), (64, 128))
     at = [jax.NamedSharding(mesh, jax.P(*spec)) for spec in (x_spec, kernel_spec)]
-    assert custom_calls(matmul.project, x, kernel) == 1
-    y = jax.jit(matmul.project)(jax.device_put(x, at[0]), jax.device_put(kernel, at[1]))
-    np.testing.assert_array_equal(y, matmul.project(x, kernel))
+    assert custom_calls(linear.project, x, kernel) == 1
+    y = jax.jit(linear.project)(jax.device_put(x, at[0]), jax.device_put(kernel, at[1]))
+    np.testing.assert_array_equal(y, linear.project(x, kernel))
 
 
 @needs_kernel
@@ -106,14 +106,14 @@ def test_it_is_right_when_called_again_and_again_in_a_loop(any_size):
     kernel /= 16
 
     def repeat(x):
-        return jax.lax.fori_loop(0, 500, lambda _, x: jnp.tanh(matmul.project(x, kernel) * 1.5), x)
+        return jax.lax.fori_loop(0, 500, lambda _, x: jnp.tanh(linear.project(x, kernel) * 1.5), x)
 
     jitted = jax.jit(repeat)
     first = np.asarray(jitted(x))
     assert custom_calls(repeat, x) == 1
     for _ in range(5):  # threads share the work differently each time: same bits
         np.testing.assert_array_equal(jitted(x), first)
-    short = jax.jit(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(matmul.project(x, kernel) * 1.5), x))
+    short = jax.jit(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(linear.project(x, kernel) * 1.5), x))
     rows = np.concatenate([short(x[i : i + 1]) for i in range(8)])
     np.testing.assert_allclose(short(x), rows, atol=1e-5)
 
@@ -125,11 +125,11 @@ def test_gradient_and_vmap(any_size, rows):
     def value(f):
         return jax.grad(lambda x, kernel: jnp.sin(f(x, kernel)).sum(), (0, 1))(x, kernel)
 
-    for mine, plain in zip(value(matmul.project), value(jnp.matmul), strict=True):
+    for mine, plain in zip(value(linear.project), value(jnp.matmul), strict=True):
         np.testing.assert_allclose(mine, plain, atol=1e-4)
     several = np.stack([x, 2 * x])
     np.testing.assert_allclose(
-        jax.vmap(matmul.project, (0, None))(several, kernel), np.matmul(several, kernel), atol=1e-4
+        jax.vmap(linear.project, (0, None))(several, kernel), np.matmul(several, kernel), atol=1e-4
     )
 
 
@@ -138,7 +138,7 @@ def falls_back(caplog, reason: str, rows: int) -> None:
     x, kernel = arrays((rows, 256), (256, 1024))
     with caplog.at_level(logging.INFO, "nanochat_jax.hardware.cpu_kernels"):
         for _ in range(2):
-            assert not custom_calls(lambda x, kernel: matmul.project(x, kernel), x, kernel)
+            assert not custom_calls(lambda x, kernel: linear.project(x, kernel), x, kernel)
             np.testing.assert_array_equal(project(x, kernel), jax.jit(jnp.matmul)(x, kernel))
     (message,) = [
         record.getMessage() for record in caplog.records if record.name == "nanochat_jax.hardware.cpu_kernels"

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import loss as module
-from nanochat_jax.gpt import GPTConfig, forward, init
-from nanochat_jax.loss import fused_weighted_nll, next_token_loss, target_weights, token_nll, weighted_nll
+from nanochat_jax.model import loss as module
+from nanochat_jax.model.gpt import GPTConfig, forward, init
+from nanochat_jax.model.loss import fused_weighted_nll, next_token_loss, target_weights, token_nll, weighted_nll
 from tests.toy_params import toy_params
 
 CAP = 15.0

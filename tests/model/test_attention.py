@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import attention as module
-from nanochat_jax.attention import attention, blocked_attention, choose_implementation
+from nanochat_jax.model import attention as module
+from nanochat_jax.model.attention import attention, blocked_attention, choose_implementation
 
 SHAPES = [  # B, T, H, G, D: multi-head, grouped, one shared head; lengths of one block, of several, and awkward ones
     (2, 64, 2, 2, 16),
