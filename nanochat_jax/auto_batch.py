@@ -15,11 +15,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from nanochat_jax import decode, sharding
+from nanochat_jax import decode
 from nanochat_jax.bpb import loss_sums_fn
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import KVSlots
+from nanochat_jax.parallel import sharding
 from nanochat_jax.train_step import abstract_state
 
 AUTO = 0  # --device_batch_size=auto

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax import sharding
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.model.loss import token_nll
+from nanochat_jax.parallel import sharding
 
 
 @functools.lru_cache(maxsize=8)

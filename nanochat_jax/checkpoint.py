@@ -23,8 +23,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax import distributed
 from nanochat_jax.model.gpt import GPTConfig, Params, abstract
+from nanochat_jax.parallel import multihost
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import paths
 
@@ -49,7 +49,7 @@ def exclusive(run: Path) -> Iterator[Path]:
 
     The lock ends with the process, however it ends. Raises CheckpointError if another process holds it.
     """
-    if not distributed.is_main():  # the main process holds it for all
+    if not multihost.is_main():  # the main process holds it for all
         yield run
         return
     try:
@@ -90,12 +90,12 @@ def begin_save(run: Path, step: int, state: Any, meta: dict, keep: int = 2, keep
     thread. Nothing else may be saved to the run before that has ended."""
     final = step_dir(run, step)
     temporary = final.with_name(f".{final.name}.writing")
-    main = distributed.is_main()
+    main = multihost.is_main()
     if main:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(final.parent)
         _check_free_space(run, state)
-    distributed.barrier(f"save {step}")
+    multihost.barrier(f"save {step}")
     try:
         writing = ocp.save_async(str(temporary / "state"), state)
     except Exception as error:
@@ -245,7 +245,7 @@ def restore(run: Path, step: int, target: Any) -> Any:
 
     Leaves of the saved tree that `target` leaves out are not loaded, but their bytes are checked too (`verify`).
     """
-    if distributed.is_main():
+    if multihost.is_main():
         verify(run, step, load_meta(run, step))
     folder = step_dir(run, step) / "state"
     try:

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax import sharding
 from nanochat_jax.model.kv_cache import KVSlots
+from nanochat_jax.parallel import sharding
 from nanochat_jax.sampling import sample, uniforms
 
 # columns of the row matrix; forced tokens follow

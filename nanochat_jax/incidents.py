@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax import distributed
+from nanochat_jax.parallel import multihost
 from nanochat_jax.utils import paths
 
 WINDOW, ENOUGH = 100, 20  # steps that make the running level; fewer than ENOUGH make none
@@ -100,7 +100,7 @@ def keep(run: Path, step: int, batch: Any, params: Any, facts: dict, in_a_row: i
     """
     final = folder(run, step)
     temporary = final.with_name(f".{final.name}.writing")
-    main = distributed.is_main()
+    main = multihost.is_main()
     own = in_a_row == 1
     if main:
         temporary.parent.mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ def keep(run: Path, step: int, batch: Any, params: Any, facts: dict, in_a_row: i
         temporary.mkdir()
         need = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         own = own and shutil.disk_usage(run).free > need
-    own = distributed.agree(own)
+    own = multihost.agree(own)
     if own:
         ocp.save(str(temporary / "params"), {"params": params})
     if main:
@@ -121,5 +121,5 @@ def keep(run: Path, step: int, batch: Any, params: Any, facts: dict, in_a_row: i
         temporary.rename(final)
         for old in steps(run)[: -max(KEPT, in_a_row)]:
             shutil.rmtree(folder(run, old), ignore_errors=True)
-    distributed.barrier(f"incident {step}")
+    multihost.barrier(f"incident {step}")
     return final

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import decode, sharding
+from nanochat_jax import decode
 from nanochat_jax.model.kv_cache import KVSlots, reads_in_place
+from nanochat_jax.parallel import sharding
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nanochat_jax import distributed
+from nanochat_jax.parallel import multihost
 
 
 class Interrupted(BaseException):
@@ -28,7 +28,7 @@ class Stop:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-        if distributed.several():
+        if multihost.several():
             os.kill(os.getpid(), signal.SIGTERM)
         elif self._waiting:
             raise Interrupted(self.name)
@@ -39,7 +39,7 @@ class Stop:
         several processes: those stop together, at a step."""
         self._waiting = True
         try:
-            if self.name and not distributed.several():
+            if self.name and not multihost.several():
                 raise Interrupted(self.name)
             yield
         finally:
@@ -53,7 +53,7 @@ def stop_on_signals() -> Iterator[Stop]:
     With several processes, JAX listens to SIGTERM and brings all of them to the same step; Ctrl-C is sent on to it.
     """
     stop = Stop()
-    with _handling((signal.SIGINT,) if distributed.several() else (signal.SIGINT, signal.SIGTERM), stop.request):
+    with _handling((signal.SIGINT,) if multihost.several() else (signal.SIGINT, signal.SIGTERM), stop.request):
         yield stop
 
 

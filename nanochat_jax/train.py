@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax import auto_batch, checkpoint, distributed, incidents, metrics
+from nanochat_jax import auto_batch, checkpoint, incidents, metrics
 from nanochat_jax.hardware import devices
+from nanochat_jax.parallel import multihost
 from nanochat_jax.saving import Saver
 from nanochat_jax.stopping import Interrupted, Stop, stop_on_signals
 from nanochat_jax.train_step import TrainState
@@ -111,10 +112,10 @@ class _Loop:
 
     def __init__(self, job: Job, state: TrainState, evaluated: bool):
         self.job, self.state, self.start, self.evaluated = job, state, int(state.step), evaluated
-        log, main = job.run / "metrics.jsonl", distributed.is_main()
+        log, main = job.run / "metrics.jsonl", multihost.is_main()
         if main:
             metrics.rewind(log, self.start, keep_eval=evaluated)
-        distributed.barrier("metrics")
+        multihost.barrier("metrics")
         earlier = metrics.read(log)
         self.results = _last_results(earlier)
         self.level = incidents.Level(job.spike, earlier)
@@ -214,7 +215,7 @@ class _Loop:
         self._settle()
         with self.watchdog.busy():
             self.saver.close()
-            if not distributed.agree(step in checkpoint.steps(self.job.run)):
+            if not multihost.agree(step in checkpoint.steps(self.job.run)):
                 self._save(step, evaluated)
                 self.saver.close()
         self.progress.say(f"stopped by {why} at step {step}; saved. The same command goes on from here.")
@@ -292,7 +293,7 @@ class _Loop:
         limits = [incidents.plain(float(x)) for x in pending.limits]
         facts = {**numbers, "limits": limits, "reason": why, "backend": jax.default_backend(), "meta": job.meta}
         with self.watchdog.busy():
-            batch = distributed.whole_batch(pending.batch)
+            batch = multihost.whole_batch(pending.batch)
             kept = incidents.keep(job.run, step, batch, self.state.params, facts, self.skips)
         self.log.write({"kind": "skip", "step": step, **numbers, "reason": why, **pending.extra})
         replay = f"python -m scripts.replay {job.run.name} {step}"
@@ -339,7 +340,7 @@ def _limits_if_kept(kept: jax.Array, limits: jax.Array) -> jax.Array:
 
 def stop_requested(stop: Stop, step: int) -> str:
     """The signal that asks all processes to stop before this step, or ""."""
-    if not distributed.several():
+    if not multihost.several():
         return stop.name
     return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
 

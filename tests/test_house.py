@@ -233,7 +233,7 @@ def one_table_of_what_lives_where(house: House) -> list[str]:
     return [
         name
         for name, source in house.items()
-        if name != "nanochat_jax.sharding"
+        if name != "nanochat_jax.parallel.sharding"
         if any(i.endswith(".PartitionSpec") for i in source.imports)
         or any(isinstance(node, ast.Attribute) and node.attr == "PartitionSpec" for node in ast.walk(source.tree))
     ]

@@ -57,8 +57,8 @@ def test_a_nan_is_found_in_its_row(run, capsys):
 
 def test_a_step_is_reproduced(run):
     """The honest batch, with the same parameters: the numbers that the training step itself gives."""
-    from nanochat_jax import sharding
     from nanochat_jax.optim import OptimHyper, make_optimizer
+    from nanochat_jax.parallel import sharding
     from nanochat_jax.train_step import state_of
 
     incident = replay.open_incident(str(run))

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import sharding
 from nanochat_jax.evals import scoring
 from nanochat_jax.evals.scoring import Scorer, row_length, suffix_length
 from nanochat_jax.model import gpt
+from nanochat_jax.parallel import sharding
 from nanochat_jax.reference import params_from_reference
 from tests.tokenizer_fixtures import GOLDEN
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import sharding
 from nanochat_jax.model.gpt import GPTConfig, abstract
 from nanochat_jax.optim import OptimHyper, group, make_optimizer
+from nanochat_jax.parallel import sharding
 from nanochat_jax.train_step import (
     abstract_state,
     make_train_step,

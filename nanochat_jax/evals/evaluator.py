@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import tasks
-from nanochat_jax import samples, sharding
+from nanochat_jax import samples
 from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.conversations import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
@@ -33,6 +33,7 @@ from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
 from nanochat_jax.model.gpt import GPTConfig, Params
+from nanochat_jax.parallel import sharding
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.progress import ProblemsProgress, RowsProgress, ShareProgress
 from tasks import world

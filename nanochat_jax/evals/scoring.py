@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax import sharding
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.model.kv_cache import KVCache
+from nanochat_jax.parallel import sharding
 
 Ids = Sequence[int] | np.ndarray
 Progress = Callable[[int, int], None]

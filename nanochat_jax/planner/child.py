@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import auto_batch, sharding
+from nanochat_jax import auto_batch
 from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim import OptimHyper, make_optimizer
+from nanochat_jax.parallel import sharding
 from nanochat_jax.planner import hlo, target
 from nanochat_jax.train_step import abstract_state, make_train_step
 

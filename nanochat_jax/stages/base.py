@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from nanochat_jax import checkpoint, sharding
+from nanochat_jax import checkpoint
 from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_set import RowSet
 from nanochat_jax.data.rows import build_rows
 from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.optim import lr_schedule
+from nanochat_jax.parallel import sharding
 from nanochat_jax.plan import BasePlan
 from nanochat_jax.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size

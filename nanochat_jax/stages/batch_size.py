@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import auto_batch, distributed, sharding
+from nanochat_jax import auto_batch
 from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.model.gpt import GPTConfig, num_params
+from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.planner import memory
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.stages.common import StageSettings, optimizer_of
@@ -59,7 +60,7 @@ def with_batch_size(
         try:
             return attempt(settings)
         except auto_batch.OutOfMemory as error:
-            if distributed.several():  # the others know nothing of it
+            if multihost.several():  # the others know nothing of it
                 raise auto_batch.OutOfMemory(f"{error}. Start again with a smaller --device_batch_size") from None
             rows = auto_batch.halved(settings.device_batch_size)
             print(f"{error}. Going on with --device_batch_size={rows}", flush=True)
@@ -99,7 +100,7 @@ def _check_other_programs(mesh: Mesh, shapes: Shapes, rows: int, limit: int) -> 
     sampling = lambda: auto_batch.lower_sampling(config, device, *shapes.sampled)  # noqa: E731
     programs: list[tuple[str, Callable[[], Any], int]] = [("sampling", sampling, state)]
     if shapes.evaluates:
-        local, parameters = distributed.local_mesh(mesh), 4 * num_params(config)
+        local, parameters = multihost.local_mesh(mesh), 4 * num_params(config)
         beside = max(0, state - parameters)  # it reads the parameters of the state
         lower = auto_batch.lower_evaluation
         programs.append(("the evaluation", lambda: lower(config, local, rows, shapes.T), beside))

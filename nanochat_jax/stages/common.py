@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import checkpoint, cluster, distributed, metrics, sharding
+from nanochat_jax import checkpoint, metrics
 from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.loader import RowLoader, val_batches
@@ -19,6 +19,7 @@ from nanochat_jax.data.row_set import RowSet
 from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, flops_per_token
 from nanochat_jax.optim import OptimHyper, make_optimizer
+from nanochat_jax.parallel import cluster, multihost, sharding
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.train import Batch, Evaluation, Job, Outcome, Rollout, fit
@@ -79,7 +80,7 @@ class StageSettings:
     seed: int = flag(42, "seed of initialisation, data order and sampling")
     remat: str = flag("none", "activations recomputed in the backward pass", choices=("none", "mlp", "block"))
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
-    distributed: str = flag("auto", "where the processes of a job are described", choices=cluster.MODES)
+    multihost: str = flag("auto", "where the processes of a job are described", choices=cluster.MODES)
     fsdp: int = flag(1, "devices over which parameters are cut, too")
     tensor: int = flag(1, "devices over which heads, hidden units and vocabulary are cut")
     sinks: str = flag("", "further metric sinks, comma-separated: wandb, tensorboard (metrics.jsonl is always written)")
@@ -195,7 +196,7 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
     identity = {k: v for k, v in identity.items() if v is not None}
     state, evaluated = _start_or_resume(folder, recipe, identity, optimizer, mesh)
     peak = 0.0
-    if distributed.is_main():
+    if multihost.is_main():
         peak, peak_source = devices.peak_flops()
         print(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s per device ({peak_source})")
     unpadded = abstract_state(config, optimizer, mesh, padded=False)
@@ -230,11 +231,11 @@ def train(recipe: Recipe, folder: Path, mesh) -> Outcome:
         spike=settings.spike,
         max_skips=settings.max_skips,
         hang_timeout=settings.hang_timeout,
-        sinks=metrics.open_sinks(settings.sinks, folder.name, folder, flags) if distributed.is_main() else {},
+        sinks=metrics.open_sinks(settings.sinks, folder.name, folder, flags) if multihost.is_main() else {},
         schedule=lambda step: {"lr_multiplier": recipe.schedule(step)},
         to_saved=lambda s: strip_padding(s, unpadded),
-        place=lambda batch: distributed.place_batch(mesh, batch, whole=recipe.rollout is not None),
-        local=lambda params: distributed.local(params, mesh),
+        place=lambda batch: multihost.place_batch(mesh, batch, whole=recipe.rollout is not None),
+        local=lambda params: multihost.local(params, mesh),
     )
     outcome = fit(job, state, evaluated)
     if outcome.finished:
@@ -254,8 +255,8 @@ _NAMES = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}
 
 def open_run(folder: Path, settings: StageSettings, tokenizer: Tokenizer) -> None:
     """Makes the folder with its own copy of the tokenizer; an old run is set aside if it is not to be resumed."""
-    distributed.barrier("before the run's folder")
-    if distributed.is_main():
+    multihost.barrier("before the run's folder")
+    if multihost.is_main():
         if folder.exists() and not settings.resume:
             number = 1
             while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
@@ -265,7 +266,7 @@ def open_run(folder: Path, settings: StageSettings, tokenizer: Tokenizer) -> Non
         folder.mkdir(parents=True, exist_ok=True)
         if not checkpoint.steps(folder):
             tokenizer.save(folder)
-    distributed.barrier("the run's folder")
+    multihost.barrier("the run's folder")
     if not folder.is_dir():
         raise cluster.DistributedError(
             f"process 0 made {folder}, but it is not seen on {socket.gethostname()}: {paths.BASE_DIR_VARIABLE} must be "
@@ -278,7 +279,7 @@ def _start_or_resume(folder: Path, recipe: Recipe, identity, optimizer, mesh) ->
     config = recipe.config
     if not checkpoint.steps(folder):
         if recipe.parent is not None:
-            return state_of(config, distributed.to_host(recipe.parent.params()), optimizer, mesh), False
+            return state_of(config, multihost.to_host(recipe.parent.params()), optimizer, mesh), False
         key = jax.random.key(recipe.settings.seed, impl="threefry2x32")  # whatever JAX's default is one day
         return init_state(config, optimizer, mesh, key), False
     meta = checkpoint.load_meta(folder)
@@ -312,9 +313,9 @@ def _start_or_resume(folder: Path, recipe: Recipe, identity, optimizer, mesh) ->
 def micro_batches(loader: RowLoader, step: int, accumulation: int, mesh: Mesh) -> Iterator[Batch]:
     """Batches from `step` on, cut into (accumulation, rows, T); with several processes, the rows of this one."""
     part = None
-    if distributed.several():
+    if multihost.several():
         rows = loader.global_batch // accumulation
-        own = distributed.own_rows(mesh, rows)
+        own = multihost.own_rows(mesh, rows)
         part = [micro * rows + row for micro in range(accumulation) for row in own]
     iterator = loader.iterate(step, part)
     try:
@@ -329,7 +330,7 @@ def held_out(config, rows: RowSet, batch_rows: int, tokenizer: Tokenizer, mesh):
     """An evaluation: {"val_loss": mean nats per supervised target, "val_bpb": bits per byte} on all held-out rows,
     `batch_rows` at a time on a device (which changes nothing but the memory needed).
     Each of several processes measures all of them on its own devices."""
-    mesh = distributed.local_mesh(mesh)
+    mesh = multihost.local_mesh(mesh)
     batch = min(batch_rows * mesh.size, -(-len(rows) // mesh.size) * mesh.size)
     token_bytes = tokenizer.token_bytes()
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import checkpoint, distributed, sharding
+from nanochat_jax import checkpoint
 from nanochat_jax.data.conversations import Conversations, build_conversation_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.plan import check_batch
 from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.schedules import Schedule
@@ -123,7 +124,7 @@ def _train(settings: ChatStageSettings, folder: Path, parent: Parent, lesson: Le
             ),
             evaluations=(
                 Evaluation(held_out(config, val_rows, rows, tokenizer, mesh), settings.eval_every),
-                *lesson.evaluations(parent, distributed.local_mesh(mesh)),
+                *lesson.evaluations(parent, multihost.local_mesh(mesh)),
             ),
             sample=greedy_sampler(config, tokenizer, prompts, ANSWER_TOKENS),
             parent=parent,

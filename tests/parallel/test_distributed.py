@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, cluster, distributed, metrics, sharding
-from nanochat_jax.cluster import Cluster, DistributedError, find_cluster, first_host
+from nanochat_jax import checkpoint, metrics
+from nanochat_jax.parallel import cluster, multihost, sharding
+from nanochat_jax.parallel.cluster import Cluster, DistributedError, find_cluster, first_host
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 
@@ -194,12 +195,12 @@ def test_a_stranger_does_not_disturb_the_meeting():
 
 def test_alone_everything_is_as_it_was():
     mesh, batch = sharding.make_mesh(), (np.zeros((1, 8, 4)),) * 3
-    assert distributed.is_main() and not distributed.several()
-    assert distributed.place_batch(mesh, batch) is batch and distributed.local_mesh(mesh) is mesh
-    assert distributed.own_rows(mesh, 16) == range(16)
+    assert multihost.is_main() and not multihost.several()
+    assert multihost.place_batch(mesh, batch) is batch and multihost.local_mesh(mesh) is mesh
+    assert multihost.own_rows(mesh, 16) == range(16)
     params = {"w": np.zeros(2)}
-    assert distributed.local(params, mesh) is params and distributed.to_host(params) is params
-    assert distributed.agree(True) is True
+    assert multihost.local(params, mesh) is params and multihost.to_host(params) is params
+    assert multihost.agree(True) is True
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from nanochat_jax import sharding
+from nanochat_jax.parallel import sharding
 
 
 def several() -> bool:

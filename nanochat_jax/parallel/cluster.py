@@ -67,7 +67,7 @@ def find_cluster(mode: str = "auto", environment: Mapping[str, str] = os.environ
         if cluster is None:
             raise DistributedError(
                 f"--distributed={mode}, but the environment has none of its variables (they are listed in "
-                "nanochat_jax/cluster.py); start the job with srun or mpirun, or set the JAX_ variables"
+                "nanochat_jax/parallel/cluster.py); start the job with srun or mpirun, or set the JAX_ variables"
             )
         return cluster
     if explicit := _from_variables(environment):
