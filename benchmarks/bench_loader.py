@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_files import RowWriter
-from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.row_store import RowSet
 
 
 def make_rows(folder: str, rows: int, T: int) -> RowSet:

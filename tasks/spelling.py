@@ -12,8 +12,8 @@ from typing import Any
 
 from nanochat_jax.data.fetch import fetch_file
 from nanochat_jax.data.readers import DataError
+from nanochat_jax.data.web import FetchError
 from nanochat_jax.utils.paths import base_dir, lock_file, sha256_hex
-from nanochat_jax.web import FetchError
 from tasks.common import SEED, Conversation, Task, TaskError
 from tasks.gsm8k import evaluate_answer
 

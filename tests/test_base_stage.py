@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax import checkpoint, metrics
-from nanochat_jax.data.rows import build_rows
+from nanochat_jax.data.build_rows import build_rows
+from nanochat_jax.data.documents import FileDocuments
 from nanochat_jax.data.shards import Shard, ShardList
-from nanochat_jax.data.text import FileDocuments
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import token_nll
 from nanochat_jax.parallel import sharding

@@ -11,7 +11,7 @@ import pytest
 
 import tasks
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.web import FetchError, OfflineError
+from nanochat_jax.data.web import FetchError, OfflineError
 from tasks import hub, spelling
 from tasks.hub import Source, fetch_rows, find_local, load_rows, task_data_dir
 from tasks.rows import Rows
@@ -257,7 +257,7 @@ def test_a_split_that_changes_between_attempts_is_fetched_anew(server, tmp_path)
     "odd", [{"cut": 100}, {"reset": 300}, {"status": 429}, {"ranges": False, "cut": 50}, {"length": 9999}]
 )
 def test_a_server_in_trouble(server, tmp_path, monkeypatch, odd):
-    monkeypatch.setattr("nanochat_jax.web._sleep", lambda seconds, stop: None)
+    monkeypatch.setattr("nanochat_jax.data.web._sleep", lambda seconds, stop: None)
     server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
     server.plan = [{"status": 503}, {"cut": 3}, {}, odd, odd, {"status": 500}]
     rows = load_rows(GSM8K, "train")

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nanochat_jax.data.build_rows import Progress, read_ahead
 from nanochat_jax.data.packing import BestFit, Rendered, Source, Stream, Tally
 from nanochat_jax.data.row_files import (
     MANIFEST,
@@ -30,8 +31,7 @@ from nanochat_jax.data.row_files import (
     RowWriter,
     row_dtype,
 )
-from nanochat_jax.data.row_set import RowSet, identity_key
-from nanochat_jax.data.rows import Progress, read_ahead
+from nanochat_jax.data.row_store import RowSet, identity_key
 from nanochat_jax.text import chat_format as rendering
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import rows_dir

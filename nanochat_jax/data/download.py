@@ -34,11 +34,11 @@ from nanochat_jax.data.shards import (
     token_for,
     web_list,
 )
+from nanochat_jax.data.web import FetchError, FinalError, Stopped, refuse_offline
 from nanochat_jax.utils import errors
 from nanochat_jax.utils.flags import flag, parse
 from nanochat_jax.utils.paths import data_dir, sha256_file
 from nanochat_jax.utils.progress import Live, time_left
-from nanochat_jax.web import FetchError, FinalError, Stopped, refuse_offline
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat_jax import web
+from nanochat_jax.data import web
+from nanochat_jax.data.web import FetchError, FinalError, Stopped, refuse_offline
 from nanochat_jax.utils.errors import DISK_FULL
 from nanochat_jax.utils.paths import sha256_file, sync_directory, write_atomic
-from nanochat_jax.web import FetchError, FinalError, Stopped, refuse_offline
 
 logger = logging.getLogger(__name__)
 

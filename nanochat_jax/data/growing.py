@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_jax.data.build_rows import Progress, build_rows, place_of_rows
+from nanochat_jax.data.documents import Documents
 from nanochat_jax.data.row_files import MANIFEST, PROGRESS, RowsError
-from nanochat_jax.data.row_set import RowSet
-from nanochat_jax.data.rows import Progress, build_rows, place_of_rows
-from nanochat_jax.data.text import Documents
+from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.data.web import FetchError, Stopped
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.web import FetchError, Stopped
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanochat_jax.data.growing import BlockOrder
 from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.row_store import RowSet
 
 # Read-ahead of whole batches. Rows are memory-mapped and cheap; more threads would only fight with the host's work.
 _THREADS, _BUFFERED = 1, 4

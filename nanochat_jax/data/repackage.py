@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nanochat_jax.data.documents import TextStats, file_identity, find_files
 from nanochat_jax.data.readers import BadLine, DataError, decode_utf8, read_documents
 from nanochat_jax.data.shards import Shard, ShardList, shard_name
-from nanochat_jax.data.text import TextStats, file_identity, find_files
 from nanochat_jax.utils.errors import DISK_FULL
 from nanochat_jax.utils.paths import atomic_writer, lock_file, sha256_file, write_atomic
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.data.documents import LAST_SHARD
 from nanochat_jax.data.fetch import Wanted
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.data.text import LAST_SHARD
+from nanochat_jax.data.web import FetchError, fetch_json
 from nanochat_jax.utils.paths import sha256_hex, write_atomic
-from nanochat_jax.web import FetchError, fetch_json
 
 LIST_NAME = "shards.json"
 LIST_FORMAT, LIST_VERSION = "nanochat_jax.shards", 1

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_jax.data.documents import CallableDocuments, Documents, FileDocuments
 from nanochat_jax.data.download import shards_dir
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import ShardList, shards_for
 from nanochat_jax.data.streamed import ShardDocuments
-from nanochat_jax.data.text import CallableDocuments, Documents, FileDocuments
 
 # Characters of demo text: about three times what the demo's training uses, so that a longer run does not repeat much.
 DEMO_CHARS = {"train": 24_000_000, "val": 1_000_000}

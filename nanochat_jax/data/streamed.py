@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.data.documents import SPLITS, TextStats
 from nanochat_jax.data.download import ShardFetcher, is_there
 from nanochat_jax.data.readers import READER_VERSION, BadLine, DataError, document_count, read_documents
 from nanochat_jax.data.shards import LIST_NAME, Shard, ShardList, list_fingerprint
-from nanochat_jax.data.text import SPLITS, TextStats
+from nanochat_jax.data.web import OfflineError
 from nanochat_jax.utils.paths import OFFLINE_VARIABLE, sha256_file
-from nanochat_jax.web import OfflineError
 
 logger = logging.getLogger(__name__)
 

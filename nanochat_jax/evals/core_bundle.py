@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from nanochat_jax.data.fetch import fetch_file
+from nanochat_jax.data.web import FetchError
 from nanochat_jax.evals.core_prompts import FIELDS, Item
 from nanochat_jax.utils.paths import base_dir, lock_file, sha256_file, sha256_hex, write_atomic
-from nanochat_jax.web import FetchError
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 TASKS_FILE, BASELINES_FILE, ITEMS_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"

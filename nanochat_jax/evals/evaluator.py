@@ -11,10 +11,10 @@ import numpy as np
 import tasks
 from nanochat_jax import samples
 from nanochat_jax.bpb import held_out_loss
+from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.conversations import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
-from nanochat_jax.data.row_set import RowSet
-from nanochat_jax.data.rows import build_rows
+from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals import core, stats

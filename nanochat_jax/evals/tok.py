@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from nanochat_jax.data.documents import text_iterator
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.sources import text_source
-from nanochat_jax.data.text import text_iterator
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from nanochat_jax import checkpoint
+from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
-from nanochat_jax.data.row_set import RowSet
-from nanochat_jax.data.rows import build_rows
+from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.optim import lr_schedule
 from nanochat_jax.parallel import sharding

@@ -15,7 +15,7 @@ from nanochat_jax import checkpoint, metrics
 from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.loader import RowLoader, val_batches
-from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, flops_per_token
 from nanochat_jax.optim import OptimHyper, make_optimizer

@@ -14,8 +14,8 @@ import numpy as np
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from nanochat_jax.data.documents import text_iterator
 from nanochat_jax.data.sources import text_source
-from nanochat_jax.data.text import text_iterator
 from nanochat_jax.text.tokenizer import FILE_NAME, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, TokenizerError
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag

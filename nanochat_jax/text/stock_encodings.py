@@ -6,7 +6,7 @@ from typing import Any
 import tiktoken
 import tiktoken.load
 
-from nanochat_jax.web import FetchError, fetch_bytes
+from nanochat_jax.data.web import FetchError, fetch_bytes
 
 _lock = threading.Lock()
 

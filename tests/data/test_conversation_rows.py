@@ -17,7 +17,7 @@ from nanochat_jax.data.conversations import build_conversation_rows, render_many
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.packing import BestFit, Rendered
 from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.row_set import RowSet
+from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 

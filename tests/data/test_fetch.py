@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import web
-from nanochat_jax.data import fetch
+from nanochat_jax.data import fetch, web
 from nanochat_jax.data.fetch import Wanted, fetch_file
-from nanochat_jax.web import FetchError, FinalError, OfflineError, Stopped, fetch_json
+from nanochat_jax.data.web import FetchError, FinalError, OfflineError, Stopped, fetch_json
 from tests.web_server import WebServer
 
 CONTENT = random.Random(0).randbytes(3_000_000)

@@ -27,10 +27,10 @@ from nanochat_jax.data.shards import (
     shards_for,
     web_list,
 )
+from nanochat_jax.data.web import FetchError, OfflineError
 from nanochat_jax.text.stock_encodings import stock_encoding
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import offline
-from nanochat_jax.web import FetchError, OfflineError
 from tests.web_server import WebServer
 
 TREE = f"/api/datasets/{DEFAULT_REPO}/tree/main"
@@ -86,7 +86,7 @@ def environment(server, tmp_path, monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
-    monkeypatch.setattr("nanochat_jax.web._sleep", lambda seconds, stop: None)
+    monkeypatch.setattr("nanochat_jax.data.web._sleep", lambda seconds, stop: None)
 
 
 def files_in(directory):

@@ -16,22 +16,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.test_rows import contents, document, slow_stream
 
-from nanochat_jax import web
-from nanochat_jax.data import growing, rows
+from nanochat_jax.data import build_rows as rows
+from nanochat_jax.data import growing, web
+from nanochat_jax.data.build_rows import build_rows
+from nanochat_jax.data.documents import CallableDocuments
 from nanochat_jax.data.growing import BlockOrder, GrowingRows, grow_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.row_set import RowSet
-from nanochat_jax.data.rows import build_rows
+from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.shards import Shard, ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.streamed import ShardDocuments
-from nanochat_jax.data.text import CallableDocuments
+from nanochat_jax.data.web import FetchError, OfflineError
 from nanochat_jax.stopping import Interrupted, stop_on_signals
-from nanochat_jax.web import FetchError, OfflineError
-from tests.test_rows import contents, document, slow_stream
 from tests.tokenizer_fixtures import golden_tokenizer
 from tests.web_server import WebServer
 
@@ -57,7 +57,7 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(rows, "_BATCH_DOCUMENTS", 7)
-    monkeypatch.setattr("nanochat_jax.web._sleep", lambda seconds, stop: None)
+    monkeypatch.setattr("nanochat_jax.data.web._sleep", lambda seconds, stop: None)
 
 
 @pytest.fixture

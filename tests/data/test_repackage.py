@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.test_rows import document
 
 from nanochat_jax.data import repackage as module
 from nanochat_jax.data.readers import DataError
@@ -20,7 +21,6 @@ from nanochat_jax.data.repackage import BASE_BYTES, LEAST_BYTES, repackage
 from nanochat_jax.data.shards import ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.utils.paths import sha256_file
-from tests.test_rows import document
 
 LEAST = BASE_BYTES + LEAST_BYTES
 CHARS = 170_000

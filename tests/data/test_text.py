@@ -5,6 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat_jax.data.documents import (
+    CallableDocuments,
+    FileDocuments,
+    find_files,
+    is_held_out,
+    pin_path,
+    text_iterator,
+)
 from nanochat_jax.data.readers import (
     PIECE_CHARS,
     PIECE_CHARS_MAX,
@@ -13,7 +21,6 @@ from nanochat_jax.data.readers import (
     Document,
     read_documents,
 )
-from nanochat_jax.data.text import CallableDocuments, FileDocuments, find_files, is_held_out, pin_path, text_iterator
 from tests.tokenizer_fixtures import golden
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_jax.data.documents import KEPT_MESSAGES, Documents, TextStats
 from nanochat_jax.data.row_files import (
     MANIFEST,
     ROWS_FORMAT,
@@ -25,8 +26,7 @@ from nanochat_jax.data.row_files import (
     RowWriter,
     row_dtype,
 )
-from nanochat_jax.data.row_set import RowSet, identity_key
-from nanochat_jax.data.text import KEPT_MESSAGES, Documents, TextStats
+from nanochat_jax.data.row_store import RowSet, identity_key
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import rows_dir
 

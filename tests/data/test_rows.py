@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_jax.data import row_files, rows
+from nanochat_jax.data import build_rows as rows
+from nanochat_jax.data import row_files
+from nanochat_jax.data.build_rows import build_rows
+from nanochat_jax.data.documents import CallableDocuments, FileDocuments
 from nanochat_jax.data.row_files import RowsError, RowWriter
-from nanochat_jax.data.row_set import RowSet
-from nanochat_jax.data.rows import build_rows
-from nanochat_jax.data.text import CallableDocuments, FileDocuments
+from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.tokenizer_fixtures import golden_tokenizer
 
@@ -225,7 +226,7 @@ CHILD = textwrap.dedent("""
     import os, sys, time
     os.fsync = lambda handle: None  # a killed process loses nothing that it has written; a power cut would
     from nanochat_jax.data import rows
-    from nanochat_jax.data.text import CallableDocuments
+    from nanochat_jax.data.documents import CallableDocuments
     from tests.test_rows import document
     from tests.tokenizer_fixtures import golden_tokenizer
     rows._BATCH_DOCUMENTS = 20

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat_jax.data.build_rows import build_rows
+from nanochat_jax.data.documents import CallableDocuments
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.row_set import RowSet
-from nanochat_jax.data.rows import build_rows
-from nanochat_jax.data.text import CallableDocuments
+from nanochat_jax.data.row_store import RowSet
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 GOLDEN = golden("loader_v1")
