@@ -102,8 +102,8 @@ def random_run(folder: Path, s: Settings) -> str:
     import jax.numpy as jnp
     import numpy as np
 
-    from nanochat_jax import checkpoint
     from nanochat_jax.model.gpt import GPTConfig, abstract
+    from nanochat_jax.runs import checkpoint
     from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
     n = s.vocab_size - len(SPECIAL_TOKENS)
@@ -296,8 +296,8 @@ class Bare:
     """The same model and slots in this process: what a single stream costs without a server."""
 
     def __init__(self, run: str | None, slots: int):
-        from nanochat_jax.checkpoint import load_model
         from nanochat_jax.engine import Engine
+        from nanochat_jax.runs.checkpoint import load_model
 
         config, params, self.tokenizer, _ = load_model(run)
         self.engine = Engine(config, params, self.tokenizer, slots=slots)

@@ -230,7 +230,7 @@ class Model:
 def load(settings: BenchSettings) -> Model:
     """The run's model, or random weights of ordinary size (a fresh model's zero projections are no honest work)."""
     if settings.depth is None:
-        from nanochat_jax.checkpoint import load_model
+        from nanochat_jax.runs.checkpoint import load_model
 
         config, params, _, meta = load_model(settings.run or settings.model_tag, settings.stage, settings.step)
         return Model(config, params, meta["run"], meta["step"])

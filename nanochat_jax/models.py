@@ -13,10 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import checkpoint
 from nanochat_jax.evals import results
 from nanochat_jax.hardware import devices
 from nanochat_jax.model import gpt
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import FILE_NAME
 from nanochat_jax.utils import errors, flags, paths
 from nanochat_jax.utils.flags import flag

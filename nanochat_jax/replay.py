@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, incidents
+from nanochat_jax import incidents
 from nanochat_jax.hardware import devices
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 

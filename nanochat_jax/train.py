@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax import auto_batch, checkpoint, incidents, metrics
+from nanochat_jax import auto_batch, incidents
 from nanochat_jax.hardware import devices
 from nanochat_jax.parallel import multihost
-from nanochat_jax.saving import Saver
+from nanochat_jax.runs import checkpoint, metrics
+from nanochat_jax.runs.saving import Saver
 from nanochat_jax.stopping import Interrupted, Stop, stop_on_signals
 from nanochat_jax.train_step import TrainState
 from nanochat_jax.utils.progress import Clock, Progress, Smoothed

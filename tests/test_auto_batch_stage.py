@@ -9,8 +9,9 @@ import random
 import jax
 import pytest
 
-from nanochat_jax import auto_batch, checkpoint, metrics
+from nanochat_jax import auto_batch
 from nanochat_jax import train as loop
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import base as base_stage
 from tests import toy_runs
 

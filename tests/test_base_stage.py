@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, metrics
 from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.documents import FileDocuments
 from nanochat_jax.data.shards import Shard, ShardList
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import token_nll
 from nanochat_jax.parallel import sharding
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages.common import held_out
 from nanochat_jax.stages.launch import main
 from nanochat_jax.text.tokenizer import Tokenizer

@@ -146,7 +146,7 @@ def test_fairness_and_verdicts():
 
 
 def test_a_run_of_random_weights_can_be_loaded(tmp_path, monkeypatch):
-    from nanochat_jax.checkpoint import load_model
+    from nanochat_jax.runs.checkpoint import load_model
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     settings = serve_load.Settings(depth=1, vocab_size=600, sequence_len=32)

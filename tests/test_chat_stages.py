@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nanochat_jax import checkpoint, metrics
 from nanochat_jax.evals import results, stats
-from nanochat_jax.saving import Saver
+from nanochat_jax.runs import checkpoint, metrics
+from nanochat_jax.runs.saving import Saver
 from nanochat_jax.stages import mid, mixtures, sft
 from nanochat_jax.stages.common import find_parent
 from tests import toy_runs

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint
 from nanochat_jax.interchange import InterchangeError, exporting, folders, huggingface, torch_file
 from nanochat_jax.interchange.chat_template import chat_template
 from nanochat_jax.interchange.exporting import ExportSettings, export
 from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.toy_params import toy_params
 from tests.toy_runs import toy_tokenizer

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, incidents, metrics
+from nanochat_jax import incidents
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.train import Evaluation, Job, Rollout, TrainingError, fit
 from nanochat_jax.train_step import TrainState
 from nanochat_jax.watchdog import HungError

@@ -296,7 +296,7 @@ BREACHES = [
     (muon_is_useful_elsewhere, "nanochat_jax.muon", "from nanochat_jax.model.gpt import Params"),
     (tasks_import_little, "tasks.gsm8k", "from nanochat_jax.data import rows"),
     (tasks_import_little, "tasks.common", "from nanochat_jax.text.tokenizer import Tokenizer"),
-    (nothing_that_is_read_is_run, "nanochat_jax.checkpoint", "def f():\n    import pickle"),
+    (nothing_that_is_read_is_run, "nanochat_jax.runs.checkpoint", "def f():\n    import pickle"),
     (nothing_that_is_read_is_run, "nanochat_jax.interchange.torch_file", "import pickletools"),
     (nothing_that_is_read_is_run, "nanochat_jax.replay", "np.load(path, allow_pickle=True)"),
     (imports_by_name_are_known, "nanochat_jax.evals.run", "import importlib\nimportlib.import_module('pickle')"),

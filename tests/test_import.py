@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint
 from nanochat_jax.engine import Engine
 from nanochat_jax.interchange import InterchangeError, importing, reference_files, tokenizer_json, torch_file
 from nanochat_jax.interchange.huggingface import hf_name
@@ -19,6 +18,7 @@ from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.reference import params_to_reference
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages.common import find_parent
 from nanochat_jax.text.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, metrics
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from nanochat_jax import checkpoint, metrics
 from nanochat_jax.evals.run import main as evaluate
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import base, rl, supervised
 from nanochat_jax.stages.launch import main
 from nanochat_jax.text.tokenizer import Tokenizer

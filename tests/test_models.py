@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from nanochat_jax import checkpoint, models
+from nanochat_jax import models
 from nanochat_jax.evals import results
 from nanochat_jax.model.gpt import GPTConfig, num_params
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.toy_params import toy_params
 

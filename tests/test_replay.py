@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, incidents, metrics, replay
+from nanochat_jax import incidents, replay
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import common
 from tests import toy_runs
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, metrics
 from nanochat_jax.evals import results
 from nanochat_jax.model import gpt
 from nanochat_jax.report import card, collect, cost, markdown, plots
 from nanochat_jax.report.blocks import ABSENT, Series, clean, number
 from nanochat_jax.report.main import ReportSettings, main, write
 from nanochat_jax.report.summary import summary
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.utils import provenance
 
 CONFIG = gpt.GPTConfig.from_depth(4, vocab_size=2048, sequence_len=256)

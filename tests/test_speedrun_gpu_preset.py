@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import checkpoint, metrics
 from nanochat_jax.data.shards import DEFAULT_REPO
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.world import demo_documents
 from tests.web_server import WebServer
 

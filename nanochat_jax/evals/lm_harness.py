@@ -15,10 +15,10 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from nanochat_jax import checkpoint
 from nanochat_jax.engine import Engine
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.model.gpt import GPTConfig, Params
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors

@@ -92,8 +92,8 @@ def run(settings: EvalSettings) -> dict[str, Result]:
     """Loads the model that the flags name, evaluates it, prints its table of results and returns what was asked for."""
     names = task_names(settings.tasks)
     # JAX takes a second to import: flags are judged before
-    from nanochat_jax import checkpoint
     from nanochat_jax.evals.evaluator import Evaluator
+    from nanochat_jax.runs import checkpoint
 
     devices.prepare(settings.device)
     print(f"device: {devices.check(settings.device)}")

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint
 from nanochat_jax.engine import Engine
 from nanochat_jax.hardware import devices
 from nanochat_jax.interchange import InterchangeError, folders, huggingface, reference_files, tokenizer_json
@@ -26,6 +25,7 @@ from nanochat_jax.interchange.model_card import model_card
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.reference import params_to_reference
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors, flags

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, reference
+from nanochat_jax import reference
 from nanochat_jax.hardware import devices
 from nanochat_jax.interchange import (
     InterchangeError,
@@ -24,6 +24,7 @@ from nanochat_jax.interchange import (
     tokenizer_json,
 )
 from nanochat_jax.model.gpt import GPTConfig, Params, num_params
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors, flags, paths
 from nanochat_jax.utils.flags import flag

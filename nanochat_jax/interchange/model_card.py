@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from nanochat_jax import checkpoint
 from nanochat_jax.evals import results
 from nanochat_jax.model.gpt import NORM_EPS, GPTConfig, num_params
 from nanochat_jax.report import collect, stage, summary
 from nanochat_jax.report.collect import ReportError, Run
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import Tokenizer
 
 _USE = {

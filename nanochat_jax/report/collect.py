@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import checkpoint, metrics
 from nanochat_jax.evals import results
 from nanochat_jax.evals.results import Result
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.utils import paths
 
 logger = logging.getLogger(__name__)

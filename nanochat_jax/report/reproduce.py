@@ -2,9 +2,9 @@
 
 import shlex
 
-from nanochat_jax import checkpoint
 from nanochat_jax.model import gpt
 from nanochat_jax.report.collect import Run
+from nanochat_jax.runs import checkpoint
 
 # How a run is watched, kept and continued, not what it computes.
 _LEFT_OUT = {"run_name", "resume", "keep", "sinks", "source"}

@@ -102,9 +102,9 @@ def _serve(settings: ServeSettings) -> int:
         key = secrets.token_urlsafe(24)
     import jax  # takes a second
 
-    from nanochat_jax.checkpoint import find_run, load_model
     from nanochat_jax.hardware import devices
     from nanochat_jax.models import chosen
+    from nanochat_jax.runs.checkpoint import find_run, load_model
     from nanochat_jax.serve.app import create_app
     from nanochat_jax.serve.service import Defaults, Service
     from nanochat_jax.serve.watch import Watcher, saved_at

@@ -5,7 +5,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from nanochat_jax import checkpoint
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.serve.worker import Worker
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from nanochat_jax import checkpoint
 from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
@@ -15,6 +14,7 @@ from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.optim import lr_schedule
 from nanochat_jax.parallel import sharding
 from nanochat_jax.plan import BasePlan
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (

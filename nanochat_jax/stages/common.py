@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import checkpoint, metrics
 from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.loader import RowLoader, val_batches
@@ -20,6 +19,7 @@ from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, flops_per_token
 from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.parallel import cluster, multihost, sharding
+from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.schedules import Schedule
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.train import Batch, Evaluation, Job, Outcome, Rollout, fit

@@ -54,10 +54,10 @@ def _with_prompt(settings: ChatSettings) -> ChatSettings:
 
 def _run(settings: ChatSettings) -> int:
     # JAX takes a second to import: flags are judged before
-    from nanochat_jax.checkpoint import load_model
     from nanochat_jax.engine import Engine
     from nanochat_jax.hardware import devices
     from nanochat_jax.models import chosen
+    from nanochat_jax.runs.checkpoint import load_model
 
     talking = settings.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if talking:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanochat_jax import checkpoint, models
+from nanochat_jax import models
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.errors import exit_status, in_words, is_ours
 
@@ -163,7 +164,7 @@ FIRST = {
     "replay": (["a"], "nanochat_jax.replay.open_incident"),
     "report": ([], "nanochat_jax.report.main.write"),
     "serve": ([], "nanochat_jax.serve.main._listen"),
-    "chat": (["-p", "hello"], "nanochat_jax.checkpoint.find_run"),
+    "chat": (["-p", "hello"], "nanochat_jax.runs.checkpoint.find_run"),
     "bench_inference": ([], "nanochat_jax.bench_inference.bench"),
     "plan": ([], "nanochat_jax.planner.main.make"),
     "import_checkpoint": (["x"], "nanochat_jax.interchange.importing.import_checkpoint"),

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import checkpoint
+from nanochat_jax.runs import checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint
-from nanochat_jax.checkpoint import CheckpointError
 from nanochat_jax.model.gpt import GPTConfig, abstract
+from nanochat_jax.runs import checkpoint
+from nanochat_jax.runs.checkpoint import CheckpointError
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.toy_params import toy_params
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat_jax import metrics
+from nanochat_jax.runs import metrics
 from nanochat_jax.utils import paths
 from nanochat_jax.utils.errors import exit_status
 
