@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import decode
-from nanochat_jax.engine import Engine
+from nanochat_jax.inference import decode
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.utils import flags
 from nanochat_jax.utils.flags import flag

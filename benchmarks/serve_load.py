@@ -296,7 +296,7 @@ class Bare:
     """The same model and slots in this process: what a single stream costs without a server."""
 
     def __init__(self, run: str | None, slots: int):
-        from nanochat_jax.engine import Engine
+        from nanochat_jax.inference.engine import Engine
         from nanochat_jax.runs.checkpoint import load_model
 
         config, params, self.tokenizer, _ = load_model(run)

@@ -15,8 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from nanochat_jax import decode
 from nanochat_jax.bpb import loss_sums_fn
+from nanochat_jax.inference import decode
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import KVSlots

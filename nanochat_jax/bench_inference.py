@@ -252,8 +252,8 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
     """Measures, printing a table as it fills, and returns what the JSON line holds."""
     import jax
 
-    from nanochat_jax.engine import Engine
     from nanochat_jax.hardware.devices import peak_flops
+    from nanochat_jax.inference.engine import Engine
     from nanochat_jax.utils.progress import ShareProgress
 
     model = load(settings)

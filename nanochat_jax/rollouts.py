@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax.engine import Engine
-from nanochat_jax.request import Request
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import Request
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from nanochat_jax.engine import Engine
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.text.tokenizer import Tokenizer
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from nanochat_jax.request import Request
+from nanochat_jax.inference.request import Request
 from tests.tokenizer_fixtures import golden_tokenizer
 
 

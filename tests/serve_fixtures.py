@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 
-from nanochat_jax.engine import Engine
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.main import make_server

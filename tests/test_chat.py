@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanochat_jax.engine import Engine
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.reference import params_from_reference
 from nanochat_jax.terminal import app, console
@@ -588,7 +588,9 @@ def chosen(engine, monkeypatch):
     """A model is loaded, and answers; the returned list is what `models.chosen` says of it."""
     meta, words = {"run": "r", "stage": "sft", "step": 7}, ["r, stage sft, step 7, saved today", ""]
     monkeypatch.setattr("nanochat_jax.runs.checkpoint.load_model", lambda *a: (engine.config, None, TOKENIZER, meta))
-    monkeypatch.setattr("nanochat_jax.engine.Engine", lambda *a, **k: Scripted([*TOKENIZER.encode_text("hi"), END]))
+    monkeypatch.setattr(
+        "nanochat_jax.inference.engine.Engine", lambda *a, **k: Scripted([*TOKENIZER.encode_text("hi"), END])
+    )
     monkeypatch.setattr("nanochat_jax.models.chosen", lambda *a: words)
     return words
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.engine import Engine
 from nanochat_jax.evals import chat
 from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.reference import params_from_reference
 from nanochat_jax.sandbox import SandboxUnavailable

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.engine import Engine
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.interchange import InterchangeError, importing, reference_files, tokenizer_json, torch_file
 from nanochat_jax.interchange.huggingface import hf_name
 from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import optim, rollouts
-from nanochat_jax.engine import Engine
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.model.loss import token_statistics, weighted_nll
 from nanochat_jax.parallel import sharding

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from nanochat_jax.request import Request
+from nanochat_jax.inference.request import Request
 from nanochat_jax.serve.service import Answer
 from nanochat_jax.serve.worker import Job
 from tests.serve_fixtures import HI, serving, toy_engine

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from nanochat_jax.decode import compiled_programs
+from nanochat_jax.inference.decode import compiled_programs
 from nanochat_jax.text.detokenizer import chat_prompt
 from tests.serve_fixtures import BASE, CAPACITY, HI, serving, toy_engine
 from tests.tokenizer_fixtures import golden_tokenizer

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from nanochat_jax.engine import Engine
 from nanochat_jax.evals import results, stats
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import Request
 from nanochat_jax.model import gpt
-from nanochat_jax.request import Request
 from nanochat_jax.rollouts import question_seed
 from nanochat_jax.sandbox import SandboxUnavailable
 

@@ -16,7 +16,6 @@ from nanochat_jax.data.conversations import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import text_source
-from nanochat_jax.engine import Engine
 from nanochat_jax.evals import core, stats
 from nanochat_jax.evals.chat import (
     categorical_settings,
@@ -32,6 +31,7 @@ from nanochat_jax.evals.core_prompts import item_order
 from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.parallel import sharding
 from nanochat_jax.text.tokenizer import Tokenizer

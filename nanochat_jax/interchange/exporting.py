@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax.engine import Engine
 from nanochat_jax.hardware import devices
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.interchange import InterchangeError, folders, huggingface, reference_files, tokenizer_json
 from nanochat_jax.interchange.model_card import model_card
 from nanochat_jax.model import gpt

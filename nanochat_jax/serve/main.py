@@ -152,7 +152,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _engine(settings: ServeSettings, config, params, tokenizer):
     import jax
 
-    from nanochat_jax.engine import Engine
+    from nanochat_jax.inference.engine import Engine
     from nanochat_jax.utils.progress import ShareProgress
 
     engine = Engine(config, params, tokenizer, slots=settings.slots, devices=jax.devices())

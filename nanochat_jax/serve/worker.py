@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_jax.engine import Engine
-from nanochat_jax.request import Event, Request
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import Event, Request
 from nanochat_jax.serve.errors import ApiError, QueueFull, ShuttingDown, WorkerFailed
 from nanochat_jax.serve.metrics import Metrics
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from nanochat_jax import rollouts
-from nanochat_jax.engine import Engine
 from nanochat_jax.evals.chat import evaluate_generative, longest_prompt
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.loss import token_statistics
 from nanochat_jax.parallel import sharding
 from nanochat_jax.plan import PlanError

@@ -54,8 +54,8 @@ def _with_prompt(settings: ChatSettings) -> ChatSettings:
 
 def _run(settings: ChatSettings) -> int:
     # JAX takes a second to import: flags are judged before
-    from nanochat_jax.engine import Engine
     from nanochat_jax.hardware import devices
+    from nanochat_jax.inference.engine import Engine
     from nanochat_jax.models import chosen
     from nanochat_jax.runs.checkpoint import load_model
 

@@ -76,7 +76,7 @@ class Outcome:
 class Chat:
     """One conversation, or (completing: a base model) one completion after another.
 
-    engine is an `nanochat_jax.engine.Engine`. Earlier answers stay as the tokens that were generated, so the engine
+    engine is an `nanochat_jax.inference.engine.Engine`. Earlier answers stay as the tokens that were generated, so the engine
     finds them in its cache.
     """
 

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import decode
-from nanochat_jax.engine import PREFILL_CHUNK, Engine
+from nanochat_jax.inference import decode
+from nanochat_jax.inference.engine import PREFILL_CHUNK, Engine
+from nanochat_jax.inference.model_runner import SlotPrograms
+from nanochat_jax.inference.request import Request
+from nanochat_jax.inference.scheduler import SlotTable
 from nanochat_jax.model import gpt
-from nanochat_jax.request import Request
-from nanochat_jax.slot_programs import SlotPrograms
-from nanochat_jax.slot_table import SlotTable
 from tests.tokenizer_fixtures import golden_tokenizer
 
 SPECIAL = golden_tokenizer().encode_special

@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import decode
+from nanochat_jax.inference import decode
+from nanochat_jax.inference.model_runner import PREFILL_CHUNK, SlotPrograms
+from nanochat_jax.inference.request import Event, Request, SpecialTokens, TextCoder, new_request
+from nanochat_jax.inference.scheduler import SlotTable
 from nanochat_jax.model import gpt
-from nanochat_jax.request import Event, Request, SpecialTokens, TextCoder, new_request
-from nanochat_jax.slot_programs import PREFILL_CHUNK, SlotPrograms
-from nanochat_jax.slot_table import SlotTable
 from nanochat_jax.text.calculator import use_calculator
 
 # A decode call ends when this share of its rows has stopped. Ending at the first would let the host in after nearly

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nanochat_jax.inference.sampling import sample, uniforms
 from nanochat_jax.model.kv_cache import KVSlots
 from nanochat_jax.parallel import sharding
-from nanochat_jax.sampling import sample, uniforms
 
 # columns of the row matrix; forced tokens follow
 TOKEN, POSITION, COUNT, SEED, STREAM, TEMPERATURE, TOP_K, TOP_P, STOPS, REMAINING, N_FORCED, N_COLUMNS = range(12)

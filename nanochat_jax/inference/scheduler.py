@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat_jax.request import Request
+from nanochat_jax.inference.request import Request
 
 # Fewer tokens are not worth a copy, nor a conversation's slot: they are prefilled in one smallest chunk anyway.
 WORTH_SHARING = 16

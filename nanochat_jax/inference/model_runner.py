@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import decode
+from nanochat_jax.inference import decode
 from nanochat_jax.model.kv_cache import KVSlots, reads_in_place
 from nanochat_jax.parallel import sharding
 

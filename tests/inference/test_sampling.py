@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import sampling
 from nanochat_jax.hardware import cpu_kernels
+from nanochat_jax.inference import sampling
 from tests.tokenizer_fixtures import golden
 
 N = 5000

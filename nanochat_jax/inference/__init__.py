@@ -1,0 +1,1 @@
+"""The one decoder: engine, scheduler, compiled programs, requests and sampling."""
