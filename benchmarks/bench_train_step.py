@@ -33,9 +33,9 @@ def time_ours(depth: int, rows: int, tokens: int, vocab: int, steps: int, warmup
 
     from nanochat_jax.model.gpt import GPTConfig, init
     from nanochat_jax.model.loss import next_token_loss
-    from nanochat_jax.optim import OptimHyper, make_optimizer
     from nanochat_jax.parallel.sharding import make_mesh
-    from nanochat_jax.train_step import init_state, make_train_step
+    from nanochat_jax.training.optim import OptimHyper, make_optimizer
+    from nanochat_jax.training.step import init_state, make_train_step
 
     config = GPTConfig.from_depth(depth, vocab, tokens, compute_dtype="float32")
     ids = np.random.default_rng(0).integers(0, vocab, (1, rows, tokens + 1)).astype(np.int32)

@@ -21,7 +21,7 @@ from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import KVSlots
 from nanochat_jax.parallel import sharding
-from nanochat_jax.train_step import abstract_state
+from nanochat_jax.training.step import abstract_state
 
 AUTO = 0  # --device_batch_size=auto
 MARGIN = 0.03  # of the memory, left for what the allocator cannot place

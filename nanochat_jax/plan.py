@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nanochat_jax import optim
 from nanochat_jax.model.gpt import GPTConfig, flops_per_token, num_params
+from nanochat_jax.training import optim
 
 
 class PlanError(ValueError):

@@ -10,9 +10,9 @@ import pytest
 from nanochat_jax import auto_batch
 from nanochat_jax.auto_batch import MARGIN, DoesNotFit, bytes_needed, choose, halved, is_out_of_memory, sizes
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.parallel import sharding
-from nanochat_jax.train_step import init_state, make_train_step
+from nanochat_jax.training.optim import OptimHyper, make_optimizer
+from nanochat_jax.training.step import init_state, make_train_step
 
 GIB = 2**30
 

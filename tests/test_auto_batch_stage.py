@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from nanochat_jax import auto_batch
-from nanochat_jax import train as loop
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import base as base_stage
+from nanochat_jax.training import loop as loop
 from tests import toy_runs
 
 OUT = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1099511627776 bytes."

@@ -188,7 +188,7 @@ def text_needs_no_jax(house: House) -> list[str]:
 
 
 def muon_is_useful_elsewhere(house: House) -> list[str]:
-    return sorted(graph(house)["nanochat_jax.muon"])
+    return sorted(graph(house)["nanochat_jax.training.muon"])
 
 
 def tasks_import_little(house: House) -> list[str]:
@@ -293,14 +293,14 @@ BREACHES = [
     (text_needs_no_jax, "nanochat_jax.text.chat_format", "def f():\n    import jax.numpy as jnp"),
     (text_needs_no_jax, "nanochat_jax.data.web", "from nanochat_jax import gpt"),
     (text_needs_no_jax, "nanochat_jax.world", "import optax"),
-    (muon_is_useful_elsewhere, "nanochat_jax.muon", "from nanochat_jax.model.gpt import Params"),
+    (muon_is_useful_elsewhere, "nanochat_jax.training.muon", "from nanochat_jax.model.gpt import Params"),
     (tasks_import_little, "tasks.gsm8k", "from nanochat_jax.data import rows"),
     (tasks_import_little, "tasks.common", "from nanochat_jax.text.tokenizer import Tokenizer"),
     (nothing_that_is_read_is_run, "nanochat_jax.runs.checkpoint", "def f():\n    import pickle"),
     (nothing_that_is_read_is_run, "nanochat_jax.interchange.torch_file", "import pickletools"),
-    (nothing_that_is_read_is_run, "nanochat_jax.replay", "np.load(path, allow_pickle=True)"),
+    (nothing_that_is_read_is_run, "nanochat_jax.training.replay", "np.load(path, allow_pickle=True)"),
     (imports_by_name_are_known, "nanochat_jax.evals.run", "import importlib\nimportlib.import_module('pickle')"),
-    (one_table_of_what_lives_where, "nanochat_jax.train_step", "from jax.sharding import PartitionSpec as P"),
+    (one_table_of_what_lives_where, "nanochat_jax.training.step", "from jax.sharding import PartitionSpec as P"),
     (one_table_of_what_lives_where, "nanochat_jax.model.loss", "jax.sharding.PartitionSpec('data')"),
     (files_are_short, "nanochat_jax.world.words", "x = 1\n" * MAX_LINES),
     (the_readme_names_every_room, "nanochat_jax.attic", ""),

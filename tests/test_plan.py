@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from nanochat_jax.model.gpt import abstract
-from nanochat_jax.optim import OptimHyper
 from nanochat_jax.plan import BasePlan, PlanError
+from nanochat_jax.training.optim import OptimHyper
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ import jax
 from nanochat_jax import auto_batch
 from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.parallel import sharding
 from nanochat_jax.planner import hlo, target
-from nanochat_jax.train_step import abstract_state, make_train_step
+from nanochat_jax.training.optim import OptimHyper, make_optimizer
+from nanochat_jax.training.step import abstract_state, make_train_step
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
-from nanochat_jax.optim import lr_schedule
 from nanochat_jax.parallel import sharding
 from nanochat_jax.plan import BasePlan
 from nanochat_jax.runs import checkpoint
@@ -28,7 +27,8 @@ from nanochat_jax.stages.common import (
     train,
 )
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.train import Evaluation, Outcome
+from nanochat_jax.training.loop import Evaluation, Outcome
+from nanochat_jax.training.optim import lr_schedule
 from nanochat_jax.utils.flags import flag
 from nanochat_jax.utils.progress import RowsProgress
 

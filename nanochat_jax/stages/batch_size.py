@@ -13,10 +13,10 @@ from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.planner import memory
-from nanochat_jax.schedules import Schedule
 from nanochat_jax.stages.common import StageSettings, optimizer_of
-from nanochat_jax.train import Outcome
-from nanochat_jax.train_step import make_train_step
+from nanochat_jax.training.loop import Outcome
+from nanochat_jax.training.schedules import Schedule
+from nanochat_jax.training.step import make_train_step
 
 
 @dataclass(frozen=True)

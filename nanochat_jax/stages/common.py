@@ -17,13 +17,13 @@ from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, flops_per_token
-from nanochat_jax.optim import OptimHyper, make_optimizer
 from nanochat_jax.parallel import cluster, multihost, sharding
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.schedules import Schedule
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.train import Batch, Evaluation, Job, Outcome, Rollout, fit
-from nanochat_jax.train_step import (
+from nanochat_jax.training.loop import Batch, Evaluation, Job, Outcome, Rollout, fit
+from nanochat_jax.training.optim import OptimHyper, make_optimizer
+from nanochat_jax.training.schedules import Schedule
+from nanochat_jax.training.step import (
     TrainState,
     abstract_state,
     init_state,

@@ -5,9 +5,9 @@ import importlib
 import logging
 from typing import Any
 
-from nanochat_jax import watchdog
 from nanochat_jax.hardware import devices
-from nanochat_jax.stopping import Interrupted, signals_raise
+from nanochat_jax.training import watchdog
+from nanochat_jax.training.shutdown import Interrupted, signals_raise
 from nanochat_jax.utils import errors, flags
 
 # stage -> settings class and its variant for the demo, in the stage's module

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from nanochat_jax.schedules import late_decay
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.common import Parent, batch_flag
 from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
 from nanochat_jax.stages.supervised import run as run_supervised
-from nanochat_jax.train import Outcome
+from nanochat_jax.training.loop import Outcome
+from nanochat_jax.training.schedules import late_decay
 from nanochat_jax.utils.flags import flag
 
 PARENTS = ("base",)

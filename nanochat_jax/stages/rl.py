@@ -16,7 +16,6 @@ from nanochat_jax.parallel import sharding
 from nanochat_jax.plan import PlanError
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
-from nanochat_jax.schedules import linear_to_zero
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (
@@ -29,7 +28,8 @@ from nanochat_jax.stages.common import (
     train,
 )
 from nanochat_jax.stages.supervised import ChatStageSettings, open_parent
-from nanochat_jax.train import Evaluation, Outcome, Rollout
+from nanochat_jax.training.loop import Evaluation, Outcome, Rollout
+from nanochat_jax.training.schedules import linear_to_zero
 from nanochat_jax.utils.flags import flag
 
 PARENTS = ("sft", "mid")

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from nanochat_jax.evals.chat import evaluate_categorical
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.schedules import linear_to_zero
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.common import Parent, batch_flag
 from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
 from nanochat_jax.stages.supervised import run as run_supervised
-from nanochat_jax.train import Evaluation, Outcome
+from nanochat_jax.training.loop import Evaluation, Outcome
+from nanochat_jax.training.schedules import linear_to_zero
 from nanochat_jax.utils.flags import flag
 
 PARENTS = ("mid", "base")

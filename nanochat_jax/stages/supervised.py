@@ -13,7 +13,6 @@ from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.plan import check_batch
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
-from nanochat_jax.schedules import Schedule
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (
     MODEL_NAME,
@@ -28,7 +27,8 @@ from nanochat_jax.stages.common import (
     open_run,
     train,
 )
-from nanochat_jax.train import Evaluation, Outcome
+from nanochat_jax.training.loop import Evaluation, Outcome
+from nanochat_jax.training.schedules import Schedule
 from nanochat_jax.utils.flags import flag
 from nanochat_jax.utils.progress import RowsProgress
 

@@ -31,7 +31,7 @@ from nanochat_jax.data.shards import Shard, ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.streamed import ShardDocuments
 from nanochat_jax.data.web import FetchError, OfflineError
-from nanochat_jax.stopping import Interrupted, stop_on_signals
+from nanochat_jax.training.shutdown import Interrupted, stop_on_signals
 from tests.tokenizer_fixtures import golden_tokenizer
 from tests.web_server import WebServer
 

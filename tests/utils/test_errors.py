@@ -161,7 +161,7 @@ FIRST = {
     "eval": ([], "nanochat_jax.evals.run.run"),
     "compare": (["a", "b"], "nanochat_jax.evals.compare.load"),
     "models": ([], "nanochat_jax.models.models"),
-    "replay": (["a"], "nanochat_jax.replay.open_incident"),
+    "replay": (["a"], "nanochat_jax.training.replay.open_incident"),
     "report": ([], "nanochat_jax.report.main.write"),
     "serve": ([], "nanochat_jax.serve.main._listen"),
     "chat": (["-p", "hello"], "nanochat_jax.runs.checkpoint.find_run"),

@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax.model.gpt import GPTConfig, abstract
-from nanochat_jax.optim import OptimHyper, group, make_optimizer
 from nanochat_jax.parallel import sharding
-from nanochat_jax.train_step import (
-    abstract_state,
-    make_train_step,
-    restore_padding,
-    state_of,
-    strip_padding,
-)
+from nanochat_jax.training.optim import OptimHyper, group, make_optimizer
+from nanochat_jax.training.step import abstract_state, make_train_step, restore_padding, state_of, strip_padding
 from tests.toy_params import toy_params
 
 STEPS = 20

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import incidents
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.train import Evaluation, Job, Rollout, TrainingError, fit
-from nanochat_jax.train_step import TrainState
-from nanochat_jax.watchdog import HungError
+from nanochat_jax.training import anomalies
+from nanochat_jax.training.loop import Evaluation, Job, Rollout, TrainingError, fit
+from nanochat_jax.training.step import TrainState
+from nanochat_jax.training.watchdog import HungError
 
 
 @jax.jit
@@ -190,20 +190,20 @@ def test_a_bad_step_is_skipped_and_changes_nothing(tmp_path, at):
     records = numbers(tmp_path)
     assert [r["step"] for r in records if r["kind"] == "train"] == [s for s in range(10) if s not in at]
     assert [(r["step"], r["loss"]) for r in records if r["kind"] == "skip"] == [(s, "nan") for s in at]
-    assert incidents.steps(tmp_path) == at
+    assert anomalies.steps(tmp_path) == at
     for step in at:
-        kept = np.load(incidents.folder(tmp_path, step) / "batch.npz")
+        kept = np.load(anomalies.folder(tmp_path, step) / "batch.npz")
         assert np.isnan(kept["inputs"]).all() and kept["inputs"].shape == (1, 2, 3)
 
 
 def test_a_spike_is_skipped_once_the_usual_level_is_known(tmp_path):
     spikes = poisoned(5, 50, by=1000)
     whole = fit(job(tmp_path / "whole", n=60, batches=spikes, save_every=10), fresh())
-    assert incidents.steps(tmp_path / "whole") == [50], "before there is a level, only what is not finite is skipped"
+    assert anomalies.steps(tmp_path / "whole") == [50], "before there is a level, only what is not finite is skipped"
     record = next(r for r in numbers(tmp_path / "whole") if r["kind"] == "skip")
     assert "where at most" in record["reason"]
     off = fit(job(tmp_path / "off", n=60, batches=spikes, spike=0), fresh())
-    assert incidents.steps(tmp_path / "off") == []
+    assert anomalies.steps(tmp_path / "off") == []
     assert float(off.state.params["a"][0]) > 2 * float(whole.state.params["a"][0])
 
 
@@ -211,7 +211,7 @@ def test_a_spike_is_skipped_once_the_usual_level_is_known(tmp_path):
 def test_a_resumed_run_skips_the_same_steps(tmp_path, cut):
     spikes = poisoned(48, 50, 51, by=30)
     whole = fit(job(tmp_path / "whole", n=60, batches=spikes, save_every=1), fresh())
-    assert incidents.steps(tmp_path / "whole")
+    assert anomalies.steps(tmp_path / "whole")
 
     def breaks(start):
         for i, batch in enumerate(spikes(start)):
@@ -230,7 +230,7 @@ def test_a_resumed_run_skips_the_same_steps(tmp_path, cut):
 def test_too_many_skips_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path):
     with pytest.raises(TrainingError, match=r"3 steps in a row up to step 9.*last good.*step 9.*replay.*--matrix_lr"):
         fit(job(tmp_path, n=12, batches=poisoned(7, 8, 9), max_skips=3), fresh())
-    assert checkpoint.steps(tmp_path)[-1] == 9 and incidents.steps(tmp_path) == [7, 8, 9]
+    assert checkpoint.steps(tmp_path)[-1] == 9 and anomalies.steps(tmp_path) == [7, 8, 9]
     assert [p.parent.name for p in (tmp_path / "incidents").glob("*/params")] == ["00000007"], "one copy is enough"
     state, evaluated = resumed(tmp_path)
     with pytest.raises(TrainingError, match="3 steps in a row up to step 9"):  # the ones before are remembered
@@ -239,7 +239,7 @@ def test_too_many_skips_in_a_row_end_the_run_and_name_the_last_good_checkpoint(t
 
 def test_incidents_do_not_fill_the_disk(tmp_path):
     fit(job(tmp_path, n=30, batches=poisoned(*range(1, 30, 2))), fresh())
-    assert len(incidents.steps(tmp_path)) == incidents.KEPT and incidents.steps(tmp_path)[-1] == 29
+    assert len(anomalies.steps(tmp_path)) == anomalies.KEPT and anomalies.steps(tmp_path)[-1] == 29
 
 
 def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):

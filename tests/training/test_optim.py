@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax import optim, schedules
 from nanochat_jax.model.gpt import GPTConfig, abstract
+from nanochat_jax.training import optim, schedules
 from tests.toy_params import toy_params
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=20, n_layer=12, n_head=4, n_kv_head=2, n_embd=16)

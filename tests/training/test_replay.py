@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import incidents, replay
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import common
+from nanochat_jax.training import anomalies, replay
 from tests import toy_runs
 
 BAD_STEP, BAD_ROW = 2, 5
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
 
 
 def test_a_nan_is_found_in_its_row(run, capsys):
-    assert incidents.steps(run) == [BAD_STEP]
+    assert anomalies.steps(run) == [BAD_STEP]
     skip = next(r for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "skip")
     assert skip["step"] == BAD_STEP and "replay r 2" not in skip["reason"]
     assert replay.main(["r", "2", "--device=cpu", "--device_batch_size=4"]) == 0
@@ -58,9 +58,9 @@ def test_a_nan_is_found_in_its_row(run, capsys):
 
 def test_a_step_is_reproduced(run):
     """The honest batch, with the same parameters: the numbers that the training step itself gives."""
-    from nanochat_jax.optim import OptimHyper, make_optimizer
     from nanochat_jax.parallel import sharding
-    from nanochat_jax.train_step import state_of
+    from nanochat_jax.training.optim import OptimHyper, make_optimizer
+    from nanochat_jax.training.step import state_of
 
     incident = replay.open_incident(str(run))
     weights = np.where(np.isfinite(incident.weights), incident.weights, 0.5)
@@ -90,7 +90,7 @@ def replay_abstract(config):
 
 def test_the_skipped_step_changed_nothing_that_counts(run):
     """Parameters kept with the incident are those of before the step; the run went on from them."""
-    facts = json.loads((incidents.folder(run, BAD_STEP) / "incident.json").read_text())
+    facts = json.loads((anomalies.folder(run, BAD_STEP) / "incident.json").read_text())
     assert facts["loss"] in ("nan", "inf") and facts["params"] == f"{BAD_STEP:08d}"
     assert facts["meta"]["stage"] == "base" and facts["meta"]["normalize"] is True
     assert [r["step"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"] == [0, 1, 3]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.muon import aspect_scale, default_ns_dtype, muon, orthogonalize
+from nanochat_jax.training.muon import aspect_scale, default_ns_dtype, muon, orthogonalize
 
 NS_CASES = ("tall", "wide", "square", "near_square", "batched", "rank1")
 MUON_RUNS = {

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import incidents
 from nanochat_jax.hardware import devices
 from nanochat_jax.runs import checkpoint
+from nanochat_jax.training import anomalies
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 
@@ -63,13 +63,13 @@ class Replay:
 def open_incident(run: str, step: int | None = None) -> Incident:
     """The incident of a step, or the newest. Raises ReplayError where there is none."""
     folder = Path(run) if Path(run).is_dir() else checkpoint.run_dir(run)
-    known = incidents.steps(folder)
+    known = anomalies.steps(folder)
     if not known:
         raise ReplayError(f"no step of {folder} was skipped (there is nothing in {folder / 'incidents'})")
     step = known[-1] if step is None else step
     if step not in known:
         raise ReplayError(f"step {step} of {folder} is not kept; skipped and kept are {', '.join(map(str, known))}")
-    where = incidents.folder(folder, step)
+    where = anomalies.folder(folder, step)
     try:
         facts = json.loads((where / "incident.json").read_text(encoding="utf-8"))
         with np.load(where / "batch.npz", allow_pickle=False) as batch:
@@ -89,7 +89,7 @@ def replay(incident: Incident, settings: ReplaySettings) -> Replay:
 
     from nanochat_jax.model.gpt import abstract
     from nanochat_jax.model.loss import target_weights, token_nll, weighted_nll
-    from nanochat_jax.optim import global_norm
+    from nanochat_jax.training.optim import global_norm
 
     facts = incident.facts
     config = checkpoint.config_from_dict(facts["meta"]["config"])

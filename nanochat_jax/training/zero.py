@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanochat_jax.model.gpt import GPTConfig, Params, abstract
-from nanochat_jax.optim import Groups, group, pad_stacks, stack_members, ungroup
 from nanochat_jax.parallel import sharding
 from nanochat_jax.parallel.sharding import AXES, DATA, FSDP, ROW_AXES, TENSOR
+from nanochat_jax.training.optim import Groups, group, pad_stacks, stack_members, ungroup
 
 
 def padded_groups(params: Params, mesh: Mesh, like: Params | None = None) -> Groups:

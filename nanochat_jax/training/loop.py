@@ -20,15 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax import auto_batch, incidents
+from nanochat_jax import auto_batch
 from nanochat_jax.hardware import devices
 from nanochat_jax.parallel import multihost
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.runs.saving import Saver
-from nanochat_jax.stopping import Interrupted, Stop, stop_on_signals
-from nanochat_jax.train_step import TrainState
+from nanochat_jax.training import anomalies
+from nanochat_jax.training.shutdown import Interrupted, Stop, stop_on_signals
+from nanochat_jax.training.step import TrainState
+from nanochat_jax.training.watchdog import HungError, Watchdog
 from nanochat_jax.utils.progress import Clock, Progress, Smoothed
-from nanochat_jax.watchdog import HungError, Watchdog
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, weights: (A, B, T)
 
@@ -119,8 +120,8 @@ class _Loop:
         multihost.barrier("metrics")
         earlier = metrics.read(log)
         self.results = _last_results(earlier)
-        self.level = incidents.Level(job.spike, earlier)
-        self.skips = incidents.skipped_in_a_row(earlier)
+        self.level = anomalies.Level(job.spike, earlier)
+        self.skips = anomalies.skipped_in_a_row(earlier)
         self.smooth = Smoothed([r["loss"] for r in earlier if r["kind"] == "train"])
         self.log = metrics.MetricsLog(log, job.sinks) if main else metrics.MetricsLog(None)
         self.saver = Saver(job.run, job.keep, job.keep_every, job.save_in_background)
@@ -289,13 +290,13 @@ class _Loop:
         """Keeps what a skipped step was made of; ends the run when there are too many in a row."""
         job, step = self.job, pending.step
         self.skips += 1
-        why = incidents.reason(loss, grad_norm, pending.limits)
-        numbers = {"loss": incidents.plain(loss), "grad_norm": incidents.plain(grad_norm)}
-        limits = [incidents.plain(float(x)) for x in pending.limits]
+        why = anomalies.reason(loss, grad_norm, pending.limits)
+        numbers = {"loss": anomalies.plain(loss), "grad_norm": anomalies.plain(grad_norm)}
+        limits = [anomalies.plain(float(x)) for x in pending.limits]
         facts = {**numbers, "limits": limits, "reason": why, "backend": jax.default_backend(), "meta": job.meta}
         with self.watchdog.busy():
             batch = multihost.whole_batch(pending.batch)
-            kept = incidents.keep(job.run, step, batch, self.state.params, facts, self.skips)
+            kept = anomalies.keep(job.run, step, batch, self.state.params, facts, self.skips)
         self.log.write({"kind": "skip", "step": step, **numbers, "reason": why, **pending.extra})
         replay = f"python -m scripts.replay {job.run.name} {step}"
         self.progress.say(f"step {step} skipped: {why}; its batch is kept in {kept} (`{replay}`)")
@@ -336,7 +337,7 @@ class _Loop:
 @jax.jit
 def _limits_if_kept(kept: jax.Array, limits: jax.Array) -> jax.Array:
     """Limits that nothing passes if the step before was not kept."""
-    return jnp.where(kept > 0, limits, incidents.HELD)
+    return jnp.where(kept > 0, limits, anomalies.HELD)
 
 
 def stop_requested(stop: Stop, step: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_jax import schedules
+from nanochat_jax.training import schedules
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax.watchdog import BUSY, FACTOR, HUNG, HungError, Watchdog
+from nanochat_jax.training.watchdog import BUSY, FACTOR, HUNG, HungError, Watchdog
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +61,7 @@ def test_a_main_thread_that_cannot_be_woken_ends_the_process():
     """Held in C with the GIL released, as a hanging collective is: a signal's handler never runs."""
     code = """
 import ctypes, signal, sys, threading
-from nanochat_jax.watchdog import Watchdog
+from nanochat_jax.training.watchdog import Watchdog
 with Watchdog(0.3, grace_s=0.5, poll_s=0.05) as dog:
     dog.step_done(); dog.step_begins(3)
     libc = ctypes.CDLL(None)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanochat_jax import schedules
 from nanochat_jax.model.gpt import GPTConfig, Params, abstract
-from nanochat_jax.muon import MuonState, muon
+from nanochat_jax.training import schedules
+from nanochat_jax.training.muon import MuonState, muon
 
 Groups = dict[str, Any]
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from nanochat_jax.dealing import Dealer, padded_groups
 from nanochat_jax.model.gpt import GPTConfig, Params, abstract, init
 from nanochat_jax.model.loss import target_weights, weighted_nll
 from nanochat_jax.model.tensor_parallel import Parallel
-from nanochat_jax.optim import clip_by_global_norm, group
 from nanochat_jax.parallel import sharding
+from nanochat_jax.training.optim import clip_by_global_norm, group
+from nanochat_jax.training.zero import Dealer, padded_groups
 
 
 @jax.tree_util.register_dataclass

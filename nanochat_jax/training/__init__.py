@@ -1,0 +1,1 @@
+"""The one training loop: step, optimizer, schedules, ZeRO layout, anomalies, shutdown."""
