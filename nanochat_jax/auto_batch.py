@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from nanochat_jax.bpb import loss_sums_fn
+from nanochat_jax.evals.bpb import loss_sums_fn
 from nanochat_jax.inference import decode
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig

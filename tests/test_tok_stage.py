@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax.evals import tok as tok_eval
-from nanochat_jax.evals.tok import Measure, TokEvalSettings, evaluate, relative_saving
+from nanochat_jax.evals import compression as tok_eval
+from nanochat_jax.evals.compression import Measure, TokEvalSettings, evaluate, relative_saving
 from nanochat_jax.stages import tok
 from nanochat_jax.stages.tok import DemoTokTrainSettings, TokTrainSettings, main, parse_settings, train_tokenizer
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError

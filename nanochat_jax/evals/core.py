@@ -22,7 +22,7 @@ from nanochat_jax.evals.core_prompts import (
     find_spans,
     item_order,
 )
-from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.progress import ShareProgress, duration
 

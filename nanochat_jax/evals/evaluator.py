@@ -9,15 +9,14 @@ import jax
 import numpy as np
 
 import tasks
-from nanochat_jax import samples
-from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.conversations import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import text_source
-from nanochat_jax.evals import core, stats
-from nanochat_jax.evals.chat import (
+from nanochat_jax.evals import core, samples, stats
+from nanochat_jax.evals.bpb import held_out_loss
+from nanochat_jax.evals.chat_eval import (
     categorical_settings,
     eval_engine,
     evaluate_categorical,
@@ -29,7 +28,7 @@ from nanochat_jax.evals.chat import (
 from nanochat_jax.evals.core_bundle import Bundle, open_bundle
 from nanochat_jax.evals.core_prompts import item_order
 from nanochat_jax.evals.results import Result
-from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.gpt import GPTConfig, Params

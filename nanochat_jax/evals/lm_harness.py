@@ -15,7 +15,7 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.runs import checkpoint

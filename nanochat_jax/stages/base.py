@@ -11,10 +11,10 @@ from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
+from nanochat_jax.evals.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
 from nanochat_jax.parallel import sharding
 from nanochat_jax.plan import BasePlan
 from nanochat_jax.runs import checkpoint
-from nanochat_jax.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (
     Recipe,

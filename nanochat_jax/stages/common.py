@@ -12,9 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax.auto_batch import AUTO
-from nanochat_jax.bpb import held_out_loss
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, flops_per_token
 from nanochat_jax.parallel import cluster, multihost, sharding

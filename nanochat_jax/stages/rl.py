@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from nanochat_jax import rollouts
-from nanochat_jax.evals.chat import evaluate_generative, longest_prompt
+from nanochat_jax.evals.chat_eval import evaluate_generative, longest_prompt
+from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.loss import token_statistics
 from nanochat_jax.parallel import sharding
 from nanochat_jax.plan import PlanError
 from nanochat_jax.runs import checkpoint
-from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (

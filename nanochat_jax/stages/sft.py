@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from nanochat_jax.evals.chat import evaluate_categorical
-from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.evals.chat_eval import evaluate_categorical
+from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.common import Parent, batch_flag
 from nanochat_jax.stages.supervised import ChatStageSettings, Lesson

@@ -9,10 +9,10 @@ from typing import Any
 from nanochat_jax.data.conversations import Conversations, build_conversation_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.plan import check_batch
 from nanochat_jax.runs import checkpoint
-from nanochat_jax.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (
     MODEL_NAME,

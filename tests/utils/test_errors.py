@@ -170,7 +170,7 @@ FIRST = {
     "import_checkpoint": (["x"], "nanochat_jax.interchange.importing.import_checkpoint"),
     "export": (["--to=hf", "x"], "nanochat_jax.interchange.exporting.export"),
     "tok_train": ([], "nanochat_jax.stages.tok.train_tokenizer"),
-    "tok_eval": ([], "nanochat_jax.evals.tok.evaluate"),
+    "tok_eval": ([], "nanochat_jax.evals.compression.evaluate"),
     "download": ([], "nanochat_jax.data.download._list_of"),
 }
 

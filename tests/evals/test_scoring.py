@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.evals import scoring
-from nanochat_jax.evals.scoring import Scorer, row_length, suffix_length
+from nanochat_jax.evals import scorer as scoring
+from nanochat_jax.evals.scorer import Scorer, row_length, suffix_length
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import sharding
 from nanochat_jax.reference import params_from_reference

@@ -17,7 +17,7 @@ from nanochat_jax.evals.core_prompts import (
     find_spans,
     item_order,
 )
-from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.model import gpt
 from nanochat_jax.reference import params_from_reference
 from nanochat_jax.utils.progress import ShareProgress

@@ -33,7 +33,7 @@ CACHE_BYTES_CPU = 1 << 30
 
 
 class ChoiceScorer(Protocol):
-    """What evaluating letters needs (`nanochat_jax.evals.scoring.Scorer` has it)."""
+    """What evaluating letters needs (`nanochat_jax.evals.scorer.Scorer` has it)."""
 
     def choices(self, prompts: Sequence[Sequence[int]], letters: Sequence[Sequence[int]]) -> list[np.ndarray]: ...
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.evals import chat
-from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.evals import chat_eval
+from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.reference import params_from_reference
@@ -93,7 +93,7 @@ def test_golden_letters(tiny, case):
         for ids, answer in zip(case["prompt_ids"], case["correct"], strict=True)
     ]
     task = ListTask(conversations, equals_answer)
-    result = chat.evaluate_categorical(Scorer(*tiny), golden_tokenizer(), task, max_problems=case["max_problems"])
+    result = chat_eval.evaluate_categorical(Scorer(*tiny), golden_tokenizer(), task, max_problems=case["max_problems"])
     assert [item["predicted"] for item in result["items"]] == case["predicted"]
     assert result["accuracy"] == case["accuracy"] and result["n"] == len(case["predicted"])
 
@@ -101,7 +101,7 @@ def test_golden_letters(tiny, case):
 @pytest.mark.parametrize("case", CASES["generative"], ids=lambda c: str(c["start"]))
 def test_golden_completions(engine, case):
     task = ListTask([from_prompt(ids, "x") for ids in case["prompt_ids"]])
-    result = chat.evaluate_generative(engine, golden_tokenizer(), task, max_new_tokens=case["max_new_tokens"])
+    result = chat_eval.evaluate_generative(engine, golden_tokenizer(), task, max_new_tokens=case["max_new_tokens"])
     assert [item["completion"] for item in result["items"]] == case["completions"]
     assert result["accuracy"] == case["accuracy"]
 
@@ -110,11 +110,11 @@ def test_golden_completions(engine, case):
 
 
 def test_categorical_order_progress_and_settings(monkeypatch):
-    monkeypatch.setattr(chat, "CHUNK", 4)
+    monkeypatch.setattr(chat_eval, "CHUNK", 4)
     conversations = asked(*("x" * (7 * i % 11 + 1) for i in range(10)), answer="B", letters=LETTERS)
     scorer, seen = FakeScorer(), []
     task = ListTask(conversations, equals_answer)
-    result = chat.evaluate_categorical(
+    result = chat_eval.evaluate_categorical(
         scorer, golden_tokenizer(), task, progress=lambda *a: seen.append(a), max_problems=9
     )
     expected = [LETTERS[len(golden_tokenizer().render_for_completion(c)) % 4] for c in conversations[:9]]
@@ -130,7 +130,9 @@ def test_categorical_order_progress_and_settings(monkeypatch):
 def test_ids_depend_on_place_and_content():
     def ids(*conversations):
         scorer = FakeScorer()
-        result = chat.evaluate_categorical(scorer, golden_tokenizer(), ListTask(list(conversations), equals_answer))
+        result = chat_eval.evaluate_categorical(
+            scorer, golden_tokenizer(), ListTask(list(conversations), equals_answer)
+        )
         return [item["id"] for item in result["items"]]
 
     a, b = asked("one", "two", answer="A", letters=LETTERS)
@@ -141,16 +143,20 @@ def test_ids_depend_on_place_and_content():
 def test_a_letter_must_be_one_token():
     task = ListTask(asked("q", answer="A", letters=["A", "quite long"]))
     with pytest.raises(ValueError, match="'quite long' is [0-9]+ tokens"):
-        chat.evaluate_categorical(FakeScorer(), golden_tokenizer(), task)
+        chat_eval.evaluate_categorical(FakeScorer(), golden_tokenizer(), task)
 
 
 def test_problem_counts():
     task = ListTask(asked("a", "b"))
-    assert (chat.problem_count(task), chat.problem_count(task, 1), chat.problem_count(task, 9)) == (2, 1, 2)
+    assert (chat_eval.problem_count(task), chat_eval.problem_count(task, 1), chat_eval.problem_count(task, 9)) == (
+        2,
+        1,
+        2,
+    )
     with pytest.raises(ValueError, match="max_problems.*0"):
-        chat.problem_count(task, 0)
+        chat_eval.problem_count(task, 0)
     with pytest.raises(ValueError, match="listed has no problems"):
-        chat.problem_count(ListTask([]))
+        chat_eval.problem_count(ListTask([]))
 
 
 # --- open questions -------------------------------------------------------------------------------------------------
@@ -174,7 +180,7 @@ def test_all_at_once_equals_one_by_one(engine):
         judged.append(completion)
         return "t" in completion
 
-    result = chat.evaluate_generative(
+    result = chat_eval.evaluate_generative(
         engine, golden_tokenizer(), ListTask(conversations, judge), max_new_tokens=9, progress=lambda *a: seen.append(a)
     )
     texts = generate_one_by_one(engine, conversations, 9)
@@ -234,7 +240,9 @@ def test_tool_calls_are_part_of_the_completion_and_the_end_is_not(chained):
         seen.append(completion)
         return completion.endswith("13<|output_end|>")
 
-    result = chat.evaluate_generative(engine, golden_tokenizer(), ListTask(asked("a", "b"), judge), max_new_tokens=30)
+    result = chat_eval.evaluate_generative(
+        engine, golden_tokenizer(), ListTask(asked("a", "b"), judge), max_new_tokens=30
+    )
     assert seen[-1] == "<|python_start|>7+6<|python_end|><|output_start|>13<|output_end|>"
     assert result["accuracy"] == 1.0 and result["unfinished"] == 0.0
 
@@ -243,7 +251,9 @@ def test_a_model_that_never_ends_is_counted(chained):
     start = golden_tokenizer().encode_special("<|assistant_start|>")
     engine = chained(start, *b"ok")
     judge = lambda conversation, completion: completion.startswith("ok....")  # noqa: E731
-    result = chat.evaluate_generative(engine, golden_tokenizer(), ListTask(asked(*"abcdef"), judge), max_new_tokens=12)
+    result = chat_eval.evaluate_generative(
+        engine, golden_tokenizer(), ListTask(asked(*"abcdef"), judge), max_new_tokens=12
+    )
     assert result["unfinished"] == 1.0 and result["accuracy"] == 1.0
     assert {item["completion"] for item in result["items"]} == {"ok.........."}
     assert result["new_tokens"] == 72
@@ -258,7 +268,7 @@ def test_samples_and_pass_at_k(engine):
         texts.setdefault(conversation["messages"][0]["content"], []).append(completion)
         return len(completion) % 3 == 0 and completion != ""
 
-    result = chat.evaluate_generative(engine, golden_tokenizer(), ListTask(conversations, judge), **settings)
+    result = chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(conversations, judge), **settings)
     counts = []
     for letter, item in zip("abcdef", result["items"], strict=True):
         own = texts[letter][1:] if letter == "a" else texts[letter]
@@ -271,9 +281,9 @@ def test_samples_and_pass_at_k(engine):
     assert result["pass_at_k"]["5"] == pytest.approx(result["accuracy"])
     for k, (low, high) in result["pass_at_k_interval"].items():
         assert low <= result["pass_at_k"][k] <= high
-    again = chat.evaluate_generative(engine, golden_tokenizer(), ListTask(conversations, judge), **settings)
+    again = chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(conversations, judge), **settings)
     assert again["items"] == result["items"]
-    few = chat.evaluate_generative(
+    few = chat_eval.evaluate_generative(
         engine, golden_tokenizer(), ListTask(conversations, judge), max_problems=2, **settings
     )
     assert few["items"] == result["items"][:2]
@@ -282,11 +292,11 @@ def test_samples_and_pass_at_k(engine):
 def test_long_prompts_lose_their_beginning_and_are_counted(engine):
     tokenizer = golden_tokenizer()
     prompts = [tokenizer.render_for_completion(c) for c in asked("x " * 300, "short")]
-    cut = chat._fitting(prompts[0], 64, 512)
+    cut = chat_eval._fitting(prompts[0], 64, 512)
     assert len(cut) == 33 and cut[0] == tokenizer.bos_id and cut[1:] == prompts[0][-32:]
-    assert chat._fitting(prompts[0], 64, 10) == [prompts[0][0], *prompts[0][-54:]]
-    assert chat._fitting(prompts[1], 64, 512) == prompts[1]
-    result = chat.evaluate_generative(engine, tokenizer, ListTask(asked("x " * 300, "short")), max_new_tokens=512)
+    assert chat_eval._fitting(prompts[0], 64, 10) == [prompts[0][0], *prompts[0][-54:]]
+    assert chat_eval._fitting(prompts[1], 64, 512) == prompts[1]
+    result = chat_eval.evaluate_generative(engine, tokenizer, ListTask(asked("x " * 300, "short")), max_new_tokens=512)
     assert result["cut_prompts"] == 1 and result["n"] == 2
 
 
@@ -298,7 +308,7 @@ def test_judges_run_beside_the_decoder(engine):
         time.sleep(0.01)
         return True
 
-    chat.evaluate_generative(engine, golden_tokenizer(), ListTask(asked(*"abcdefgh"), judge), max_new_tokens=3)
+    chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(asked(*"abcdefgh"), judge), max_new_tokens=3)
     assert threads - {main}
 
 
@@ -306,7 +316,7 @@ def test_without_isolation_the_result_says_so(engine):
     def judge(conversation, completion):
         raise SandboxUnavailable("no namespaces here")
 
-    result = chat.evaluate_generative(engine, golden_tokenizer(), ListTask(asked("a", "b"), judge))
+    result = chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(asked("a", "b"), judge))
     assert result["skipped"] == "no namespaces here" and "accuracy" not in result and engine.live == 0
 
 
@@ -316,7 +326,7 @@ def test_a_failing_judge_ends_the_evaluation_and_frees_the_engine(engine):
             raise ZeroDivisionError("a bug in a task")
 
     with pytest.raises(ZeroDivisionError):
-        chat.evaluate_generative(engine, golden_tokenizer(), ListTask(asked(*"abcdefgh"), judge), max_new_tokens=5)
+        chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(asked(*"abcdefgh"), judge), max_new_tokens=5)
     assert engine.live == 0
 
 
@@ -329,19 +339,23 @@ def test_settings_that_cannot_work(engine):
     ]
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
-            chat.evaluate_generative(engine, golden_tokenizer(), task, **settings)
+            chat_eval.evaluate_generative(engine, golden_tokenizer(), task, **settings)
 
 
 def test_eval_engine_sizes(tiny, monkeypatch):
     config, params = tiny
-    big = chat.eval_engine(config, params, golden_tokenizer(), 40, 20)
-    assert (big.slots, big.capacity) == (chat.MAX_SLOTS_CPU, 60)
-    assert chat.eval_engine(config, params, golden_tokenizer(), 40, 20, rows=3).slots == 3
-    assert chat.eval_engine(config, params, golden_tokenizer(), 40, 20, slots=2).slots == 2
-    assert chat.eval_engine(config, params, golden_tokenizer(), 40, 10**6).capacity == 10 * config.sequence_len
+    big = chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 20)
+    assert (big.slots, big.capacity) == (chat_eval.MAX_SLOTS_CPU, 60)
+    assert chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 20, rows=3).slots == 3
+    assert chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 20, slots=2).slots == 2
+    assert chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 10**6).capacity == 10 * config.sequence_len
     slot = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4 * (60 + 64)
-    monkeypatch.setattr(chat, "CACHE_BYTES_CPU", 5 * slot)
-    assert chat.eval_engine(config, params, golden_tokenizer(), 40, 20).slots == 5
+    monkeypatch.setattr(chat_eval, "CACHE_BYTES_CPU", 5 * slot)
+    assert chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 20).slots == 5
     task = ListTask(asked("a", "a much longer question"))
     longest = len(golden_tokenizer().render_for_completion(task[1]))
-    assert chat.longest_prompt(golden_tokenizer(), task) == longest > chat.longest_prompt(golden_tokenizer(), task, 1)
+    assert (
+        chat_eval.longest_prompt(golden_tokenizer(), task)
+        == longest
+        > chat_eval.longest_prompt(golden_tokenizer(), task, 1)
+    )
