@@ -9,8 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from nanochat_jax.serve import legacy, metrics, openai, page, schemas
-from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve import legacy, openai, page, prometheus, schemas
+from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.security import TOO_LARGE, Guard
 from nanochat_jax.serve.service import Service
 
@@ -67,7 +67,7 @@ def create_app(service: Service, api_key: str | None = None, allow_origin: str |
     )
     async def prometheus() -> Response:
         """Counts for Prometheus."""
-        return Response(worker.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+        return Response(worker.metrics.text(), headers={"Content-Type": prometheus.CONTENT_TYPE})
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:

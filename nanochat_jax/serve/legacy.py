@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nanochat_jax.serve import schemas
-from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.openai import conversation_prompt
 from nanochat_jax.serve.service import Answer, EventStream, Service, error_event, event
 from nanochat_jax.serve.worker import Job

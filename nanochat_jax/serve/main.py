@@ -172,7 +172,7 @@ def make_server(app, worker):
     """A uvicorn server whose shutdown ends open streams: they get GRACE_S to finish, then a last event that says so."""
     import uvicorn
 
-    from nanochat_jax.serve.errors import ShuttingDown
+    from nanochat_jax.serve.api_errors import ShuttingDown
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -25,7 +25,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nanochat_jax.serve import schemas
-from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.service import Answer, ClientGone, EventStream, Service, error_event, event, while_connected
 from nanochat_jax.serve.worker import Job, Sampling, ServedModel
 from nanochat_jax.text.detokenizer import ContextOverflow, MessageError, chat_prompt, fit_history

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.api_errors import ApiError
 
 MAX_BODY = 1 << 20  # bytes
 TOO_LARGE = "body_too_large"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.worker import Job, Sampling, ServedModel, Update, Worker
 from nanochat_jax.text.detokenizer import AnswerStream, Piece, PlainText, ToolCall, ToolResult, as_parts
 from nanochat_jax.text.tokenizer import Tokenizer

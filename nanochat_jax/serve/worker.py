@@ -19,8 +19,8 @@ from typing import Any
 
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import Event, Request
-from nanochat_jax.serve.errors import ApiError, QueueFull, ShuttingDown, WorkerFailed
-from nanochat_jax.serve.metrics import Metrics
+from nanochat_jax.serve.api_errors import ApiError, QueueFull, ShuttingDown, WorkerFailed
+from nanochat_jax.serve.prometheus import Metrics
 
 logger = logging.getLogger(__name__)
 
