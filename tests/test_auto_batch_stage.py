@@ -9,7 +9,7 @@ import random
 import jax
 import pytest
 
-from nanochat_jax import auto_batch
+from nanochat_jax.planner import fit_batch
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import base as base_stage
 from nanochat_jax.training import loop as loop
@@ -61,11 +61,11 @@ class Auto:
 @pytest.fixture(scope="module")
 def auto(text) -> Auto:
     """An uninterrupted run that chose its batch itself."""
-    compiled, real = [], auto_batch.measured
+    compiled, real = [], fit_batch.measured
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         use(text, patch)
-        patch.setattr(auto_batch, "least_free_memory", lambda: 2**33)
-        patch.setattr(auto_batch, "measured", lambda lower: compiled.append(n := real(lower)) or n)
+        patch.setattr(fit_batch, "least_free_memory", lambda: 2**33)
+        patch.setattr(fit_batch, "measured", lambda lower: compiled.append(n := real(lower)) or n)
         assert start(text, "auto", device_batch_size="auto") == 0
         rows = checkpoint.load_meta(checkpoint.run_dir("auto"))["settings"]["device_batch_size"]
         return Auto(out.getvalue(), compiled, losses("auto"), rows)
@@ -81,8 +81,8 @@ def test_auto_takes_the_largest_that_fits_and_checks_the_rest(auto):
 
 
 def test_what_does_not_fit_is_said_before_training(train, monkeypatch, capsys):
-    monkeypatch.setattr(auto_batch, "least_free_memory", lambda: 1000)
-    monkeypatch.setattr(auto_batch, "measured", lambda lower: 2000)
+    monkeypatch.setattr(fit_batch, "least_free_memory", lambda: 1000)
+    monkeypatch.setattr(fit_batch, "measured", lambda lower: 2000)
     assert train("small", device_batch_size="auto") == 1
     assert "--remat=block" in capsys.readouterr().err
     assert train("small", device_batch_size=1) == 1

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 from scipy.optimize import nnls
 
-from nanochat_jax.planner import compiled, memory
+from nanochat_jax.planner import compile as compiled
+from nanochat_jax.planner import memory
 from nanochat_jax.planner.child import Case, config_of
 
 # (depth, rows, accumulation, remat, gpus, vocabulary, tokens per row)

@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import auto_batch
 from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.parallel import sharding
-from nanochat_jax.planner import hlo, target
+from nanochat_jax.planner import fit_batch, hlo, target
 from nanochat_jax.training.optim import OptimHyper, make_optimizer
 from nanochat_jax.training.step import abstract_state, make_train_step
 
@@ -56,20 +55,20 @@ def compile_case(case: Case) -> dict[str, Any]:
     if case.program == "step":
         optimizer = make_optimizer(OptimHyper(ns_dtype="bfloat16"), 10_000, config.n_embd)
         step = make_train_step(config, optimizer, mesh, guarded=True)  # as it is trained
-        lowered = auto_batch.lower_step(step, config, optimizer, mesh, case.rows, case.accumulation, case.T)
+        lowered = fit_batch.lower_step(step, config, optimizer, mesh, case.rows, case.accumulation, case.T)
         state = abstract_state(config, optimizer, mesh)
         facts["params_bytes"] = _local_bytes(state.params)
         facts["optimizer_bytes"] = _local_bytes(state.opt_state)
     elif case.program == "evaluation":
-        lowered = auto_batch.lower_evaluation(config, mesh, case.rows, case.T)
+        lowered = fit_batch.lower_evaluation(config, mesh, case.rows, case.T)
     else:
-        lowered = auto_batch.lower_sampling(config, devices[0], case.rows, case.T)
+        lowered = fit_batch.lower_sampling(config, devices[0], case.rows, case.T)
     compiled = lowered.compile()
     memory: Any = compiled.memory_analysis()
     counts = hlo.count(compiled.as_text() or "")
     return {
         **facts,
-        "bytes": auto_batch.bytes_needed(memory),
+        "bytes": fit_batch.bytes_needed(memory),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import auto_batch
 from nanochat_jax.data.shards import CHARS_PER_TOKEN, SHARD_CHARS
 from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.hardware import xla_flags
-from nanochat_jax.plan import BasePlan, PlanError
-from nanochat_jax.planner import budget, compiled, memory, roofline, target
+from nanochat_jax.planner import compile as compiled
+from nanochat_jax.planner import cost, fit_batch, memory, roofline, target
+from nanochat_jax.planner.plan import BasePlan, PlanError
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 
@@ -81,21 +81,21 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
             devices=mesh.rows,
         )
 
-    def cost_of(p: BasePlan) -> budget.Cost:
-        return budget.cost(p, card, settings.gpus, settings.mfu, price)
+    def cost_of(p: BasePlan) -> cost.Cost:
+        return cost.cost(p, card, settings.gpus, settings.mfu, price)
 
     def estimated(p: BasePlan, rows: int) -> int:
         return memory.estimate(p.config, rows, mesh, settings.remat)
 
-    limit = int(card.memory_bytes * xla_flags.MEMORY_FRACTION * (1 - auto_batch.MARGIN))
+    limit = int(card.memory_bytes * xla_flags.MEMORY_FRACTION * (1 - fit_batch.MARGIN))
     depth, why = settings.depth or 20, "--depth"
     if settings.hours or settings.dollars:
         hours, dollars = settings.hours or None, settings.dollars or None
-        depth = budget.propose_depth(plan_of, cost_of, lambda p: estimated(p, 1) <= limit, hours, dollars)
+        depth = cost.propose_depth(plan_of, cost_of, lambda p: estimated(p, 1) <= limit, hours, dollars)
         why = "the largest even depth within the budget"
     base = plan_of(depth)
     rows_per_device = base.total_batch_size // base.max_seq_len // mesh.rows
-    wanted = [settings.device_batch_size] if settings.device_batch_size else auto_batch.sizes(rows_per_device)
+    wanted = [settings.device_batch_size] if settings.device_batch_size else fit_batch.sizes(rows_per_device)
     for rows in wanted:
         plan_of(depth, rows)  # an impossible size is refused with a remedy
     steps, note = _compiled_steps(settings, key, base, wanted, rows_per_device, say)

@@ -13,7 +13,7 @@ from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.evals.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
 from nanochat_jax.parallel import sharding
-from nanochat_jax.plan import BasePlan
+from nanochat_jax.planner.plan import BasePlan
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (

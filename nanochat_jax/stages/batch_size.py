@@ -8,11 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import auto_batch
-from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.parallel import multihost, sharding
-from nanochat_jax.planner import memory
+from nanochat_jax.planner import fit_batch, memory
+from nanochat_jax.planner.fit_batch import AUTO
 from nanochat_jax.stages.common import StageSettings, optimizer_of
 from nanochat_jax.training.loop import Outcome
 from nanochat_jax.training.schedules import Schedule
@@ -47,7 +46,7 @@ def with_batch_size(
 
     On GPUs the evaluation and the sampling are compiled first: DoesNotFit is raised at the start and not after hours.
     """
-    limit = auto_batch.least_free_memory()
+    limit = fit_batch.least_free_memory()
     rows = settings.device_batch_size
     if rows == AUTO:
         rows = usual_rows(settings.ROWS, shapes.rows_per_step // sharding.row_shards(mesh))
@@ -59,10 +58,10 @@ def with_batch_size(
     while True:
         try:
             return attempt(settings)
-        except auto_batch.OutOfMemory as error:
+        except fit_batch.OutOfMemory as error:
             if multihost.several():  # the others know nothing of it
-                raise auto_batch.OutOfMemory(f"{error}. Start again with a smaller --device_batch_size") from None
-            rows = auto_batch.halved(settings.device_batch_size)
+                raise fit_batch.OutOfMemory(f"{error}. Start again with a smaller --device_batch_size") from None
+            rows = fit_batch.halved(settings.device_batch_size)
             print(f"{error}. Going on with --device_batch_size={rows}", flush=True)
         settings = dataclasses.replace(settings, device_batch_size=rows, resume=True)
 
@@ -83,13 +82,13 @@ def _choose_rows(settings, mesh, shapes: Shapes, schedule, normalize: bool, hype
     cut = memory.Mesh(mesh.size, mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR])
 
     def measure(rows: int) -> int | None:
-        lower = auto_batch.lower_step
-        return auto_batch.measured(lambda: lower(step, config, optimizer, mesh, rows, total // rows, shapes.T))
+        lower = fit_batch.lower_step
+        return fit_batch.measured(lambda: lower(step, config, optimizer, mesh, rows, total // rows, shapes.T))
 
     def guess(rows: int) -> float:
         return memory.estimate(dataclasses.replace(config, sequence_len=shapes.T), rows, cut, config.remat)
 
-    choice = auto_batch.choose(total, measure, limit, guess)
+    choice = fit_batch.choose(total, measure, limit, guess)
     print(choice.describe(total), flush=True)
     return choice.rows
 
@@ -97,11 +96,11 @@ def _choose_rows(settings, mesh, shapes: Shapes, schedule, normalize: bool, hype
 def _check_other_programs(mesh: Mesh, shapes: Shapes, rows: int, limit: int) -> None:
     config, device = shapes.config, jax.local_devices()[0]
     state = memory.state_bytes(config, memory.Mesh(mesh.size, mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR]))
-    sampling = lambda: auto_batch.lower_sampling(config, device, *shapes.sampled)  # noqa: E731
+    sampling = lambda: fit_batch.lower_sampling(config, device, *shapes.sampled)  # noqa: E731
     programs: list[tuple[str, Callable[[], Any], int]] = [("sampling", sampling, state)]
     if shapes.evaluates:
         local, parameters = multihost.local_mesh(mesh), 4 * num_params(config)
         beside = max(0, state - parameters)  # it reads the parameters of the state
-        lower = auto_batch.lower_evaluation
+        lower = fit_batch.lower_evaluation
         programs.append(("the evaluation", lambda: lower(config, local, rows, shapes.T), beside))
-    auto_batch.check_all(programs, limit)
+    fit_batch.check_all(programs, limit)

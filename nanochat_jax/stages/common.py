@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax.auto_batch import AUTO
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, flops_per_token
 from nanochat_jax.parallel import cluster, multihost, sharding
+from nanochat_jax.planner.fit_batch import AUTO
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.training.loop import Batch, Evaluation, Job, Outcome, Rollout, fit

@@ -14,7 +14,7 @@ from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampl
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.loss import token_statistics
 from nanochat_jax.parallel import sharding
-from nanochat_jax.plan import PlanError
+from nanochat_jax.planner.plan import PlanError
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size

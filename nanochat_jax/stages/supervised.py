@@ -11,7 +11,7 @@ from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.parallel import multihost, sharding
-from nanochat_jax.plan import check_batch
+from nanochat_jax.planner.plan import check_batch
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
 from nanochat_jax.stages.common import (

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax import auto_batch
 from nanochat_jax.hardware import devices
 from nanochat_jax.parallel import multihost
+from nanochat_jax.planner import fit_batch
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.runs.saving import Saver
 from nanochat_jax.training import anomalies
@@ -158,14 +158,14 @@ class _Loop:
                         self._save_what_is_left(step)
                         raise HungError(f"{error}; {self._last_good()}. The same command goes on from there.") from None
                     except jax.errors.JaxRuntimeError as error:
-                        if not auto_batch.is_out_of_memory(error):
+                        if not fit_batch.is_out_of_memory(error):
                             raise
                         rows = job.meta.get("settings", {}).get("device_batch_size")
                         self.log.write({"kind": "incident", "step": step, "what": "out of memory", "rows": rows})
                         with self.watchdog.busy():
                             self._save_what_is_left(step)
                         what = str(error).splitlines()[0]
-                        raise auto_batch.OutOfMemory(
+                        raise fit_batch.OutOfMemory(
                             f"a device ran out of memory at step {step} ({what}); {self._last_good()}"
                         ) from None
                 self.watchdog.step_begins(n)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanochat_jax.hardware.gpus import Card
-from nanochat_jax.plan import BasePlan, PlanError
+from nanochat_jax.planner.plan import BasePlan, PlanError
 from nanochat_jax.planner.roofline import seconds_at
 
 # What comes beside pretraining: hours that depend on no model (tokenizer, loading, questions answered word by word) and

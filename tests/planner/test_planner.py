@@ -10,9 +10,10 @@ import pytest
 
 from nanochat_jax.hardware import gpus
 from nanochat_jax.hardware.gpus import CARDS
-from nanochat_jax.plan import BasePlan, PlanError
-from nanochat_jax.planner import budget, compiled, main, memory, roofline, target
+from nanochat_jax.planner import compile as compiled
+from nanochat_jax.planner import cost, main, memory, roofline, target
 from nanochat_jax.planner.child import Case
+from nanochat_jax.planner.plan import BasePlan, PlanError
 
 HOUR = 3600.0
 BASE: dict[str, Any] = {"vocab_size": 65536, "devices": 8}
@@ -168,19 +169,19 @@ def test_roofline_by_formula_is_below_the_time_at_full_utilisation():
 
 def test_costs_are_those_of_the_references_runs():
     """At the utilisation it reached: 2.8 of 3.85 hours at depth 20, 31.3 of about 33 at depth 32, on 8 H100s."""
-    d20 = budget.cost(BasePlan.derive(depth=20, **BASE), CARDS["h100"], 8, 0.491, 3.0)
+    d20 = cost.cost(BasePlan.derive(depth=20, **BASE), CARDS["h100"], 8, 0.491, 3.0)
     assert (d20.base_hours, d20.hours) == pytest.approx((2.8, 3.85), rel=0.02)
     assert d20.dollars == pytest.approx(24 * d20.hours)
-    d32 = budget.cost(BasePlan.derive(depth=32, **BASE), CARDS["h100"], 8, 0.509, 3.0)
+    d32 = cost.cost(BasePlan.derive(depth=32, **BASE), CARDS["h100"], 8, 0.509, 3.0)
     assert (d32.base_hours, d32.hours) == pytest.approx((31.3, 33), rel=0.03)
 
 
 @pytest.mark.parametrize("limit", [{"hours": 4.2}, {"dollars": 100.0}, {"hours": 40.0}, {"dollars": 1000.0}])
 def test_the_proposed_depth_is_the_largest_within_the_budget(limit):
     def cost_of(p):
-        return budget.cost(p, CARDS["h100"], 8, 0.45, 3.0)
+        return cost.cost(p, CARDS["h100"], 8, 0.45, 3.0)
 
-    depth = budget.propose_depth(lambda d: BasePlan.derive(depth=d, **BASE), cost_of, lambda p: True, **limit)
+    depth = cost.propose_depth(lambda d: BasePlan.derive(depth=d, **BASE), cost_of, lambda p: True, **limit)
     [(name, most)] = limit.items()
     assert getattr(cost_of(BasePlan.derive(depth=depth, **BASE)), name) <= most
     assert getattr(cost_of(BasePlan.derive(depth=depth + 2, **BASE)), name) > most

@@ -3,7 +3,8 @@
 import pytest
 
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.planner import compiled, memory, target
+from nanochat_jax.planner import compile as compiled
+from nanochat_jax.planner import memory, target
 from nanochat_jax.planner.child import Case
 
 # (depth, rows, accumulation, remat, GPUs, vocabulary, tokens per row): GiB per GPU, arguments and temporaries, compiled

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from nanochat_jax.model.gpt import abstract
-from nanochat_jax.plan import BasePlan, PlanError
+from nanochat_jax.planner.plan import BasePlan, PlanError
 from nanochat_jax.training.optim import OptimHyper
 
 

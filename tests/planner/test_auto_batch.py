@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import auto_batch
-from nanochat_jax.auto_batch import MARGIN, DoesNotFit, bytes_needed, choose, halved, is_out_of_memory, sizes
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.parallel import sharding
+from nanochat_jax.planner import fit_batch
+from nanochat_jax.planner.fit_batch import MARGIN, DoesNotFit, bytes_needed, choose, halved, is_out_of_memory, sizes
 from nanochat_jax.training.optim import OptimHyper, make_optimizer
 from nanochat_jax.training.step import init_state, make_train_step
 
@@ -99,8 +99,8 @@ def test_out_of_memory_errors_are_told_apart():
 
 def test_free_memory():
     stats = {"bytes_limit": 100, "bytes_in_use": 30}
-    assert auto_batch.free_memory(SimpleNamespace(memory_stats=lambda: stats)) == 70
-    assert auto_batch.free_memory(SimpleNamespace(memory_stats=lambda: None)) is None
+    assert fit_batch.free_memory(SimpleNamespace(memory_stats=lambda: stats)) == 70
+    assert fit_batch.free_memory(SimpleNamespace(memory_stats=lambda: None)) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,8 +126,8 @@ def test_real_steps_are_measured_and_chosen_among(mesh, step):
     needed = {}
 
     def measure(rows):
-        needed[rows] = auto_batch.measured(
-            lambda: auto_batch.lower_step(step, CONFIG, OPTIMIZER, mesh, rows, 8 // rows, 32)
+        needed[rows] = fit_batch.measured(
+            lambda: fit_batch.lower_step(step, CONFIG, OPTIMIZER, mesh, rows, 8 // rows, 32)
         )
         return needed[rows]
 
@@ -154,7 +154,7 @@ def test_every_choice_is_the_same_step(mesh, step):
 
 def test_the_lowered_step_is_the_one_that_runs(mesh, step):
     """Same shapes, same program: the compilation cache then serves the run."""
-    lowered = auto_batch.lower_step(step, CONFIG, OPTIMIZER, mesh, 2, 4, 32)
+    lowered = fit_batch.lower_step(step, CONFIG, OPTIMIZER, mesh, 2, 4, 32)
     state = init_state(CONFIG, OPTIMIZER, mesh, jax.random.key(0))
     tokens = np.zeros((4, 4, 32), np.int32)
     real = step.lower(state, tokens, tokens, np.zeros((4, 4, 32), np.float32), NO_LIMITS)
@@ -163,10 +163,10 @@ def test_the_lowered_step_is_the_one_that_runs(mesh, step):
 
 def test_other_programs_compile_and_are_checked(mesh):
     programs = [
-        ("evaluation", lambda: auto_batch.lower_evaluation(CONFIG, mesh, 2, 32), 0),
-        ("sampling", lambda: auto_batch.lower_sampling(CONFIG, jax.devices()[0], 4, 64), 10 * GIB),
+        ("evaluation", lambda: fit_batch.lower_evaluation(CONFIG, mesh, 2, 32), 0),
+        ("sampling", lambda: fit_batch.lower_sampling(CONFIG, jax.devices()[0], 4, 64), 10 * GIB),
     ]
-    auto_batch.check_all(programs, 20 * GIB)
+    fit_batch.check_all(programs, 20 * GIB)
     with pytest.raises(DoesNotFit, match=r"^sampling would need 10\.0 GiB of 10\.0 GiB: .*--slots"):
-        auto_batch.check_all(programs, 10 * GIB)
-    assert math.isfinite(auto_batch.measured(programs[0][1]) or math.inf)
+        fit_batch.check_all(programs, 10 * GIB)
+    assert math.isfinite(fit_batch.measured(programs[0][1]) or math.inf)
