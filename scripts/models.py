@@ -2,7 +2,7 @@
 
 import sys
 
-from nanochat_jax.models import main
+from nanochat_jax.report.list_runs import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -591,7 +591,7 @@ def chosen(engine, monkeypatch):
     monkeypatch.setattr(
         "nanochat_jax.inference.engine.Engine", lambda *a, **k: Scripted([*TOKENIZER.encode_text("hi"), END])
     )
-    monkeypatch.setattr("nanochat_jax.models.chosen", lambda *a: words)
+    monkeypatch.setattr("nanochat_jax.report.list_runs.chosen", lambda *a: words)
     return words
 
 

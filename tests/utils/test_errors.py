@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanochat_jax import models
+from nanochat_jax.report import list_runs
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.errors import exit_status, in_words, is_ours
@@ -160,7 +160,7 @@ FIRST = {
     "train": (["--stage=base"], "nanochat_jax.stages.base.run"),
     "eval": ([], "nanochat_jax.evals.run.run"),
     "compare": (["a", "b"], "nanochat_jax.evals.compare.load"),
-    "models": ([], "nanochat_jax.models.models"),
+    "models": ([], "nanochat_jax.report.list_runs.models"),
     "replay": (["a"], "nanochat_jax.training.replay.open_incident"),
     "report": ([], "nanochat_jax.report.main.write"),
     "serve": ([], "nanochat_jax.serve.main._listen"),
@@ -262,7 +262,7 @@ def test_models_lists_a_damaged_run_with_what_is_wrong(base, capsys):
     path = base / "runs" / "bad" / "checkpoints" / "00000007" / "meta.json"
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    assert models.main([]) == 0
+    assert list_runs.main([]) == 0
     assert "cannot be used" in capsys.readouterr().out
 
 

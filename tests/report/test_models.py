@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from nanochat_jax import models
 from nanochat_jax.evals import results
 from nanochat_jax.model.gpt import GPTConfig, num_params
+from nanochat_jax.report import list_runs
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.toy_params import toy_params
@@ -46,7 +46,7 @@ def test_what_is_recorded_is_listed(base, tokenizer, capsys):
     items = [{"id": str(i), "correct": i % 2} for i in range(20)]
     results.save(folder, 4, results.scored("world/sums", "generative", items, 0.0, {}, 1.0))
     make_run(tokenizer, "x", "sft", imported={"kind": "hf", "name": "folder"}, code={"commit": "d" * 40, "dirty": True})
-    first, second, third = models.models()
+    first, second, third = list_runs.models()
     assert (first.run, first.stage, first.step, first.planned, first.steps) == ("d1", "base", 8, 9, [4, 8])
     assert first.parameters == num_params(CONFIG) and first.data == "ab" * 32 and first.commit == "c" * 40
     assert first.bytes > 4 * num_params(CONFIG) and first.tokenizer == tokenizer.hash and not first.problem
@@ -54,7 +54,7 @@ def test_what_is_recorded_is_listed(base, tokenizer, capsys):
     assert second.scores["world/sums"].startswith("0.5000 [")
     assert third.origin == "hf files folder" and third.commit.endswith("+")
 
-    assert models.main([]) == 0
+    assert list_runs.main([]) == 0
     out = capsys.readouterr().out
     for part in (
         "step 8 of 9",
@@ -65,7 +65,7 @@ def test_what_is_recorded_is_listed(base, tokenizer, capsys):
         tokenizer.hash[:12],
     ):
         assert part in out, part
-    assert models.main(["--json", "--stage=sft"]) == 0
+    assert list_runs.main(["--json", "--stage=sft"]) == 0
     listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [m["run"] for m in listed] == ["d1-sft", "x"]
 
@@ -73,7 +73,7 @@ def test_what_is_recorded_is_listed(base, tokenizer, capsys):
 def test_scores_of_another_step_say_so(base, tokenizer):
     folder = make_run(tokenizer, "r", "base", (4, 8))
     results.save(folder, 4, {"task": "bpb", "kind": "bpb", "bpb": 1.5, "settings": {}})
-    assert models.models()[0].scores == {"bpb (step 4)": "1.5000"}
+    assert list_runs.models()[0].scores == {"bpb (step 4)": "1.5000"}
 
 
 def test_problems_are_listed_and_do_not_hide_the_rest(base, tokenizer, capsys):
@@ -82,15 +82,15 @@ def test_problems_are_listed_and_do_not_hide_the_rest(base, tokenizer, capsys):
     Tokenizer.train(["entirely different words here"] * 4, 268).save(other)
     broken = make_run(tokenizer, "broken", "base")
     next((checkpoint.step_dir(broken, 4) / "state").rglob("d/*")).unlink()
-    found = {m.run: m.problem for m in models.models()}
+    found = {m.run: m.problem for m in list_runs.models()}
     assert not found["good"] and "damaged" in found["broken"]
     assert tokenizer.hash[:12] in found["other"] and "tokenizer.json is" in found["other"]
-    assert models.main([]) == 0 and "cannot be used" in capsys.readouterr().out
+    assert list_runs.main([]) == 0 and "cannot be used" in capsys.readouterr().out
 
 
 def test_what_was_chosen_and_what_else_could_have_been(base, tokenizer):
     def said(run=None, stage=None, step=None):
-        return models.chosen(checkpoint.load_model(run, stage, step)[3], run, stage)
+        return list_runs.chosen(checkpoint.load_model(run, stage, step)[3], run, stage)
 
     folder = make_run(tokenizer, "d1", "base", (4, 8))
     os.utime(checkpoint.step_dir(folder, 4) / "meta.json", (86_400 * 366, 86_400 * 366.5))  # the 2nd of January 1971
@@ -102,10 +102,10 @@ def test_what_was_chosen_and_what_else_could_have_been(base, tokenizer):
     make_run(tokenizer, "d2", "base")
     assert said(stage="base")[0].startswith("d2, ") and said(stage="base")[1].startswith("the newest of 2 base runs: ")
     meta = {"run": "gone", "stage": "base", "step": 3}
-    assert models.chosen(meta, "gone", None) == ("gone, stage base, step 3", ""), "removed meanwhile"
+    assert list_runs.chosen(meta, "gone", None) == ("gone, stage base, step 3", ""), "removed meanwhile"
 
 
 def test_nothing_there_says_what_to_do(base, capsys):
-    assert models.main([]) == 1
+    assert list_runs.main([]) == 1
     assert "import_checkpoint" in capsys.readouterr().err
-    assert models.main(["--run=nope"]) == 1
+    assert list_runs.main(["--run=nope"]) == 1
