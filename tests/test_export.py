@@ -310,7 +310,7 @@ def test_a_model_that_the_library_computes_otherwise_is_not_written(base, tokeni
 @pytest.mark.slow
 def test_an_imported_model_is_evaluated_and_finetuned_as_our_own(base, capsys):
     from nanochat_jax.evals import run as evaluation
-    from nanochat_jax.stages.launch import main
+    from nanochat_jax.stages.main import main
 
     make_run(toy_tokenizer(), "home", stage="mid", sizes={**PLAIN, "sequence_len": 192})
     out, _ = write(base, "reference", run="home")

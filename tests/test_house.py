@@ -37,7 +37,7 @@ JAX = {"flax", "grain", "jax", "jaxlib", "optax", "orbax"}
 OF_TASKS = ("data.fetch", "data.readers", "data.shards", "paths", "sandbox", "web", "world")
 RUN_WHAT_THEY_READ = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 # Stages load one of their own by name, the check of an export loads whatever libraries there are.
-BY_NAME = {"nanochat_jax.stages.launch", "nanochat_jax.interchange.verify"}
+BY_NAME = {"nanochat_jax.stages.main", "nanochat_jax.interchange.verify"}
 
 
 @dataclass(frozen=True)

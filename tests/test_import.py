@@ -19,7 +19,7 @@ from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.reference import params_to_reference
 from nanochat_jax.runs import checkpoint
-from nanochat_jax.stages.common import find_parent
+from nanochat_jax.stages.pipeline import find_parent
 from nanochat_jax.text.tokenizer import Tokenizer
 
 forward = jax.jit(gpt.forward, static_argnums=0)

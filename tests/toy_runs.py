@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from nanochat_jax.stages.launch import main
+from nanochat_jax.stages.main import main
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 

@@ -16,7 +16,7 @@ from nanochat_jax.parallel import sharding
 from nanochat_jax.planner.plan import BasePlan
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
-from nanochat_jax.stages.common import (
+from nanochat_jax.stages.pipeline import (
     Recipe,
     StageSettings,
     batch_flag,

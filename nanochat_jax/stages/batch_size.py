@@ -12,7 +12,7 @@ from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.planner import fit_batch, memory
 from nanochat_jax.planner.fit_batch import AUTO
-from nanochat_jax.stages.common import StageSettings, optimizer_of
+from nanochat_jax.stages.pipeline import StageSettings, optimizer_of
 from nanochat_jax.training.loop import Outcome
 from nanochat_jax.training.schedules import Schedule
 from nanochat_jax.training.step import make_train_step

@@ -5,7 +5,7 @@ from functools import partial
 from typing import ClassVar
 
 from nanochat_jax.stages import mixtures
-from nanochat_jax.stages.common import Parent, batch_flag
+from nanochat_jax.stages.pipeline import Parent, batch_flag
 from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
 from nanochat_jax.stages.supervised import run as run_supervised
 from nanochat_jax.training.loop import Outcome

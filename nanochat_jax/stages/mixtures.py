@@ -10,7 +10,7 @@ import tasks
 from nanochat_jax.data.chat_files import describe_samples, load_chat_file
 from nanochat_jax.data.conversations import Conversations
 from nanochat_jax.identity import write_identity_file
-from nanochat_jax.stages.common import Parent
+from nanochat_jax.stages.pipeline import Parent
 from nanochat_jax.stages.supervised import ChatStageSettings
 from nanochat_jax.utils.paths import base_dir
 from tasks import world

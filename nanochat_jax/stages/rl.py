@@ -8,7 +8,6 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from nanochat_jax import rollouts
 from nanochat_jax.evals.chat_eval import evaluate_generative, longest_prompt
 from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.inference.engine import Engine
@@ -16,17 +15,9 @@ from nanochat_jax.model.loss import token_statistics
 from nanochat_jax.parallel import sharding
 from nanochat_jax.planner.plan import PlanError
 from nanochat_jax.runs import checkpoint
-from nanochat_jax.stages import mixtures
+from nanochat_jax.stages import mixtures, rollouts
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
-from nanochat_jax.stages.common import (
-    Parent,
-    Recipe,
-    batch_flag,
-    child_name,
-    open_devices,
-    open_run,
-    train,
-)
+from nanochat_jax.stages.pipeline import Parent, Recipe, batch_flag, child_name, open_devices, open_run, train
 from nanochat_jax.stages.supervised import ChatStageSettings, open_parent
 from nanochat_jax.training.loop import Evaluation, Outcome, Rollout
 from nanochat_jax.training.schedules import linear_to_zero

@@ -7,7 +7,7 @@ from typing import ClassVar
 from nanochat_jax.evals.chat_eval import evaluate_categorical
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.stages import mixtures
-from nanochat_jax.stages.common import Parent, batch_flag
+from nanochat_jax.stages.pipeline import Parent, batch_flag
 from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
 from nanochat_jax.stages.supervised import run as run_supervised
 from nanochat_jax.training.loop import Evaluation, Outcome

@@ -14,7 +14,7 @@ from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.planner.plan import check_batch
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages.batch_size import Shapes, with_batch_size
-from nanochat_jax.stages.common import (
+from nanochat_jax.stages.pipeline import (
     MODEL_NAME,
     Parent,
     Recipe,

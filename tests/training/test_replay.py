@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.stages import common
+from nanochat_jax.stages import pipeline
 from nanochat_jax.training import anomalies, replay
 from tests import toy_runs
 
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         toy_runs.use(home, patch)
-        honest, make_train_step = common.micro_batches, common.make_train_step
+        honest, make_train_step = pipeline.micro_batches, pipeline.make_train_step
 
         def poisoned(loader, step, accumulation, mesh):
             for at, (x, y, w) in enumerate(honest(loader, step, accumulation, mesh), step):
@@ -38,7 +38,9 @@ def run(tmp_path_factory):
         import nanochat_jax.stages.base as base
 
         patch.setattr(base, "micro_batches", poisoned)
-        patch.setattr(common, "make_train_step", lambda *a, **k: STEPS.append(made := make_train_step(*a, **k)) or made)
+        patch.setattr(
+            pipeline, "make_train_step", lambda *a, **k: STEPS.append(made := make_train_step(*a, **k)) or made
+        )
         patch.setattr(base, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
         assert toy_runs.start("base", "--demo", run_name="r", **toy_runs.FLAGS) == 0
         yield checkpoint.run_dir("r")

@@ -169,7 +169,7 @@ FIRST = {
     "plan": ([], "nanochat_jax.planner.main.make"),
     "import_checkpoint": (["x"], "nanochat_jax.interchange.importing.import_checkpoint"),
     "export": (["--to=hf", "x"], "nanochat_jax.interchange.exporting.export"),
-    "tok_train": ([], "nanochat_jax.stages.tok.train_tokenizer"),
+    "tok_train": ([], "nanochat_jax.stages.tokenizer.train_tokenizer"),
     "tok_eval": ([], "nanochat_jax.evals.compression.evaluate"),
     "download": ([], "nanochat_jax.data.download._list_of"),
 }
@@ -270,7 +270,8 @@ def test_models_lists_a_damaged_run_with_what_is_wrong(base, capsys):
 
 
 def test_flags_that_a_stage_has_no_use_for_are_named():
-    from nanochat_jax.stages import launch, rl
+    from nanochat_jax.stages import main as launch
+    from nanochat_jax.stages import rl
 
     given = rl.RlSettings(max_seq_len=64, eval_tokens=5, slots=8)
     assert launch.unused("rl", given) == ["--max_seq_len", "--eval_tokens"]
@@ -280,7 +281,7 @@ def test_flags_that_a_stage_has_no_use_for_are_named():
 @pytest.mark.parametrize("demo", [[], ["--demo"]])
 @pytest.mark.parametrize("stage", ["base", "mid", "sft", "rl"])
 def test_help_sets_them_apart(stage, demo, capsys):
-    from nanochat_jax.stages import launch
+    from nanochat_jax.stages import main as launch
 
     with pytest.raises(SystemExit) as stop:
         launch.main([f"--stage={stage}", *demo, "--help"])

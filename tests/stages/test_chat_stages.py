@@ -14,7 +14,7 @@ from nanochat_jax.evals import results, stats
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.runs.saving import Saver
 from nanochat_jax.stages import mid, mixtures, sft
-from nanochat_jax.stages.common import find_parent
+from nanochat_jax.stages.pipeline import find_parent
 from tests import toy_runs
 
 COMMON = dict(device_batch_size=1, eval_tokens=2048)

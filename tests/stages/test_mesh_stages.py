@@ -8,7 +8,7 @@ import pytest
 from nanochat_jax.evals.run import main as evaluate
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import base, rl, supervised
-from nanochat_jax.stages.launch import main
+from nanochat_jax.stages.main import main
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 from tasks.world import LongProblems

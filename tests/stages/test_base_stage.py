@@ -17,8 +17,8 @@ from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import token_nll
 from nanochat_jax.parallel import sharding
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.stages.common import held_out
-from nanochat_jax.stages.launch import main
+from nanochat_jax.stages.main import main
+from nanochat_jax.stages.pipeline import held_out
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.world import demo_documents
 from tests import toy_runs

@@ -7,8 +7,8 @@ import pytest
 
 from nanochat_jax.evals import compression as tok_eval
 from nanochat_jax.evals.compression import Measure, TokEvalSettings, evaluate, relative_saving
-from nanochat_jax.stages import tok
-from nanochat_jax.stages.tok import DemoTokTrainSettings, TokTrainSettings, main, parse_settings, train_tokenizer
+from nanochat_jax.stages import tokenizer as tok
+from nanochat_jax.stages.tokenizer import DemoTokTrainSettings, TokTrainSettings, main, parse_settings, train_tokenizer
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
