@@ -2,7 +2,7 @@
 
 import sys
 
-from nanochat_jax.interchange.exporting import main
+from nanochat_jax.convert.export import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from nanochat_jax.interchange.importing import main
+from nanochat_jax.convert.import_run import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

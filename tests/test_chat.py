@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
-from nanochat_jax.reference import params_from_reference
 from nanochat_jax.terminal import app, console
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings

@@ -37,7 +37,7 @@ JAX = {"flax", "grain", "jax", "jaxlib", "optax", "orbax"}
 OF_TASKS = ("data.fetch", "data.readers", "data.shards", "paths", "sandbox", "web", "world")
 RUN_WHAT_THEY_READ = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 # Stages load one of their own by name, the check of an export loads whatever libraries there are.
-BY_NAME = {"nanochat_jax.stages.main", "nanochat_jax.interchange.verify"}
+BY_NAME = {"nanochat_jax.stages.main", "nanochat_jax.convert.verify"}
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def nothing_that_is_read_is_run(house: House) -> list[str]:
     wrong = []
     for name, source in house.items():
         wrong += [f"{name} imports {i}" for i in source.imports if i.partition(".")[0] in RUN_WHAT_THEY_READ]
-        if "pickletools" in source.imports and name != "nanochat_jax.interchange.pickles":
+        if "pickletools" in source.imports and name != "nanochat_jax.convert.pickles":
             wrong.append(f"{name} imports pickletools")
         for node in ast.walk(source.tree):
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
@@ -301,7 +301,7 @@ BREACHES = [
     (tasks_import_little, "tasks.gsm8k", "from nanochat_jax.data import rows"),
     (tasks_import_little, "tasks.common", "from nanochat_jax.text.tokenizer import Tokenizer"),
     (nothing_that_is_read_is_run, "nanochat_jax.runs.checkpoint", "def f():\n    import pickle"),
-    (nothing_that_is_read_is_run, "nanochat_jax.interchange.torch_file", "import pickletools"),
+    (nothing_that_is_read_is_run, "nanochat_jax.convert.torch_file", "import pickletools"),
     (nothing_that_is_read_is_run, "nanochat_jax.training.replay", "np.load(path, allow_pickle=True)"),
     (imports_by_name_are_known, "nanochat_jax.evals.run", "import importlib\nimportlib.import_module('pickle')"),
     (one_table_of_what_lives_where, "nanochat_jax.training.step", "from jax.sharding import PartitionSpec as P"),

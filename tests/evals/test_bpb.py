@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.parallel import sharding
-from nanochat_jax.reference import params_from_reference
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.evals import chat_eval
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
-from nanochat_jax.reference import params_from_reference
 from nanochat_jax.sandbox import SandboxUnavailable
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 

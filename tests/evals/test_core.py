@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.evals.core import centered, evaluate_core, evaluate_task
 from nanochat_jax.evals.core_bundle import CoreTask, open_bundle
 from nanochat_jax.evals.core_prompts import (
@@ -19,7 +20,6 @@ from nanochat_jax.evals.core_prompts import (
 )
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.model import gpt
-from nanochat_jax.reference import params_from_reference
 from nanochat_jax.utils.progress import ShareProgress
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 

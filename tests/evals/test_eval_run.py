@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.evals import core, evaluator, results, run
 from nanochat_jax.evals.settings import EvalSettings
 from nanochat_jax.model import gpt
-from nanochat_jax.reference import params_from_reference
 from nanochat_jax.runs import checkpoint
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 

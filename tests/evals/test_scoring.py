@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.evals import scorer as scoring
 from nanochat_jax.evals.scorer import Scorer, row_length, suffix_length
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import sharding
-from nanochat_jax.reference import params_from_reference
 from tests.tokenizer_fixtures import GOLDEN
 
 

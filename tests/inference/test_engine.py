@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import rustbpe
+from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.inference.decode import compiled_programs
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
-from nanochat_jax.reference import params_from_reference
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
 CASES = golden("engine_v1")

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
 from nanochat_jax.model import gpt
 from nanochat_jax.model.attention import attention
 from nanochat_jax.model.gpt import GPTConfig, forward, init
 from nanochat_jax.model.kv_cache import KVCache
 from nanochat_jax.model.loss import next_token_loss, token_nll
-from nanochat_jax.reference import params_from_reference, params_to_reference
 from tests.toy_params import toy_params
 
 SIX = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.model import gpt
-from nanochat_jax.reference import params_from_reference
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.serve import main as serving
 from nanochat_jax.serve.watch import Watcher

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.model.loss import token_statistics, weighted_nll
 from nanochat_jax.parallel import sharding
-from nanochat_jax.reference import params_from_reference, params_to_reference
 from nanochat_jax.stages import rollouts
 from nanochat_jax.training import optim
 from nanochat_jax.training.step import make_train_step, state_of

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 import pytest
 
+from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import next_token_loss
-from nanochat_jax.reference import params_from_reference, params_to_reference
 from nanochat_jax.training import optim
 
 EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanochat_jax.interchange import InterchangeError, torch_file
-from nanochat_jax.interchange.chat_template import chat_template
+from nanochat_jax.convert import InterchangeError, torch_file
+from nanochat_jax.convert.chat_template import chat_template
 from nanochat_jax.model.gpt import NORM_EPS, GPTConfig
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.tokenizer import Tokenizer

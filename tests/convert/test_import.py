@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanochat_jax.convert import InterchangeError, import_run, reference, tokenizer_json, torch_file
+from nanochat_jax.convert.huggingface import hf_name
+from nanochat_jax.convert.import_run import ImportSettings, import_checkpoint
+from nanochat_jax.convert.params_reference import params_to_reference
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.interchange import InterchangeError, importing, reference_files, tokenizer_json, torch_file
-from nanochat_jax.interchange.huggingface import hf_name
-from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.reference import params_to_reference
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages.pipeline import find_parent
 from nanochat_jax.text.tokenizer import Tokenizer
@@ -218,20 +218,20 @@ def test_among_stages_and_steps_the_latest(theirs):
     shutil.copy(place / "model_000007.pt", place / "model_000012.pt")
     later = theirs / "chatsft_checkpoints" / "d1"
     shutil.copytree(place, later)
-    found = reference_files.find(theirs)
+    found = reference.find(theirs)
     assert found and (found.stage, found.step) == ("sft", 12)
-    found = reference_files.find(theirs, stage="mid", step=7)
+    found = reference.find(theirs, stage="mid", step=7)
     assert found and (found.stage, found.step) == ("mid", 7)
     shutil.copytree(place, theirs / "chatsft_checkpoints" / "d2")
     with pytest.raises(InterchangeError, match="several models"):
-        reference_files.find(theirs)
+        reference.find(theirs)
 
 
 def test_the_command_line(theirs, capsys):
-    assert importing.main([str(theirs), "--run_name=cli"]) == 0
+    assert import_run.main([str(theirs), "--run_name=cli"]) == 0
     assert "python -m scripts.chat --run=cli" in capsys.readouterr().out
-    assert importing.main([]) == 1 and "import_checkpoint PATH" in capsys.readouterr().err
-    assert importing.main(["--run_name", "cli", str(theirs)]) == 1 and "already" in capsys.readouterr().err
+    assert import_run.main([]) == 1 and "import_checkpoint PATH" in capsys.readouterr().err
+    assert import_run.main(["--run_name", "cli", str(theirs)]) == 1 and "already" in capsys.readouterr().err
     hostile = theirs / "mid_checkpoints" / "d1" / "model_000007.pt"
     hostile.write_bytes(pickle.dumps({"x": 1}))
-    assert importing.main([str(theirs)]) == 1 and "model_000007.pt" in capsys.readouterr().err
+    assert import_run.main([str(theirs)]) == 1 and "model_000007.pt" in capsys.readouterr().err

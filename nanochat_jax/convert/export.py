@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from nanochat_jax.convert import InterchangeError, folders, huggingface, reference, tokenizer_json
+from nanochat_jax.convert.model_card import model_card
+from nanochat_jax.convert.params_reference import params_to_reference
 from nanochat_jax.hardware import devices
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.interchange import InterchangeError, folders, huggingface, reference_files, tokenizer_json
-from nanochat_jax.interchange.model_card import model_card
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig, Params
-from nanochat_jax.reference import params_to_reference
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def cannot_express(target: str, config: GPTConfig, tokenizer: Tokenizer) -> str 
     """Why the target cannot be this model; None: it can."""
     if target == "hf":
         return huggingface.cannot_express(config)
-    return reference_files.cannot_express(config, tokenizer) if target == "reference" else None
+    return reference.cannot_express(config, tokenizer) if target == "reference" else None
 
 
 def write(folder: Path, target: str, model: Model) -> None:
@@ -92,7 +92,7 @@ def write(folder: Path, target: str, model: Model) -> None:
     config, tokenizer, meta = model.config, model.tokenizer, model.meta
     arrays = params_to_reference(config, model.params)
     if target == "reference":
-        reference_files.write(folder, config, arrays, tokenizer, meta)
+        reference.write(folder, config, arrays, tokenizer, meta)
     else:
         named = {huggingface.hf_name(k): v for k, v in arrays.items()} if target == "hf" else arrays
         huggingface.write_tensors(folder, named)

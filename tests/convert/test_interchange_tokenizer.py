@@ -9,7 +9,7 @@ import pytest
 import regex
 from tokenizer_fixtures import golden_tokenizer
 
-from nanochat_jax.interchange import InterchangeError, tokenizer_json
+from nanochat_jax.convert import InterchangeError, tokenizer_json
 from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _SPACES = " \t\n\r\x0b\x0c\u00a0\u2003\u3000\u0085\u200b\u2028"

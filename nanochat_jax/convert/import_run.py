@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import reference
-from nanochat_jax.hardware import devices
-from nanochat_jax.interchange import (
+from nanochat_jax.convert import (
     InterchangeError,
     folders,
     huggingface,
-    reference_files,
+    params_reference,
     tiktoken_pickle,
     tokenizer_json,
 )
+from nanochat_jax.convert import reference as reference_files
+from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, num_params
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import Tokenizer
@@ -191,7 +191,7 @@ def import_checkpoint(settings: ImportSettings) -> Path:
 
 def _params(found: Found) -> Params:
     try:
-        return reference.params_from_reference(found.config, found.arrays, found.rename)
+        return params_reference.params_from_reference(found.config, found.arrays, found.rename)
     except ValueError as error:
         raise InterchangeError(f"{found.files[0]}: {error}") from error
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.interchange import InterchangeError, exporting, folders, huggingface, torch_file
-from nanochat_jax.interchange.chat_template import chat_template
-from nanochat_jax.interchange.exporting import ExportSettings, export
-from nanochat_jax.interchange.importing import ImportSettings, import_checkpoint
+from nanochat_jax.convert import InterchangeError, folders, huggingface, torch_file
+from nanochat_jax.convert import export as exporting
+from nanochat_jax.convert.chat_template import chat_template
+from nanochat_jax.convert.export import ExportSettings, export
+from nanochat_jax.convert.import_run import ImportSettings, import_checkpoint
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.runs import checkpoint

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.interchange import InterchangeError
+from nanochat_jax.convert import InterchangeError
 from nanochat_jax.utils import paths
 
 MANIFEST, SUMS = "nanochat_jax.json", "SHA256SUMS"

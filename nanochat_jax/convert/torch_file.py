@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from nanochat_jax.interchange import InterchangeError, pickles
+from nanochat_jax.convert import InterchangeError, pickles
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number as a pickle: files before torch 1.6
 _LOCAL_HEADER = struct.Struct("<4s22xHH")

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nanochat_jax.interchange import InterchangeError, pickles, tiktoken_pickle, torch_file
+from nanochat_jax.convert import InterchangeError, pickles, tiktoken_pickle, torch_file
 from nanochat_jax.text.tokenizer import Tokenizer
 
 NAMES = {"collections.OrderedDict": lambda *items: dict(*items)}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_jax.interchange import InterchangeError
+from nanochat_jax.convert import InterchangeError
 
 MAX_BYTES = 256 << 20  # of a pickle stream; tensors lie outside it, a tokenizer of 200,000 tokens takes 4 MB
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.interchange import InterchangeError, pickles
+from nanochat_jax.convert import InterchangeError, pickles
 from nanochat_jax.text.chat_format import BOS
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 

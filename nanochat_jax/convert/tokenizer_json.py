@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.interchange import InterchangeError
+from nanochat_jax.convert import InterchangeError
 from nanochat_jax.text.chat_format import BOS
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 

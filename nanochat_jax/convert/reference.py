@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax.interchange import InterchangeError, huggingface, tiktoken_pickle, torch_file
+from nanochat_jax.convert import InterchangeError, huggingface, tiktoken_pickle, torch_file
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.text.tokenizer import Tokenizer
 
