@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.demo_world.draw import SPLITS, VAL, Draw
+from nanochat_jax.demo_world.template import fill
 from nanochat_jax.identity_phrases import (
     CLOSING_REPLIES,
     CLOSINGS,
@@ -23,8 +25,6 @@ from nanochat_jax.identity_phrases import (
     topics,
 )
 from nanochat_jax.utils.paths import write_atomic
-from nanochat_jax.world.chance import SPLITS, VAL, Draw
-from nanochat_jax.world.template import fill
 
 HELD_OUT_ONE_IN = 5
 _TYPO_LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -1,7 +1,7 @@
 """Tasks of the demo world: arithmetic with the calculator, word problems, spelling, facts, multiple choice, ...
 
 A row is made when it is asked for and is a pure function of (task, seed, split, index). What "val" asks is never in
-"train", by the rules of `nanochat_jax.world.chance`. Training data is as long as `size` says; a "val" task has only
+"train", by the rules of `nanochat_jax.demo_world.draw`. Training data is as long as `size` says; a "val" task has only
 different questions, so that an interval around its accuracy means what it says.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
 
-from nanochat_jax.world import Draw, make_world
-from nanochat_jax.world.chance import stable_hash
-from nanochat_jax.world.chat import KINDS, LETTERS, NAME, Quiz, animal_quiz, draw_for, quiz
-from nanochat_jax.world.chat.facts import names_only
-from nanochat_jax.world.chat.identity import identity
-from nanochat_jax.world.chat.problems import problem
+from nanochat_jax.demo_world import Draw, make_world
+from nanochat_jax.demo_world.chat import KINDS, LETTERS, NAME, Quiz, animal_quiz, draw_for, quiz
+from nanochat_jax.demo_world.chat.facts import names_only
+from nanochat_jax.demo_world.chat.identity import identity
+from nanochat_jax.demo_world.chat.problems import problem
+from nanochat_jax.demo_world.draw import stable_hash
 from tasks.common import (
     Conversation,
     Task,

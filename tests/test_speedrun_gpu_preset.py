@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax.data.shards import DEFAULT_REPO
+from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.world import demo_documents
 from tests.web_server import WebServer
 
 ROOT = Path(__file__).resolve().parent.parent

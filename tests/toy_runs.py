@@ -3,9 +3,9 @@
 import functools
 from pathlib import Path
 
+from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.stages.main import main
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.world import demo_documents
 
 # 192 tokens hold a conversation of the demo world; two rows a device and step, one after the other. Everything that the
 # training step is compiled from is given, so that --demo changes nothing.

@@ -56,7 +56,7 @@ def text_source(
 
 
 def _demo(split: str) -> CallableDocuments:
-    from nanochat_jax.world import demo_documents
+    from nanochat_jax.demo_world import demo_documents
 
     def make(start: int) -> Iterator[str]:
         return itertools.islice(demo_documents(split, DEMO_CHARS[split]), start, None)

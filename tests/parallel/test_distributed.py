@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.parallel import cluster, multihost, sharding
 from nanochat_jax.parallel.cluster import Cluster, DistributedError, find_cluster, first_host
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.world import demo_documents
 
 ROOT = Path(__file__).parent.parent
 SLURM = {

@@ -13,6 +13,7 @@ import pytest
 from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.documents import FileDocuments
 from nanochat_jax.data.shards import Shard, ShardList
+from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import token_nll
 from nanochat_jax.parallel import sharding
@@ -20,7 +21,6 @@ from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages.main import main
 from nanochat_jax.stages.pipeline import held_out
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.world import demo_documents
 from tests import toy_runs
 from tests.toy_params import toy_params
 from tests.web_server import WebServer

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
+from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.evals.run import main as evaluate
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import base, rl, supervised
 from nanochat_jax.stages.main import main
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.world import demo_documents
 from tasks.world import LongProblems
 
 COMMON = dict(device="cpu", device_batch_size=1, eval_tokens=512, eval_every=0, sample_every=0, save_every=2, keep=0)

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.world import demo_documents
 
 ROOT = Path(__file__).parent.parent
 TIMING = ("seconds", "tok_per_sec", "data_wait", "mfu")

@@ -1,0 +1,258 @@
+"""The world itself: who lives where, what the animals eat, and every other fact, as data that can be asked.
+
+Texts are made *from* these facts and never the other way round, so whatever the generator says about Mia on one page
+it says on every page, and a test or a quiz can look the answer up. `make_world(0)` is the public world; its facts are
+stable. Other seeds give other people and the same nature.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+from nanochat_jax.demo_world import general as g
+from nanochat_jax.demo_world import lexicon as lex
+from nanochat_jax.demo_world.number_words import number_word
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One statement: the `relation` of `subject` is `object`, for example ("Mia", "home", "Willowby")."""
+
+    subject: str
+    relation: str
+    object: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}/{self.relation}/{self.object}"
+
+
+@dataclass(frozen=True, slots=True)
+class Town:
+    """A town: all texts are as they stand behind "the", "is known for" or "in the middle is"."""
+
+    name: str
+    region: str
+    river: str
+    hill: str
+    known_for: str
+    landmark: str
+    market_day: str
+
+
+@dataclass(frozen=True, slots=True)
+class Animal:
+    """A kind of animal. `sound` is a verb ("barks"), `home` has its article, `can` follows "can"."""
+
+    kind: str
+    group: str
+    sound: str
+    food: str
+    home: str
+    legs: int
+    covering: str
+    young: str
+    can: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job: where it is done ("in a bakery"), what is done (a verb phrase), and the tool with its article."""
+
+    name: str
+    workplace: str
+    work: str
+    tool: str
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """A person. `friend` is a name, and friendship is mutual; friends live in the same town."""
+
+    name: str
+    pronoun: str
+    age: int
+    job: str
+    home: str
+    food: str
+    color: str
+    animal: str
+    hobby: str
+    pet_kind: str
+    pet_name: str
+    friend: str
+
+    @property
+    def is_child(self) -> bool:
+        return self.age < 16
+
+    @property
+    def him(self) -> str:
+        return "her" if self.pronoun == "she" else "him"
+
+    @property
+    def his(self) -> str:
+        return "her" if self.pronoun == "she" else "his"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class World:
+    """Everything that exists. Use `make_world`. Compared by identity, so that it is a cheap key of caches."""
+
+    seed: int
+    people: tuple[Person, ...]
+    towns: tuple[Town, ...]
+    animals: tuple[Animal, ...]
+    jobs: tuple[Job, ...]
+
+    @property
+    def children(self) -> tuple[Person, ...]:
+        return tuple(p for p in self.people if p.is_child)
+
+    @property
+    def adults(self) -> tuple[Person, ...]:
+        return tuple(p for p in self.people if not p.is_child)
+
+    def person(self, name: str) -> Person:
+        """The person called `name`; KeyError where there is none."""
+        return _by_name(self)[name]
+
+    def town(self, name: str) -> Town:
+        """The town called `name`; KeyError where there is none."""
+        return {t.name: t for t in self.towns}[name]
+
+    def job(self, name: str) -> Job:
+        """The job called `name`; KeyError where there is none."""
+        return {j.name: j for j in self.jobs}[name]
+
+
+@lru_cache(maxsize=8)
+def _by_name(world: World) -> dict[str, Person]:
+    return {p.name: p for p in world.people}
+
+
+def _deal(rng: random.Random, items: tuple, n: int) -> list:
+    """`n` items in random order, each used equally often as far as possible."""
+    out: list = []
+    while len(out) < n:
+        deck = list(items)
+        for i in range(len(deck) - 1, 0, -1):
+            j = int(rng.random() * (i + 1))
+            deck[i], deck[j] = deck[j], deck[i]
+        out += deck
+    return out[:n]
+
+
+@lru_cache(maxsize=8)
+def make_world(seed: int = 0) -> World:
+    """The world of `seed`: the same towns, animals and jobs for all seeds, people dealt out anew for each."""
+    rng = random.Random(seed)
+    towns = tuple(Town(*row) for row in lex.TOWNS)
+    names = lex.CHILDREN + lex.ADULTS
+    n = len(names)
+    town_names = tuple(t.name for t in towns)  # one home for each pair of friends, grown-ups in every town
+    homes = _deal(rng, town_names, len(lex.CHILDREN) // 2) + _deal(rng, town_names, len(lex.ADULTS) // 2)
+    jobs = ["student"] * len(lex.CHILDREN) + _deal(rng, tuple(job[0] for job in lex.JOBS), len(lex.ADULTS))
+    foods, colors = _deal(rng, lex.FOODS, n), _deal(rng, lex.COLORS, n)
+    animals, hobbies = _deal(rng, tuple(a[0] for a in lex.ANIMALS), n), _deal(rng, lex.HOBBIES, n)
+    kinds, pets = _deal(rng, lex.PET_KINDS, n), _deal(rng, lex.PET_NAMES, n)
+    order = _deal(rng, tuple(range(len(lex.CHILDREN))), len(lex.CHILDREN))
+    order += [len(lex.CHILDREN) + i for i in _deal(rng, tuple(range(len(lex.ADULTS))), len(lex.ADULTS))]
+    place_in_order = {who: place for place, who in enumerate(order)}
+    people = []
+    for i, (name, pronoun) in enumerate(names):
+        child = i < len(lex.CHILDREN)
+        place = place_in_order[i]
+        people.append(
+            Person(
+                name=name,
+                pronoun=pronoun,
+                age=7 + int(rng.random() * 6) if child else 25 + int(rng.random() * 46),
+                job=jobs[i],
+                home=homes[place // 2],
+                food=foods[i],
+                color=colors[i],
+                animal=animals[i],
+                hobby=hobbies[i],
+                pet_kind=kinds[i],
+                pet_name=pets[i],
+                friend=names[order[place ^ 1]][0],
+            )
+        )
+    return World(
+        seed, tuple(people), towns, tuple(Animal(*row) for row in lex.ANIMALS), tuple(Job(*row) for row in lex.JOBS)
+    )
+
+
+@lru_cache(maxsize=8)
+def facts(world: World) -> tuple[Fact, ...]:
+    """Every fact of `world` that the texts use, in a fixed order. Numbers are written as words."""
+    out: list[Fact] = []
+    for p in world.people:
+        out += [
+            Fact(p.name, "age", number_word(p.age)),
+            Fact(p.name, "job", p.job),
+            Fact(p.name, "home", p.home),
+            Fact(p.name, "favorite_food", p.food),
+            Fact(p.name, "favorite_color", p.color),
+            Fact(p.name, "favorite_animal", p.animal),
+            Fact(p.name, "hobby", p.hobby),
+            Fact(p.name, "pet", p.pet_kind),
+            Fact(p.name, "pet_name", p.pet_name),
+            Fact(p.name, "friend", p.friend),
+        ]
+    for t in world.towns:
+        out += [
+            Fact(t.name, "region", t.region),
+            Fact(t.name, "river", t.river),
+            Fact(t.name, "hill", t.hill),
+            Fact(t.name, "known_for", t.known_for),
+            Fact(t.name, "landmark", t.landmark),
+            Fact(t.name, "market_day", t.market_day),
+        ]
+    for a in world.animals:
+        out += [
+            Fact(a.kind, "group", a.group),
+            Fact(a.kind, "sound", a.sound),
+            Fact(a.kind, "food", a.food),
+            Fact(a.kind, "animal_home", a.home),
+            Fact(a.kind, "legs", number_word(a.legs) if a.legs else "no"),
+            Fact(a.kind, "covering", a.covering),
+            Fact(a.kind, "young", a.young),
+            Fact(a.kind, "can", a.can),
+        ]
+    for j in world.jobs:
+        out += [Fact(j.name, "workplace", j.workplace), Fact(j.name, "work", j.work), Fact(j.name, "tool", j.tool)]
+    pairs = {
+        "capital": g.CAPITALS,
+        "continent": g.CONTINENTS,
+        "symbol": g.SYMBOLS,
+        "opposite": g.OPPOSITES + tuple((b, a) for a, b in g.OPPOSITES),
+        "color_of": g.COLORS_OF,
+        "sides": tuple((shape, number_word(n)) for shape, n in g.SIDES),
+        "unit": g.UNITS,
+        "use": g.USES,
+        "plural": g.PLURALS,
+        "sense": g.SENSES,
+        "origin": g.ORIGINS,
+        "season": g.SEASON_OF,
+        "month_days": tuple((month, number_word(n)) for month, n in g.MONTH_DAYS),
+        "next_day": tuple((d, g.DAYS[(i + 1) % 7]) for i, d in enumerate(g.DAYS)),
+        "previous_day": tuple((d, g.DAYS[i - 1]) for i, d in enumerate(g.DAYS)),
+        "next_month": tuple((m, g.MONTHS[(i + 1) % 12]) for i, m in enumerate(g.MONTHS)),
+        "planet_number": tuple((p, g.ORDINALS[i]) for i, p in enumerate(g.PLANETS)),
+        "next_planet": tuple((p, g.PLANETS[i + 1]) for i, p in enumerate(g.PLANETS[:-1])),
+    }
+    out += [Fact(a, relation, b) for relation, rows in pairs.items() for a, b in rows]
+    return tuple(out)
+
+
+def lookup(world: World, subject: str, relation: str) -> str:
+    """The object of a fact; KeyError where the world has no such fact."""
+    return _index(world)[subject, relation]
+
+
+@lru_cache(maxsize=8)
+def _index(world: World) -> dict[tuple[str, str], str]:
+    return {(f.subject, f.relation): f.object for f in facts(world)}
