@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tasks.arc import ARC
-from tasks.common import Conversation, EvalType, Task, TaskError, TaskIndexError, TaskMixture, TaskSequence
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
+from tasks.task import Conversation, EvalType, Task, TaskError, TaskIndexError, TaskMixture, TaskSequence
 
 __all__ = [
     "ARC",

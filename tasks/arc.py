@@ -6,9 +6,9 @@ answerKey}; a local file may have {question, choices: [...], answer} instead, th
 
 from pathlib import Path
 
-from tasks.common import Conversation, TaskError, evaluate_letter, mc_conversation
 from tasks.hub import HubTask, Source
-from tasks.rows import Row
+from tasks.records import Row
+from tasks.task import Conversation, TaskError, evaluate_letter, mc_conversation
 
 SUBSETS = ("ARC-Easy", "ARC-Challenge")
 

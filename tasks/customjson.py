@@ -7,7 +7,7 @@ from typing import Any
 
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.utils.paths import sha256_hex
-from tasks.common import Conversation, Task, TaskError, check_alternation
+from tasks.task import Conversation, Task, TaskError, check_alternation
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ calls as ``<<expression=result>>`` and ends with ``#### number``.
 import re
 from pathlib import Path
 
-from tasks.common import Conversation, TaskError
 from tasks.hub import HubTask, Source
-from tasks.rows import Row
+from tasks.records import Row
+from tasks.task import Conversation, TaskError
 
 SUBSETS = ("main", "socratic")
 

@@ -30,8 +30,8 @@ from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import check_parquet, endpoint, token_for
 from nanochat_jax.data.web import FetchError, OfflineError, fetch_json
 from nanochat_jax.utils.paths import OFFLINE_VARIABLE, base_dir, lock_file, offline, sha256_file, write_atomic
-from tasks.common import Conversation, Task, TaskError, shuffled_order
-from tasks.rows import Row, Rows
+from tasks.records import Row, Rows
+from tasks.task import Conversation, Task, TaskError, shuffled_order
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ test}.
 import re
 from pathlib import Path
 
-from tasks.common import Conversation
 from tasks.hub import HubTask, Source
-from tasks.rows import Row
+from tasks.records import Row
+from tasks.task import Conversation
 
 _FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
@@ -45,7 +45,7 @@ class HumanEval(HubTask):
 
         Raises sandbox.SandboxUnavailable where code cannot be isolated and running it all the same was not allowed.
         """
-        from nanochat_jax.sandbox import execute_code
+        from tasks.sandbox import execute_code
 
         return execute_code(program(conversation, completion), allow_unsafe=self.allow_unsafe_code).success
 

@@ -6,9 +6,9 @@ subject}, the answer being 0..3 or, in a local file, A..D.
 
 from pathlib import Path
 
-from tasks.common import Conversation, TaskError, evaluate_letter, mc_conversation
 from tasks.hub import HubTask, Source
-from tasks.rows import Row
+from tasks.records import Row
+from tasks.task import Conversation, TaskError, evaluate_letter, mc_conversation
 
 LETTERS = ("A", "B", "C", "D")
 AUXILIARY = "auxiliary_train"

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from tasks.common import Conversation, TaskError, check_alternation
 from tasks.hub import HubTask, Source
-from tasks.rows import Row
+from tasks.records import Row
+from tasks.task import Conversation, TaskError, check_alternation
 
 
 class SmolTalk(HubTask):

@@ -14,8 +14,8 @@ from nanochat_jax.data.fetch import fetch_file
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.web import FetchError
 from nanochat_jax.utils.paths import base_dir, lock_file, sha256_hex
-from tasks.common import SEED, Conversation, Task, TaskError
 from tasks.gsm8k import evaluate_answer
+from tasks.task import SEED, Conversation, Task, TaskError
 
 logger = logging.getLogger(__name__)
 

@@ -75,7 +75,7 @@ def read_house() -> House:
 
 
 def room(name: str) -> str:
-    """ "gpt" for nanochat_jax.model.gpt, "data" for nanochat_jax.data.build_rows, "tasks" for tasks.world."""
+    """ "gpt" for nanochat_jax.model.gpt, "data" for nanochat_jax.data.build_rows, "tasks" for tasks.demo_world."""
     first, _, rest = name.partition(".")
     return rest.partition(".")[0] if first == "nanochat_jax" and rest else first
 
@@ -304,7 +304,7 @@ BREACHES = [
     (text_needs_no_jax, "nanochat_jax.demo_world", "import optax"),
     (muon_is_useful_elsewhere, "nanochat_jax.training.muon", "from nanochat_jax.model.gpt import Params"),
     (tasks_import_little, "tasks.gsm8k", "from nanochat_jax.data import rows"),
-    (tasks_import_little, "tasks.common", "from nanochat_jax.text.tokenizer import Tokenizer"),
+    (tasks_import_little, "tasks.task", "from nanochat_jax.text.tokenizer import Tokenizer"),
     (nothing_that_is_read_is_run, "nanochat_jax.runs.checkpoint", "def f():\n    import pickle"),
     (nothing_that_is_read_is_run, "nanochat_jax.convert.torch_file", "import pickletools"),
     (nothing_that_is_read_is_run, "nanochat_jax.training.replay", "np.load(path, allow_pickle=True)"),

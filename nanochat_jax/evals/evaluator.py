@@ -35,7 +35,7 @@ from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.parallel import sharding
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.progress import ProblemsProgress, RowsProgress, ShareProgress
-from tasks import world
+from tasks import demo_world
 
 LONGEST_ANSWER, LONGEST_ANSWER_DEMO = 512, 128
 
@@ -74,7 +74,7 @@ class Evaluator:
             s = self.settings
             if name.startswith("world/"):
                 options: dict[str, Any] = {"model_name": self._model_name} if name == "world/identity" else {}
-                self._loaded[name] = world.load(name, "val", **options)
+                self._loaded[name] = demo_world.load(name, "val", **options)
             else:
                 options = {"allow_unsafe_code": s.allow_unsafe_code} if name == "HumanEval" else {}
                 self._loaded[name] = tasks.load(name, "test", s.task_data, **options)
@@ -82,7 +82,7 @@ class Evaluator:
 
     @property
     def _model_name(self) -> str:
-        return self.trained_with.get("model_name") or world.NAME
+        return self.trained_with.get("model_name") or demo_world.NAME
 
     @cached_property
     def bundle(self) -> Bundle:
@@ -101,7 +101,9 @@ class Evaluator:
                     )
                 else:
                     chats = (
-                        world.sft_mixture("val", model_name=self._model_name) if self.demo else self.task("SmolTalk")
+                        demo_world.sft_mixture("val", model_name=self._model_name)
+                        if self.demo
+                        else self.task("SmolTalk")
                     )
                     self._rows[name] = build_conversation_rows(
                         chats, self.tokenizer, T, packing="best_fit", split="val",

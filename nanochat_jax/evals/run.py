@@ -17,7 +17,7 @@ from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
 from nanochat_jax.hardware import devices
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.progress import duration
-from tasks import world
+from tasks import demo_world
 
 if TYPE_CHECKING:
     from nanochat_jax.evals.evaluator import Evaluator
@@ -27,12 +27,12 @@ def default_tasks(stage: str, demo: bool) -> tuple[str, ...]:
     """What a run of a stage is evaluated on if nothing else is said."""
     if stage == "base":
         return ("bpb", "samples") if demo else ("CORE", "bpb", "samples")
-    return world.EVALS if demo else tasks.CHAT_EVALS
+    return demo_world.EVALS if demo else tasks.CHAT_EVALS
 
 
 def task_names(text: str) -> list[str]:
     """The names in a --tasks value, separated by | or commas, however they are written. Raises ValueError."""
-    known = {name.lower(): name for name in (*BUILT_IN, *tasks.CHAT_EVALS, *world.EVALS, "world/rl")}
+    known = {name.lower(): name for name in (*BUILT_IN, *tasks.CHAT_EVALS, *demo_world.EVALS, "world/rl")}
     found = []
     for name in filter(None, (part.strip() for part in text.replace(",", "|").split("|"))):
         if name.lower() not in known:

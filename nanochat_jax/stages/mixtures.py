@@ -9,13 +9,13 @@ from typing import Any
 import tasks
 from nanochat_jax.data.chat_files import describe_samples, load_chat_file
 from nanochat_jax.data.conversations import Conversations
-from nanochat_jax.identity import write_identity_file
 from nanochat_jax.stages.pipeline import Parent
 from nanochat_jax.stages.supervised import ChatStageSettings
 from nanochat_jax.utils.paths import base_dir
-from tasks import world
-from tasks.common import Task, TaskMixture
+from tasks import demo_world
 from tasks.customjson import CustomJSON
+from tasks.identity import write_identity_file
+from tasks.task import Task, TaskMixture
 
 IDENTITY_CONVERSATIONS = 1000
 
@@ -24,7 +24,7 @@ def mid(settings: ChatStageSettings, parent: Parent) -> tuple[Conversations, Con
     """(training, held-out) conversations of midtraining."""
     name = settings.model_name or parent.model_name
     if settings.demo:
-        return world.mid_mixture("train", model_name=name), world.mid_mixture("val", model_name=name)
+        return demo_world.mid_mixture("train", model_name=name), demo_world.mid_mixture("val", model_name=name)
     data = settings.task_data
     identity = identity_task(name)
     train = [
@@ -56,7 +56,7 @@ def sft(settings: ChatStageSettings, parent: Parent, data: Path | None) -> tuple
         return TaskMixture([_Rows(train), identity]), val
     name = settings.model_name or parent.model_name
     if settings.demo:
-        return world.sft_mixture("train", model_name=name), world.sft_mixture("val", model_name=name)
+        return demo_world.sft_mixture("train", model_name=name), demo_world.sft_mixture("val", model_name=name)
     folder = settings.task_data
     train = [
         tasks.load("ARC-Easy", "train", folder),
@@ -73,7 +73,7 @@ def sft(settings: ChatStageSettings, parent: Parent, data: Path | None) -> tuple
 def rl(settings: ChatStageSettings) -> tuple[Task, Task]:
     """(training, held-out) questions whose answers can be rewarded."""
     if settings.demo:
-        return world.rl_task("train"), world.rl_task("val")
+        return demo_world.rl_task("train"), demo_world.rl_task("val")
     return tasks.load("GSM8K", "train", settings.task_data), tasks.load("GSM8K", "test", settings.task_data)
 
 
@@ -121,4 +121,4 @@ def identity_task(name: str, stop: int | None = None) -> Task:
 
 def eval_task(name: str, task_data: Path | None) -> Task:
     """The held-out side of a task by its name."""
-    return world.load(name, "val") if name.startswith("world/") else tasks.load(name, "test", task_data)
+    return demo_world.load(name, "val") if name.startswith("world/") else tasks.load(name, "test", task_data)

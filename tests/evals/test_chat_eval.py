@@ -15,7 +15,7 @@ from nanochat_jax.evals import chat_eval
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
-from nanochat_jax.sandbox import SandboxUnavailable
+from tasks.sandbox import SandboxUnavailable
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
 CASES = golden("chateval_v1")

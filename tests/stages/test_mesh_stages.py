@@ -11,7 +11,7 @@ from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import base, rl, supervised
 from nanochat_jax.stages.main import main
 from nanochat_jax.text.tokenizer import Tokenizer
-from tasks.world import LongProblems
+from tasks.demo_world import LongProblems
 
 COMMON = dict(device="cpu", device_batch_size=1, eval_tokens=512, eval_every=0, sample_every=0, save_every=2, keep=0)
 STAGES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax.sandbox import execute_code, isolation_available
+from tasks.sandbox import execute_code, isolation_available
 
 MECHANISM, WHY = isolation_available()
 pytestmark = pytest.mark.skipif(MECHANISM == "none", reason=WHY)
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(MECHANISM == "none", reason=WHY)
 def run(request):
     """In the sandbox of this host; if that is root's, once more in that of ordinary users, where it works."""
     if request.param == "user-namespaces":
-        from nanochat_jax import sandbox
+        from tasks import sandbox
 
         if MECHANISM == "user-namespaces" or sandbox._probe("user-namespaces"):
             pytest.skip("tested as auto, or not allowed here")

@@ -19,15 +19,7 @@ from nanochat_jax.demo_world.chat.facts import names_only
 from nanochat_jax.demo_world.chat.identity import identity
 from nanochat_jax.demo_world.chat.problems import problem
 from nanochat_jax.demo_world.draw import stable_hash
-from tasks.common import (
-    Conversation,
-    Task,
-    TaskError,
-    TaskMixture,
-    TaskSequence,
-    evaluate_letter,
-    mc_conversation,
-)
+from tasks.task import Conversation, Task, TaskError, TaskMixture, TaskSequence, evaluate_letter, mc_conversation
 
 TRAIN_SIZE = 100_000
 VAL_TRIES = 50  # a val task looks at most at this many candidates for each row before it says there are no more

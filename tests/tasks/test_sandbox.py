@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import sandbox
-from nanochat_jax.sandbox import ExecutionResult, SandboxUnavailable, execute_code, isolation_available
+from tasks import sandbox
+from tasks.sandbox import ExecutionResult, SandboxUnavailable, execute_code, isolation_available
 
 ROOT = Path(__file__).parents[1]
 MECHANISM, WHY = isolation_available()
@@ -321,9 +321,7 @@ def test_nothing_outlives_this_process(run, request, tmp_path):
     isolation = "none" if "unsafe" in request.node.name else "auto"
     name = f"out{os.getpid()}"
     code = f"{NAME % name}import time\ntime.sleep(60)"
-    call = (
-        f"from nanochat_jax.sandbox import *\nexecute_code({code!r}, 60.0, isolation={isolation!r}, allow_unsafe=True)"
-    )
+    call = f"from tasks.sandbox import *\nexecute_code({code!r}, 60.0, isolation={isolation!r}, allow_unsafe=True)"
     process = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
     try:
         wait_for(lambda: named(name) > 0)
@@ -381,6 +379,6 @@ def test_from_a_thread_and_without_jax():
     thread.start()
     thread.join()
     assert results[0].stdout == "2\n"
-    code = "import sys, nanochat_jax.sandbox\nprint('jax' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys, tasks.sandbox\nprint('jax' in sys.modules, 'numpy' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert output == "False False\n"

@@ -14,7 +14,7 @@ from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.web import FetchError, OfflineError
 from tasks import hub, spelling
 from tasks.hub import Source, fetch_rows, find_local, load_rows, task_data_dir
-from tasks.rows import Rows
+from tasks.records import Rows
 from tests.web_server import WebServer
 
 GSM8K = Source("openai/gsm8k", "main", ("question", "answer"), ("gsm8k",))

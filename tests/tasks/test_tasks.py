@@ -9,10 +9,10 @@ import pytest
 import tasks
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.utils.paths import offline
-from tasks.common import Task, TaskError, TaskIndexError, TaskMixture, TaskSequence, render_mc, shuffled_order
 from tasks.gsm8k import extract_answer
 from tasks.humaneval import extract_imports, extract_program
 from tasks.spelling import TEMPLATES
+from tasks.task import Task, TaskError, TaskIndexError, TaskMixture, TaskSequence, render_mc, shuffled_order
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 GOLDEN = golden("tasks_v1")
@@ -291,7 +291,7 @@ def test_humaneval_extraction():
 
 
 def test_humaneval(tmp_path):
-    from nanochat_jax.sandbox import isolation_available
+    from tasks.sandbox import isolation_available
 
     data = folder(tmp_path, humaneval__test=EXECUTION["rows"])
     # The programs below are harmless; where the host cannot isolate them they may run all the same.

@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from nanochat_jax import identity_phrases
 from nanochat_jax.data.chat_files import load_chat_file
-from nanochat_jax.identity import identity_conversations, phrasings, write_identity_file
+from tasks import identity_phrases
+from tasks.identity import identity_conversations, phrasings, write_identity_file
 from tests.tokenizer_fixtures import golden_tokenizer
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from nanochat_jax.demo_world.draw import SPLITS, VAL, Draw
 from nanochat_jax.demo_world.template import fill
-from nanochat_jax.identity_phrases import (
+from nanochat_jax.utils.paths import write_atomic
+from tasks.identity_phrases import (
     CLOSING_REPLIES,
     CLOSINGS,
     FOREIGN,
@@ -24,7 +25,6 @@ from nanochat_jax.identity_phrases import (
     OPENING_WEIGHTS,
     topics,
 )
-from nanochat_jax.utils.paths import write_atomic
 
 HELD_OUT_ONE_IN = 5
 _TYPO_LETTERS = "abcdefghijklmnopqrstuvwxyz"
