@@ -23,7 +23,7 @@ setup_environment() {
   base=$(find_python)
   PY=$venv/bin/python
   stamp=$venv/.nanochat_setup # a line "SOURCES EXTRAS" for everything installed from the current sources
-  sources=$(cat pyproject.toml constraints.txt rustbpe/Cargo.* rustbpe/src/*.rs | cksum | tr ' ' -)
+  sources=$(cat pyproject.toml constraints.txt rustbpe/Cargo.* $(find rustbpe/src -name "*.rs" | sort) | cksum | tr ' ' -)
   grep -q "^$sources.* ${extras:-.}" "$stamp" 2>/dev/null && return
   [ -x "$PY" ] || "$base" -m venv "$venv" ||
     die "could not make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"

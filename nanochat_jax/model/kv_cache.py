@@ -204,9 +204,9 @@ def cached_attention(
 
     q (b, T, H, D), k and v (b, T, G, D); returns (b, T, H, D) and the layer's updated buffers (keys, values). Query t
     of row r sits at position p = cache.position[r] + t and sees keys max(0, p - window) .. p. One token per row in
-    float32 on CPU is left to a kernel of our own (`rustbpe/src/attend.rs`): XLA multiplies a row's tiny matrices one
-    after the other and looks at every place there is (0.15 ms a layer for 32 rows of 2 heads and 128 tokens, of which
-    the kernel needs a tenth).
+    float32 on CPU is left to a kernel of our own (`rustbpe/src/cpu_kernels/attend.rs`): XLA multiplies a row's tiny
+    matrices one after the other and looks at every place there is (0.15 ms a layer for 32 rows of 2 heads and 128
+    tokens, of which the kernel needs a tenth).
     """
     b, T, H, D = q.shape
     G = k.shape[2]

@@ -1,7 +1,8 @@
 """Products with a weight matrix, quick also for the few rows of a decoding step.
 
 XLA on CPU reads the weights only half as fast for a few rows as memory delivers them. There a kernel of our own takes
-over (`rustbpe/src/skinny.rs`), for float32. Everywhere else this is `jnp.matmul`, also where the kernel cannot run.
+over (`rustbpe/src/cpu_kernels/small_batch_matmul.rs`), for float32. Everywhere else this is `jnp.matmul`, also where
+the kernel cannot run.
 Sharded arrays would be gathered for the kernel (right, but slow); so few rows are sharded nowhere but in tests.
 """
 

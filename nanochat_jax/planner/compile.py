@@ -88,8 +88,8 @@ def _cache_path(case: "Case", flags: str) -> Path:
 
 def code_hash() -> str:
     """Of all sources that a compiled program, or its counting, may depend on."""
-    counting = [PACKAGE / "planner" / f"{name}.py" for name in ("child", "hlo", "target")]
-    files = [*PACKAGE.glob("*.py"), *counting]
+    folders = ("hardware", "inference", "model", "parallel", "planner", "training")
+    files = [f for folder in folders for f in (PACKAGE / folder).rglob("*.py")]
     return sha256_hex(*[part for f in sorted(files) for part in (f.name.encode(), f.read_bytes())])
 
 

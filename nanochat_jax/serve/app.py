@@ -9,7 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from nanochat_jax.serve import legacy, openai, page, prometheus, schemas
+from nanochat_jax.serve import legacy, openai, page, schemas
+from nanochat_jax.serve import prometheus as exposition
 from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.security import TOO_LARGE, Guard
 from nanochat_jax.serve.service import Service
@@ -67,7 +68,7 @@ def create_app(service: Service, api_key: str | None = None, allow_origin: str |
     )
     async def prometheus() -> Response:
         """Counts for Prometheus."""
-        return Response(worker.metrics.text(), headers={"Content-Type": prometheus.CONTENT_TYPE})
+        return Response(worker.metrics.text(), headers={"Content-Type": exposition.CONTENT_TYPE})
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:

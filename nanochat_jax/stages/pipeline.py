@@ -80,7 +80,7 @@ class StageSettings:
     seed: int = flag(42, "seed of initialisation, data order and sampling")
     remat: str = flag("none", "activations recomputed in the backward pass", choices=("none", "mlp", "block"))
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
-    multihost: str = flag("auto", "where the processes of a job are described", choices=cluster.MODES)
+    distributed: str = flag("auto", "where the processes of a job are described", choices=cluster.MODES)
     fsdp: int = flag(1, "devices over which parameters are cut, too")
     tensor: int = flag(1, "devices over which heads, hidden units and vocabulary are cut")
     sinks: str = flag("", "further metric sinks, comma-separated: wandb, tensorboard (metrics.jsonl is always written)")

@@ -48,7 +48,7 @@ class DemoSftSettings(SftSettings):
     device_batch_size: int = batch_flag(ROWS)
     total_batch_size: int = flag(4096, "tokens per optimizer step, padding included")
     num_iterations: int = flag(430, "optimizer steps")
-    # off: the lesson that finetuning begins with (tasks/demo_world.py) is learnt suddenly, with 50 times the usual gradient
+    # off: the lesson that finetuning begins with (tasks/demo_world.py) comes suddenly, with 50 times the usual gradient
     spike: float = flag(0.0, "skip a step whose gradient norm is this many times the usual; 0: never")
     init_lr_frac: float = flag(0.8, "all learning rates as a share of pretraining's")
     eval_every: int = flag(150, "steps between held-out losses; 0: only at the end")

@@ -76,8 +76,7 @@ class Outcome:
 class Chat:
     """One conversation, or (completing: a base model) one completion after another.
 
-    engine is an `nanochat_jax.inference.engine.Engine`. Earlier answers stay as the tokens that were generated, so the engine
-    finds them in its cache.
+    Earlier answers stay as the tokens that were generated, so the engine finds them in its cache.
     """
 
     def __init__(self, engine, tokenizer, settings: ChatSettings, completing: bool):

@@ -16,7 +16,7 @@ UNREAD = 141  # whoever read the output (head, a pager) has gone: what a shell s
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _RAISE = dis.opmap["RAISE_VARARGS"]
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _OURS = tuple(_ROOT / name for name in ("nanochat_jax", "tasks", "scripts", "dev"))
 _REMEDIES = {
     errno.ENOENT: "check the path",

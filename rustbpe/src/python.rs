@@ -13,16 +13,16 @@ use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyCapsule, PyIterator, PyString};
 
-use crate::corpus::{Batch, count_pieces};
-use crate::encode::{Pool, TokenId, concatenate, encode_all};
+use crate::bpe::corpus::{Batch, count_pieces};
+use crate::bpe::encode::{Pool, TokenId, concatenate, encode_all};
+use crate::bpe::split::{DEFAULT_PATTERN, Splitter};
+use crate::bpe::train::Trainer;
+use crate::bpe::vocab::Vocab;
+use crate::bpe::words::{MAX_IDS, Words};
+use crate::cpu_kernels::vector::Isa;
+use crate::cpu_kernels::xla::{self, CallFrame};
+use crate::cpu_kernels::{custom_calls, small_batch_matmul};
 use crate::error::Error;
-use crate::split::{DEFAULT_PATTERN, Splitter};
-use crate::train::Trainer;
-use crate::vector::Isa;
-use crate::vocab::Vocab;
-use crate::words::{MAX_IDS, Words};
-use crate::xla::{self, CallFrame};
-use crate::{custom_calls, skinny};
 
 /// Least time between two calls of a progress callback.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -397,7 +397,7 @@ fn skinny_matmul(py: Python<'_>) -> PyResult<Option<Bound<'_, PyCapsule>>> {
 /// Up to how many rows `skinny_matmul` takes; 0 where the processor has no AVX2.
 #[pyfunction]
 fn skinny_rows() -> usize {
-    Isa::detect().map_or(0, |_| skinny::MAX_ROWS)
+    Isa::detect().map_or(0, |_| small_batch_matmul::MAX_ROWS)
 }
 
 #[pyfunction]

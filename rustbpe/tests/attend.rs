@@ -1,8 +1,8 @@
 //! Attention of one token per row, against the formula in double precision.
 
-use rustbpe::attend::Attention;
-use rustbpe::parts::Job;
-use rustbpe::vector::Isa;
+use rustbpe::cpu_kernels::attend::Attention;
+use rustbpe::cpu_kernels::vector::Isa;
+use rustbpe::cpu_kernels::work_queue::Job;
 
 mod numbers;
 use numbers::numbers;

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Random, random_text};
-use rustbpe::split::{DEFAULT_PATTERN, Splitter};
+use rustbpe::bpe::split::{DEFAULT_PATTERN, Splitter};
 
 fn pieces<'a>(splitter: &Splitter, text: &'a str) -> Vec<&'a str> {
     let mut found = Vec::new();

@@ -6,12 +6,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use common::{Random, random_text};
-use rustbpe::corpus::{Batch, count_pieces};
+use rustbpe::bpe::corpus::{Batch, count_pieces};
+use rustbpe::bpe::split::{DEFAULT_PATTERN, Splitter};
+use rustbpe::bpe::train::Trainer;
+use rustbpe::bpe::vocab::Vocab;
+use rustbpe::bpe::words::Words;
 use rustbpe::error::Error;
-use rustbpe::split::{DEFAULT_PATTERN, Splitter};
-use rustbpe::train::Trainer;
-use rustbpe::vocab::Vocab;
-use rustbpe::words::Words;
 
 fn train(documents: &[String], num_merges: usize, threads: usize, guess: Option<u64>) -> Vec<(u32, u32)> {
     let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
@@ -98,7 +98,7 @@ fn merges_are_those_of_the_definition() {
 #[test]
 fn counts_go_beyond_32_bits() {
     // Weights as large as a corpus of tens of billions of words would give.
-    let mut pieces = rustbpe::count::PieceCounter::default();
+    let mut pieces = rustbpe::bpe::count::PieceCounter::default();
     pieces.add_many(b"ab", 5_000_000_000);
     pieces.add_many(b"cd", 4_999_999_999);
     pieces.add_many(b"cdcd", 1);

@@ -321,7 +321,7 @@ CHILD = textwrap.dedent("""
 
 def child(server, path):
     command = [sys.executable, "-c", CHILD, server.url + "/file", str(path)]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True)
     return process
 

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.test_rows import contents, document, slow_stream
 
 from nanochat_jax.data import build_rows as rows
 from nanochat_jax.data import growing, web
@@ -32,6 +31,7 @@ from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.streamed import ShardDocuments
 from nanochat_jax.data.web import FetchError, OfflineError
 from nanochat_jax.training.shutdown import Interrupted, stop_on_signals
+from tests.data.test_rows import contents, document, slow_stream
 from tests.tokenizer_fixtures import golden_tokenizer
 from tests.web_server import WebServer
 
@@ -237,7 +237,7 @@ CHILD = textwrap.dedent("""
 
 def child(server, tmp_path, start=0):
     command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), server.url, str(start)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
 
 
 def test_a_signal_ends_the_wait_for_text(server, tmp_path):

@@ -227,7 +227,7 @@ CHILD = textwrap.dedent("""
     os.fsync = lambda handle: None  # a killed process loses nothing that it has written; a power cut would
     from nanochat_jax.data import rows
     from nanochat_jax.data.documents import CallableDocuments
-    from tests.test_rows import document
+    from tests.data.test_rows import document
     from tests.tokenizer_fixtures import golden_tokenizer
     rows._BATCH_DOCUMENTS = 20
     def make(start):
@@ -248,7 +248,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, monkeypatch):
     child = None
     for _ in range(60):
         command = [sys.executable, "-c", CHILD, str(tmp_path / "killed")]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         if kills < 6:
             time.sleep(chance.uniform(0.02, 0.25))
@@ -334,7 +334,7 @@ def test_full_disk_is_told_and_loses_nothing(tmp_path, small_batches, monkeypatc
 def test_a_second_builder_waits_and_reuses(tmp_path):
     code = CHILD.replace('print("done"', 'import glob; print(glob.glob(sys.argv[1] + "/*/*.npy").__len__()')
     command = [sys.executable, "-c", code, str(tmp_path)]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) for _ in range(2)]
     outputs = [child.communicate()[0] for child in children]
     assert [child.returncode for child in children] == [0, 0] and outputs[0] == outputs[1]
     RowSet.open(next(tmp_path.glob("train-*")), golden_tokenizer(), verify=True)

@@ -214,7 +214,7 @@ def test_the_handler_does_not_introduce_itself_to_an_xla_with_shorter_structures
     assert version(extension_size=24) == version(metadata_size=32) == (0, 0)
 
 
-# The declarations that rustbpe/src/xla.rs repeats, as far as it uses them.
+# The declarations that rustbpe/src/cpu_kernels/xla.rs repeats, as far as it uses them.
 HEAD = "size_t struct_size; XLA_FFI_Extension_Base* extension_start;"
 DECLARED = {
     "Api_Version": f"{HEAD} int major_version; int minor_version;",
@@ -254,7 +254,7 @@ def test_the_header_of_the_installed_xla_says_what_we_declare():
         pytest.skip("this jaxlib comes without its header")
     text = " ".join(re.sub(r"//.*", "", header.read_text()).split())
     major, minor = (int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", text)[0]) for part in ("MAJOR", "MINOR"))
-    assert version() == (major, minor), "compare rustbpe/src/xla.rs with the header, then raise VERSION there"
+    assert version() == (major, minor), "compare cpu_kernels/xla.rs with the header, then raise VERSION there"
     for name, fields in DECLARED.items():
         assert f"struct XLA_FFI_{name} {{ {fields}" in text, name
     for name, value in CONSTANTS.items():

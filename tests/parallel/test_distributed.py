@@ -19,7 +19,7 @@ from nanochat_jax.parallel.cluster import Cluster, DistributedError, find_cluste
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.text.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PROCID": "3",

@@ -6,12 +6,12 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from test_sharded_training import CONFIG, HYPER, STEPS, batch, collectives
 
 from nanochat_jax.model.gpt import GPTConfig, abstract
 from nanochat_jax.parallel import sharding
 from nanochat_jax.training.optim import OptimHyper, group, make_optimizer
 from nanochat_jax.training.step import abstract_state, init_state, make_train_step, restore_padding, strip_padding
+from tests.training.test_sharded_training import CONFIG, HYPER, STEPS, batch, collectives
 
 
 def mesh_of(data: int, fsdp: int, tensor: int):

@@ -15,7 +15,7 @@ from tests.page_stub import Die, Fail, Gate
 
 pytest_plugins = ["tests.page_browser"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BACK = "The server is back."
 GONE = "The server does not answer."
 BROKEN_OFF = "The connection to the server broke off here. What had arrived is kept."

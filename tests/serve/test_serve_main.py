@@ -27,7 +27,7 @@ from nanochat_jax.serve.watch import Watcher
 from tests.serve_fixtures import CHAT
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

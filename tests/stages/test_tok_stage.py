@@ -12,7 +12,7 @@ from nanochat_jax.stages.tokenizer import DemoTokTrainSettings, TokTrainSettings
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 from tasks import sandbox
 from tasks.sandbox import ExecutionResult, SandboxUnavailable, execute_code, isolation_available
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MECHANISM, WHY = isolation_available()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import rustbpe
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
 NUM_SPECIAL = len(GOLDEN["special_tokens"])
 
 

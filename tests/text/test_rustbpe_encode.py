@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import rustbpe
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
 BYTES = [(bytes([b]), b) for b in range(256)]
 MAIN = BYTES + [(bytes.fromhex(token), rank) for token, rank in GOLDEN["main"]["merged_ranks"]]
 

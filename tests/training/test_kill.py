@@ -22,7 +22,7 @@ from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.text.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TIMING = ("seconds", "tok_per_sec", "data_wait", "mfu")
 KILLS = max(1, int(os.environ.get("NANOCHAT_KILLS", "16")) // 4)  # a stage
 # A process that is killed has saved at least one step more, but for "early", and mostly not many more.

@@ -10,7 +10,7 @@ import pytest
 
 from nanochat_jax.training.watchdog import BUSY, FACTOR, HUNG, HungError, Watchdog
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_limits_follow_the_median_step_and_the_kind_of_work():

@@ -15,7 +15,7 @@ from nanochat_jax.runs import checkpoint
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.errors import exit_status, in_words, is_ours
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def raised(call) -> Exception:

@@ -1,6 +1,6 @@
 //! Random text that is hard on a splitter, from a fixed seed.
 
-use rustbpe::key::mix;
+use rustbpe::bpe::key::mix;
 
 /// A small deterministic random number generator.
 pub struct Random(pub u64);

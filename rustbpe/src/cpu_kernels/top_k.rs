@@ -4,7 +4,7 @@
 //! maxima of enough blocks the k-th largest is a number that at least k reach, so only the few from there on have to be
 //! looked at closely. Three passes in all.
 
-use crate::parts::{Job, Parts};
+use crate::cpu_kernels::work_queue::{Job, Parts};
 
 /// Numbers that make another thread worth its start (some microseconds).
 const NUMBERS_PER_THREAD: usize = 16 << 10;

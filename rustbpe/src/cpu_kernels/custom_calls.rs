@@ -1,10 +1,10 @@
 //! The kernels as custom calls of XLA on CPU: what arrays each takes.
 
-use crate::attend::Attention;
-use crate::largest::Largest;
-use crate::skinny::{MAX_ROWS, Product};
-use crate::vector::Isa;
-use crate::xla::{CallFrame, Error, handle};
+use crate::cpu_kernels::attend::Attention;
+use crate::cpu_kernels::small_batch_matmul::{MAX_ROWS, Product};
+use crate::cpu_kernels::top_k::Largest;
+use crate::cpu_kernels::vector::Isa;
+use crate::cpu_kernels::xla::{CallFrame, Error, handle};
 use std::ffi::CStr;
 
 const NO_VECTORS: &CStr = c"this processor has neither AVX-512 nor AVX2";

@@ -16,8 +16,8 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::time::Instant;
 
-use crate::key::FastBuild;
-use crate::words::{MAX_IDS, SEPARATOR, Words};
+use crate::bpe::key::FastBuild;
+use crate::bpe::words::{MAX_IDS, SEPARATOR, Words};
 
 /// The first threshold is such that this many times the merges still to do could each have it.
 const FIRST_GUESS: u64 = 64;

@@ -3,8 +3,8 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
+use crate::bpe::key::{FastBuild, MAX_KEY_BYTES, key};
 use crate::error::Error;
-use crate::key::{FastBuild, MAX_KEY_BYTES, key};
 
 /// Ranks are below this.
 pub const MAX_RANK: u32 = 1 << 24;
@@ -239,7 +239,7 @@ fn hash_tokens(by_bytes: &HashMap<Box<[u8]>, u32, FastBuild>) -> (u64, ByHash<'_
         if unique {
             return (base, by_hash);
         }
-        base = crate::key::mix(base) % MODULUS;
+        base = crate::bpe::key::mix(base) % MODULUS;
     }
 }
 

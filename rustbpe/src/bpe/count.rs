@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use crate::huge;
-use crate::key::{FastBuild, MAX_KEY_BYTES, hash_key, key, key_len};
-use crate::prefetch::prefetch;
+use crate::bpe::huge;
+use crate::bpe::key::{FastBuild, MAX_KEY_BYTES, hash_key, key, key_len};
+use crate::bpe::prefetch::prefetch;
 
 /// Pieces whose table slots are fetched ahead together.
 const BATCH: usize = 32;
@@ -167,7 +167,7 @@ mod tests {
     fn counts_what_a_hash_map_counts() {
         let mut state = 1u64;
         let mut random = move || {
-            state = crate::key::mix(state.wrapping_add(0x9e37_79b9_7f4a_7c15));
+            state = crate::bpe::key::mix(state.wrapping_add(0x9e37_79b9_7f4a_7c15));
             state
         };
         let (mut a, mut b) = (PieceCounter::default(), PieceCounter::default());

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::cache::{PieceCache, Tokens};
+use crate::bpe::cache::{PieceCache, Tokens};
+use crate::bpe::key::{FastBuild, MAX_KEY_BYTES, hash_key, key};
+use crate::bpe::split::Splitter;
+use crate::bpe::vocab::Vocab;
 use crate::error::Error;
-use crate::key::{FastBuild, MAX_KEY_BYTES, hash_key, key};
-use crate::split::Splitter;
-use crate::vocab::Vocab;
 
 /// Pieces looked up together.
 const BATCH: usize = 32;

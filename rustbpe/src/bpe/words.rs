@@ -5,9 +5,9 @@
 //! `p` is the one named in `p - 1`, and its start is its length further left. The slots between are void. No links, no
 //! shifting: a merge writes at most four slots.
 
-use crate::count::PieceCounter;
+use crate::bpe::count::PieceCounter;
+use crate::bpe::huge;
 use crate::error::Error;
-use crate::huge;
 
 /// Marks the slot before each piece, and the end of the array.
 pub const SEPARATOR: u32 = u32::MAX;
@@ -134,6 +134,6 @@ impl Words {
     /// Starts loading slot `pos`.
     #[inline(always)]
     pub fn prefetch(&self, pos: u32) {
-        crate::prefetch::prefetch(&self.slots, pos as usize);
+        crate::bpe::prefetch::prefetch(&self.slots, pos as usize);
     }
 }

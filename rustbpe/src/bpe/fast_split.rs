@@ -14,7 +14,7 @@
 //! by bytes (runs of letters eight at a time), everything else by characters; `tests` below and the Python tests compare
 //! the result with the regex on random text.
 
-use crate::unicode::{Classes, LETTER, NEWLINE, NUMBER, OTHER, SPACE, classes};
+use crate::bpe::unicode::{Classes, LETTER, NEWLINE, NUMBER, OTHER, SPACE, classes};
 
 /// Class of a byte that begins or continues a multi-byte character.
 const HIGH: u8 = 5;

@@ -5,7 +5,7 @@
 //! handler only if it still supports the version the handler reports, and we report one only if XLA's structures reach
 //! as far as ours. `tests/test_matmul.py` compares the declarations with the header of the XLA in use. The work is shared with XLA's own threads, so there are never more than it would use itself.
 
-use crate::parts::Job;
+use crate::cpu_kernels::work_queue::Job;
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::offset_of;
 use std::ptr::null_mut;

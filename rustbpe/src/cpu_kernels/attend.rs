@@ -4,8 +4,8 @@
 //! every place a row might have filled, only to mask them. Here each row and group of heads reads what is valid of its
 //! own keys and values, once, where they lie. Rows are what threads share; a row's result does not depend on its company.
 
-use crate::parts::{Job, Parts};
-use crate::vector::Isa;
+use crate::cpu_kernels::vector::Isa;
+use crate::cpu_kernels::work_queue::{Job, Parts};
 
 /// Bytes of keys and values that make another thread worth its start (some microseconds).
 const BYTES_PER_THREAD: usize = 128 << 10;
@@ -138,7 +138,7 @@ impl Job for Attention {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::*;
-    use crate::vector::Vector;
+    use crate::cpu_kernels::vector::Vector;
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx512f,avx2,fma")]

@@ -8,8 +8,8 @@
 //! Every sum runs over k in order, whatever the number of rows and threads, so the result for a row depends neither on
 //! its company nor on the machine's load.
 
-use crate::parts::{Job, Parts};
-pub use crate::vector::Isa;
+pub use crate::cpu_kernels::vector::Isa;
+use crate::cpu_kernels::work_queue::{Job, Parts};
 
 pub const MAX_ROWS: usize = 64;
 
@@ -100,7 +100,7 @@ impl Job for Product {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::*;
-    use crate::vector::Vector;
+    use crate::cpu_kernels::vector::Vector;
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 

@@ -1,7 +1,7 @@
 //! Keeping the k largest of each row, against sorting.
 
-use rustbpe::largest::Largest;
-use rustbpe::parts::Job;
+use rustbpe::cpu_kernels::top_k::Largest;
+use rustbpe::cpu_kernels::work_queue::Job;
 
 mod numbers;
 use numbers::numbers;

@@ -4,9 +4,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use crate::count::PieceCounter;
+use crate::bpe::count::PieceCounter;
+use crate::bpe::split::Splitter;
 use crate::error::Error;
-use crate::split::Splitter;
 
 /// A batch is handed on when it holds this much text, however few documents that are.
 const BATCH_BYTES: usize = 1 << 20;

@@ -1,7 +1,7 @@
 //! The product of a few rows with a matrix, against a plain loop in double precision.
 
-use rustbpe::parts::Job;
-use rustbpe::skinny::{Isa, MAX_ROWS, Product};
+use rustbpe::cpu_kernels::small_batch_matmul::{Isa, MAX_ROWS, Product};
+use rustbpe::cpu_kernels::work_queue::Job;
 
 mod numbers;
 use numbers::numbers;

@@ -3,8 +3,8 @@
 
 use fancy_regex::Regex;
 
+use crate::bpe::fast_split::FastSplitter;
 use crate::error::Error;
-use crate::fast_split::FastSplitter;
 
 /// The split pattern used when none is given: GPT-4's with numbers cut into groups of at most two digits
 /// (reference behaviour, core spec 6.2).

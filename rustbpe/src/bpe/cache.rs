@@ -1,9 +1,9 @@
 //! A bounded memory of how short pieces were encoded.
 
-use crate::huge;
-use crate::key::{MAX_KEY_BYTES, hash_key};
-use crate::prefetch::prefetch;
-use crate::vocab::MAX_RANK;
+use crate::bpe::huge;
+use crate::bpe::key::{MAX_KEY_BYTES, hash_key};
+use crate::bpe::prefetch::prefetch;
+use crate::bpe::vocab::MAX_RANK;
 
 /// Bits of a remembered id; enough for every rank (`vocab::MAX_RANK`).
 const ID_BITS: u32 = 24;

@@ -461,7 +461,7 @@ class Terminal:
 
     def __init__(self, base_dir):
         master, slave = pty.openpty()
-        root = Path(__file__).parent.parent
+        root = Path(__file__).parents[2]
         environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(root), "TERM": "dumb"}
         command = [sys.executable, "-m", "tests.scripted_engine"]
         self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=root,
