@@ -19,9 +19,8 @@ import numpy as np
 
 from nanochat_jax.evals import results, stats
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.request import Request
+from nanochat_jax.inference.request import Request, question_seed
 from nanochat_jax.model import gpt
-from nanochat_jax.stages.rollouts import question_seed
 from tasks.sandbox import SandboxUnavailable
 
 Progress = Callable[[int, int, float], None]  # (problems done, problems, accuracy so far)

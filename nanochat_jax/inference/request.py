@@ -206,3 +206,8 @@ def _checked_prompt(tokens: Sequence[int], vocab_size: int) -> list[int]:
             f"the prompt holds ids from {min(prompt)} to {max(prompt)}; the vocabulary has 0 to {vocab_size - 1}"
         )
     return prompt
+
+
+def question_seed(seed: int, question: int) -> int:
+    """A 32-bit seed for a question in a step's seed (a multiplicative hash: neighbours must not share samples)."""
+    return (seed * 0x9E3779B1 + question * 0x85EBCA6B + 0x27D4EB2F) & 0xFFFFFFFF

@@ -3,13 +3,11 @@
 python -m scripts.models            as a list; --json for programs
 """
 
-import contextlib
 import json
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +55,6 @@ def models(run: str = "", stage: str = "") -> list[Model]:
     found.sort(key=lambda p: (checkpoint.step_dir(p, checkpoint.steps(p)[-1]) / "meta.json").stat().st_mtime)
     listed = [_model(folder) for folder in found]
     return [model for model in listed if not stage or model.stage == stage]
-
-
-def chosen(meta: dict[str, Any], run: str | None, stage: str | None) -> tuple[str, str]:
-    """(which model was loaded and since when it is there; which others the flags could have meant, "" if none).
-
-    meta: as `checkpoint.load_model` returns it; run, stage: the flags it was chosen by.
-    """
-    shown = f"{meta['run']}, stage {meta['stage']}, step {meta['step']}"
-    with contextlib.suppress(OSError):  # training may have replaced it meanwhile
-        path = checkpoint.step_dir(checkpoint.run_dir(meta["run"]), meta["step"]) / "meta.json"
-        shown += f", saved {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
-    if run:
-        return shown, ""
-    n = len(_of_stage(stage))
-    which = f"the newest of {n} {stage} runs" if stage else f"the newest of {n} runs"
-    return shown, f"{which}: --run=NAME takes another, python -m scripts.models lists them" if n > 1 else ""
-
-
-def _of_stage(stage: str | None) -> list[Path]:
-    found = [p for p in paths.runs_dir().glob("*") if checkpoint.steps(p)]
-    return [p for p in found if not stage or checkpoint.load_meta(p)["stage"] == stage]
 
 
 def _model(folder: Path) -> Model:

@@ -15,8 +15,9 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -271,9 +272,7 @@ def find_run(run: str | None = None, stage: str | None = None) -> Path:
                 f"no checkpoint of a run named {run!r} in {paths.runs_dir()}; runs there: {', '.join(known)}"
             )
         return run_dir(run)
-    found = [p for p in paths.runs_dir().glob("*") if steps(p)]
-    if stage is not None:
-        found = [p for p in found if load_meta(p)["stage"] == stage]
+    found = _runs_of(stage)
     if not found:
         wanted = "model" if stage is None else f"{stage} model"
         raise CheckpointError(
@@ -281,6 +280,12 @@ def find_run(run: str | None = None, stage: str | None = None) -> Path:
             "`python -m scripts.train --stage=base`."
         )
     return max(found, key=lambda p: (step_dir(p, steps(p)[-1]) / "meta.json").stat().st_mtime)
+
+
+def _runs_of(stage: str | None) -> list[Path]:
+    """All runs that have a checkpoint, or those of one stage."""
+    found = [p for p in paths.runs_dir().glob("*") if steps(p)]
+    return [p for p in found if not stage or load_meta(p)["stage"] == stage]
 
 
 def find_first(stages: tuple[str, ...]) -> Path:
@@ -301,6 +306,22 @@ def load_model(
     meta = load_meta(folder, step)
     config = config_from_dict(meta["config"])
     return config, load_params(folder, meta), load_tokenizer(folder, meta), {**meta, "run": folder.name}
+
+
+def chosen(meta: dict[str, Any], run: str | None, stage: str | None) -> tuple[str, str]:
+    """(which model was loaded and when it was saved; which others the flags could have meant, "" if none).
+
+    meta: as `load_model` returns it; run, stage: the flags it was chosen by.
+    """
+    shown = f"{meta['run']}, stage {meta['stage']}, step {meta['step']}"
+    with suppress(OSError):  # training may have replaced it meanwhile
+        path = step_dir(run_dir(meta["run"]), meta["step"]) / "meta.json"
+        shown += f", saved {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+    if run:
+        return shown, ""
+    n = len(_runs_of(stage))
+    which = f"the newest of {n} {stage} runs" if stage else f"the newest of {n} runs"
+    return shown, f"{which}: --run=NAME takes another, python -m scripts.models lists them" if n > 1 else ""
 
 
 def load_params(folder: Path, meta: dict) -> Params:

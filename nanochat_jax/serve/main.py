@@ -103,8 +103,7 @@ def _serve(settings: ServeSettings) -> int:
     import jax  # takes a second
 
     from nanochat_jax.hardware import devices
-    from nanochat_jax.report.list_runs import chosen
-    from nanochat_jax.runs.checkpoint import find_run, load_model
+    from nanochat_jax.runs.checkpoint import chosen, find_run, load_model
     from nanochat_jax.serve.app import create_app
     from nanochat_jax.serve.service import Defaults, Service
     from nanochat_jax.serve.watch import Watcher, saved_at

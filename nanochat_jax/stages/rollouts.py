@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.request import Request
+from nanochat_jax.inference.request import Request, question_seed
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,6 @@ def collect(
     for index, conversation, group in zip(questions, conversations, rows, strict=True):
         out.append([_answer(index, conversation, request, tokenizer, task) for request in group])
     return out
-
-
-def question_seed(seed: int, question: int) -> int:
-    """A 32-bit seed for a question in a step's seed (a multiplicative hash: neighbours must not share samples)."""
-    return (seed * 0x9E3779B1 + question * 0x85EBCA6B + 0x27D4EB2F) & 0xFFFFFFFF
 
 
 def _answer(index: int, conversation: dict, request: Request, tokenizer: Any, task: Any) -> Answer:

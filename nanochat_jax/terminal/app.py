@@ -56,8 +56,7 @@ def _run(settings: ChatSettings) -> int:
     # JAX takes a second to import: flags are judged before
     from nanochat_jax.hardware import devices
     from nanochat_jax.inference.engine import Engine
-    from nanochat_jax.report.list_runs import chosen
-    from nanochat_jax.runs.checkpoint import load_model
+    from nanochat_jax.runs.checkpoint import chosen, load_model
 
     talking = settings.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if talking:

@@ -90,7 +90,7 @@ def test_problems_are_listed_and_do_not_hide_the_rest(base, tokenizer, capsys):
 
 def test_what_was_chosen_and_what_else_could_have_been(base, tokenizer):
     def said(run=None, stage=None, step=None):
-        return list_runs.chosen(checkpoint.load_model(run, stage, step)[3], run, stage)
+        return checkpoint.chosen(checkpoint.load_model(run, stage, step)[3], run, stage)
 
     folder = make_run(tokenizer, "d1", "base", (4, 8))
     os.utime(checkpoint.step_dir(folder, 4) / "meta.json", (86_400 * 366, 86_400 * 366.5))  # the 2nd of January 1971
@@ -102,7 +102,7 @@ def test_what_was_chosen_and_what_else_could_have_been(base, tokenizer):
     make_run(tokenizer, "d2", "base")
     assert said(stage="base")[0].startswith("d2, ") and said(stage="base")[1].startswith("the newest of 2 base runs: ")
     meta = {"run": "gone", "stage": "base", "step": 3}
-    assert list_runs.chosen(meta, "gone", None) == ("gone, stage base, step 3", ""), "removed meanwhile"
+    assert checkpoint.chosen(meta, "gone", None) == ("gone, stage base, step 3", ""), "removed meanwhile"
 
 
 def test_nothing_there_says_what_to_do(base, capsys):

@@ -585,13 +585,13 @@ def test_a_prompt_from_standard_input(monkeypatch, capsys):
 
 @pytest.fixture
 def chosen(engine, monkeypatch):
-    """A model is loaded, and answers; the returned list is what `models.chosen` says of it."""
+    """A model is loaded, and answers; the returned list is what `checkpoint.chosen` says of it."""
     meta, words = {"run": "r", "stage": "sft", "step": 7}, ["r, stage sft, step 7, saved today", ""]
     monkeypatch.setattr("nanochat_jax.runs.checkpoint.load_model", lambda *a: (engine.config, None, TOKENIZER, meta))
     monkeypatch.setattr(
         "nanochat_jax.inference.engine.Engine", lambda *a, **k: Scripted([*TOKENIZER.encode_text("hi"), END])
     )
-    monkeypatch.setattr("nanochat_jax.report.list_runs.chosen", lambda *a: words)
+    monkeypatch.setattr("nanochat_jax.runs.checkpoint.chosen", lambda *a: words)
     return words
 
 
