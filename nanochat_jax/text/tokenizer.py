@@ -42,7 +42,7 @@ SPLIT_PATTERN = (
 )
 
 FILE_NAME = "tokenizer.json"
-FILE_FORMAT, FILE_VERSION = "nanochat_jax.text.tokenizer", 1
+FILE_FORMAT, FILE_VERSION = "nanochat_jax.tokenizer", 1
 HOW_TO_TRAIN = "train one: python -m scripts.tok_train --data PATH (or --demo)"
 
 
