@@ -3,31 +3,26 @@
 They say its name, who made it, that it is a small language model trained with nanochat_jax (open source, MIT), that it
 works best in English, and what it cannot do. People greet it politely, shout, mistype, leave out punctuation, try other
 languages, and ask further. One phrasing in five (questions, greetings, links and closings alike) is used for
-``split="val"`` only, so what is asked there is never met in training. The phrasings are in identity_phrases.py.
+``split="val"`` only, so what is asked there is never met in training. The phrasings are in identity.toml.
+
+The demo has its own, far simpler questions (``nanochat_jax.demo_world.chat.identity``): these need more English.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from nanochat_jax.demo_world.draw import SPLITS, VAL, Draw
+from nanochat_jax.demo_world.spelling import mistyped, places_of_typos
+from nanochat_jax.demo_world.tables import read_table
 from nanochat_jax.demo_world.template import fill
 from nanochat_jax.utils.paths import write_atomic
-from tasks.identity_phrases import (
-    CLOSING_REPLIES,
-    CLOSINGS,
-    FOREIGN,
-    FOREIGN_REPLIES,
-    GREETING_REPLIES,
-    GREETINGS,
-    LINKS,
-    OPENING_WEIGHTS,
-    topics,
-)
 
+PHRASES = read_table("identity", "tasks")
+TOPICS = PHRASES["topic"]
 HELD_OUT_ONE_IN = 5
-_TYPO_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def phrasings(phrases: Sequence[Any], split: str) -> Sequence[Any]:
@@ -70,7 +65,6 @@ def _conversation(draw: Draw, name: str, creator: str) -> list[dict[str, str]]:
         "creator": creator,
         "made": f"made by {creator}" if creator else "trained with nanochat_jax",
     }
-    about = topics(creator)
     style = draw.below(100)
     messages: list[dict[str, str]] = []
 
@@ -86,26 +80,31 @@ def _conversation(draw: Draw, name: str, creator: str) -> list[dict[str, str]]:
         return fill(draw.pick(phrasings(phrases, draw.split)), draw, fields)
 
     opening = draw.below(100)
-    topic = draw.pick([i for i, weight in enumerate(OPENING_WEIGHTS) for _ in range(weight)])
+    topic = draw.pick([i for i, topic in enumerate(TOPICS) for _ in range(topic["opens"])])
     asked = {topic}
-    question = pick(about[topic].questions)
+    question = pick(TOPICS[topic]["questions"])
     if opening < 12:
-        say(pick(GREETINGS) + draw.pick(("", "!", ".", "!!")), GREETING_REPLIES)
+        say(pick(PHRASES["greetings"]) + draw.pick(("", "!", ".", "!!")), PHRASES["greeting_replies"])
     elif opening < 20:
-        greeting, language = draw.pick(phrasings(FOREIGN, draw.split))
-        say(greeting + draw.pick(("", "!", ".")), FOREIGN_REPLIES, greeting=greeting, language=language)
+        greeting, language = draw.pick(phrasings(PHRASES["foreign"], draw.split))
+        say(greeting + draw.pick(("", "!", ".")), PHRASES["foreign_replies"], greeting=greeting, language=language)
     elif opening < 50:
-        question = _joined(pick(GREETINGS) + draw.pick(("!", ",", ".", " -")), question)
+        question = _joined(pick(PHRASES["greetings"]) + draw.pick(("!", ",", ".", " -")), question)
     if opening >= 20 or draw.chance(0.6):
-        say(question, about[topic].answers)
+        say(question, _answers(topic, creator))
         for _ in range(draw.pick((0, 0, 0, 1, 1, 2, 3))):
-            topic = draw.pick([i for i in range(len(about)) if i not in asked])
+            topic = draw.pick([i for i in range(len(TOPICS)) if i not in asked])
             asked.add(topic)
-            question = pick(about[topic].questions)
-            say(_joined(pick(LINKS), question) if draw.chance(0.4) else question, about[topic].answers)
+            question = pick(TOPICS[topic]["questions"])
+            say(_joined(pick(PHRASES["links"]), question) if draw.chance(0.4) else question, _answers(topic, creator))
     if draw.chance(0.15):
-        say(pick(CLOSINGS), CLOSING_REPLIES)
+        say(pick(PHRASES["closings"]), PHRASES["closing_replies"])
     return messages
+
+
+def _answers(topic: int, creator: str) -> Sequence[str]:
+    answers = TOPICS[topic]
+    return answers["answers"] if creator else answers.get("answers_without_creator", answers["answers"])
 
 
 def _joined(before: str, question: str) -> str:
@@ -115,7 +114,7 @@ def _joined(before: str, question: str) -> str:
 
 
 def _styled(text: str, style: int, draw: Draw) -> str:
-    """The text as this person types: neatly (55 in 100), in lower case, shouting, with slips, or with many marks."""
+    """The text as this person types: neatly (55 in 100), in lower case, shouting, with typos, or with many marks."""
     if style < 55:
         return text
     if style < 67:
@@ -130,10 +129,8 @@ def _styled(text: str, style: int, draw: Draw) -> str:
 
 
 def _mistyped(text: str, draw: Draw) -> str:
-    """One letter inside a word dropped, doubled, exchanged with the next, or replaced."""
-    places = [i for i in range(1, len(text) - 1) if text[i - 1 : i + 2].isalpha()]
-    if len(places) < 3:  # in a word of three letters, a slip could make another word
+    """The text with a typo in one of its words."""
+    places = places_of_typos(text)
+    if len(places) < 3:  # in a word of three letters, a typo could make another word
         return text
-    i, slip = draw.pick(places), draw.below(4)
-    middle = ("", text[i] * 2, text[i + 1] + text[i], draw.pick(_TYPO_LETTERS))[slip]
-    return text[:i] + middle + text[i + (2 if slip == 2 else 1) :]
+    return mistyped(text, draw.pick(places), draw.below(4), draw.pick(ascii_lowercase))

@@ -271,7 +271,7 @@ def test_all_of_it_is_read():
     assert {
         "nanochat_jax",
         "nanochat_jax.model.gpt",
-        "nanochat_jax.demo_world.chat.letters",
+        "nanochat_jax.demo_world.chat.kinds",
         "tasks.hub",
     } <= HOUSE.keys()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from nanochat_jax.demo_world import nature, numbers, people, problems, schoolroom, spelling, stories
+from nanochat_jax.demo_world import nature, numbers, people, schoolroom, spelling, stories
 from nanochat_jax.demo_world.draw import Draw
 from nanochat_jax.demo_world.prose import python_prose
 from nanochat_jax.demo_world.world import World, make_world
@@ -47,7 +47,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("list", 5, schoolroom.lists),
     Kind("sums", 9, numbers.sums),
     Kind("row of sums", 2, numbers.row_of_sums),
-    Kind("word problems", 6, problems.word_problems),
+    Kind("word problems", 6, numbers.word_problems),
     Kind("products", 2, numbers.products),
     Kind("equations", 5, numbers.equations),
     Kind("comparing", 2, numbers.comparing),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from nanochat_jax.demo_world.draw import Draw, side
-from nanochat_jax.demo_world.people import fact_of
-from nanochat_jax.demo_world.relations import ANIMAL, JOB, TOWN, ask, short_answer, state
-from nanochat_jax.demo_world.template import article, capital, join_words
-from nanochat_jax.demo_world.world import World
+from nanochat_jax.demo_world.relations import ANIMAL, JOB, TOWN, asked_and_answered, state
+from nanochat_jax.demo_world.tables import read_table
+from nanochat_jax.demo_world.template import article, capital, fill, join_words
+from nanochat_jax.demo_world.world import World, fact_of
 
 _ANIMAL = tuple(ANIMAL)
 _TOWN = tuple(TOWN)
+_PHRASES = read_table("documents")
 
 
 def _chosen(draw: Draw, kind: str, names: list[str], relations: tuple[str, ...], low: int, high: int):
@@ -43,24 +44,18 @@ def animal_pair(world: World, draw: Draw) -> str:
         order = draw.some(("group", "sound", "food", "animal_home", "legs", "young", "can"), 3)
         if side("animal pair", a.kind, b.kind, *order) == draw.split:
             break
-    out = []
+    phrases, out = _PHRASES["animal_pair"], []
     for relation in order:
         one, two = fact_of(world, a.kind, relation), fact_of(world, b.kind, relation)
         if one.object == two.object:
-            both = {
-                "group": f"Both are {one.object}s.", "sound": f"Both of them can {_bare(one.object)}.",
-                "food": f"Both eat {one.object}.", "animal_home": f"Both live in {one.object}.",
-                "legs": f"Both have {one.object} legs.", "young": f"Both call their young {article(one.object)}.",
-                "can": f"Both can {one.object}.",
-            }  # fmt: skip
             if not out:
-                out.append(f"Think of {article(a.kind)} and {article(b.kind)}.")
-            out.append(both[relation])
+                out.append(fill(phrases["begin"], draw, {"a": a.kind, "b": b.kind}))
+            fields = {"one": one.object, "bare": _bare(one.object)}
+            out.append(fill(phrases["both"][relation], draw, fields))
         else:
             second = state(two, draw)
-            out.append(
-                f"{state(one, draw)[:-1]}, {draw.pick(('but', 'and', 'while'))} {second[:1].lower()}{second[1:]}"
-            )
+            first = state(one, draw)[:-1]
+            out.append(f"{first}, {draw.pick(phrases['joints'])} {second[:1].lower()}{second[1:]}")
     return " ".join(out)
 
 
@@ -80,17 +75,9 @@ def animal_list(world: World, draw: Draw) -> str:
             break
     out = []
     for relation, value, kinds in groups:
-        many = len(kinds) > 1
         names = capital(join_words([article(kind) for kind in kinds]))
-        be, have = ("are", "have") if many else ("is", "has")
-        out.append(
-            {
-                "group": f"{names} {be} {value + 's' if many else article(value)}.",
-                "legs": f"{names} {have} {value} legs.",
-                "food": f"{names} {'eat' if many else 'eats'} {value}.",
-                "covering": f"{names} {be} covered with {value}.",
-            }[relation]
-        )
+        phrase = _PHRASES["animal_list"][relation][len(kinds) > 1]
+        out.append(fill(phrase, draw, {"names": names, "value": value}))
     return " ".join(out)
 
 
@@ -134,9 +121,5 @@ def nature_quiz(world: World, draw: Draw) -> str:
         picks += [(draw.pick(world.towns).name, draw.pick(_TOWN)), (draw.pick(world.jobs).name, draw.pick(tuple(JOB)))]
         if side("nature quiz", *picks) == draw.split:
             break
-    out = []
-    for name, relation in draw.some(picks, len(picks)):
-        fact = fact_of(world, name, relation)
-        answer = capital(short_answer(fact, draw)) + "." if draw.chance(0.3) else state(fact, draw)
-        out.append(f"{ask(fact, draw)} {answer}")
-    return "\n".join(out)
+    lines = draw.some(picks, len(picks))
+    return "\n".join(asked_and_answered(fact_of(world, name, relation), draw) for name, relation in lines)

@@ -1,15 +1,19 @@
 """Text with numbers in it: sums, equations, word problems, counting, comparing.
 
 Every sum that is written down, in digits, in words or inside a story, asks `Draw.addends` for its numbers, so a number
-family of the held-out side (see `chance.sum_side`) is met nowhere in training text.
+family of the held-out side (see `draw.sum_side`) is met nowhere in training text.
 """
 
 from __future__ import annotations
 
-from nanochat_jax.demo_world.draw import TRAIN, Draw, side
-from nanochat_jax.demo_world.number_words import number_word
+from nanochat_jax.demo_world.draw import TRAIN, VAL, Draw, side, sum_side
+from nanochat_jax.demo_world.lexicon import COUNTABLE, number_word
+from nanochat_jax.demo_world.people import pair_fields
+from nanochat_jax.demo_world.tables import read_table
 from nanochat_jax.demo_world.template import capital, fill
 from nanochat_jax.demo_world.world import World
+
+_PHRASES = read_table("documents")
 
 
 def _pair(draw: Draw) -> tuple[int, int]:
@@ -22,45 +26,26 @@ def _pair(draw: Draw) -> tuple[int, int]:
     return draw.addends(100, 499, 10, 499)
 
 
-_DIGIT_LINES = ("{a} + {b} = {c}", "{b} + {a} = {c}", "{c} - {a} = {b}", "{c} - {b} = {a}")
-_WORD_LINES = (
-    "{^wa} plus {wb} is {wc}.", "{^wb} plus {wa} is {wc}.", "{^wc} minus {wa} is {wb}.", "{^wc} minus {wb} is {wa}.",
-    "The sum of {wa} and {wb} is {wc}.", "Take {wa} away from {wc} and {wb} is left.",
-    "If you add {wa} and {wb}, you get {wc}.",
-)  # fmt: skip
-_QUESTION_LINES = (
-    "What is {a} + {b}? {a} + {b} is {c}.", "What is {c} - {a}? {c} - {a} is {b}.",
-    "How much is {a} plus {b}? It is {c}.",
-    "How much is {c} minus {b}? It is {a}.", "Add {a} and {b}. The answer is {c}.",
-    "Subtract {a} from {c}. The answer is {b}.",
-)  # fmt: skip
-
-
-def _sum_fields(a: int, b: int) -> dict[str, str]:
-    c = a + b
-    return {
-        "a": str(a), "b": str(b), "c": str(c), "wa": number_word(a), "wb": number_word(b), "wc": number_word(c),
-    }  # fmt: skip
+def _digits_and_words(**numbers: int) -> dict[str, str]:
+    """Every number in digits and, with a w before its name, in words."""
+    return {k: str(n) for k, n in numbers.items()} | {"w" + k: number_word(n) for k, n in numbers.items()}
 
 
 def sums(world: World, draw: Draw) -> str:
     """A page of additions and subtractions, in digits, in words or as questions."""
-    style = draw.below(4)
-    lines = (_DIGIT_LINES, _WORD_LINES, _QUESTION_LINES, _DIGIT_LINES + _WORD_LINES + _QUESTION_LINES)[style]
+    phrases, style = _PHRASES["sums"], draw.below(4)
+    digits, words, questions = phrases["digits"], phrases["words"], phrases["questions"]
+    lines = (digits, words, questions, digits + words + questions)[style]
     out = []
     for _ in range(draw.between(5, 12)):
-        pair = _pair(draw)
-        fields = _sum_fields(*pair)
+        a, b = _pair(draw)
+        fields = _digits_and_words(a=a, b=b, c=a + b)
         if style == 3 and draw.chance(0.4):  # the same sum twice, in digits and in words
-            out.append(f"{fields['a']} + {fields['b']} = {fields['c']}")
-            out.append(fill("{^wa} plus {wb} is {wc}.", draw, fields))
+            out += [fill(digits[0], draw, fields), fill(words[0], draw, fields)]
         else:
             out.append(fill(draw.pick(lines), draw, fields))
     if draw.chance(0.4):
-        head = draw.pick(
-            ("Here are some sums.", "Let us add and subtract.", "Sums for today:", "We practice our sums.")
-        )
-        out.insert(0, head)
+        out.insert(0, draw.pick(phrases["begin"]))
     return "\n".join(out)
 
 
@@ -70,7 +55,7 @@ def row_of_sums(world: World, draw: Draw) -> str:
     start = draw.between(1, 70)
     out = []
     for a in range(start, start + 12):
-        if side("sum", *sorted((a, b))) == draw.split and max(a, b) > 10 or max(a, b) <= 10 and draw.split == TRAIN:
+        if sum_side(a, b) == draw.split:
             out.append(f"{a} + {b} = {a + b}")
     if len(out) < 3:  # the held-out side owns one family in ten: a whole row of them is rare, a page of sums is not
         return sums(world, draw)
@@ -86,8 +71,7 @@ def products(world: World, draw: Draw) -> str:
         low, high = min(a, b), max(a, b)
         if (TRAIN if high <= 10 else side("product", low, high)) != draw.split:
             continue
-        words = f"{capital(number_word(a))} times {number_word(b)} is {number_word(a * b)}."
-        out.append(draw.pick((f"{a} * {b} = {a * b}", words, f"What is {a} times {b}? {a} times {b} is {a * b}.")))
+        out.append(fill(draw.pick(_PHRASES["products"]["lines"]), draw, _digits_and_words(a=a, b=b, c=a * b)))
     return "\n".join(out)
 
 
@@ -95,18 +79,12 @@ def equations(world: World, draw: Draw) -> str:
     """Small equations with their solution: "If 5*x + 3 = 13, then x is 2."."""
     out: list[str] = []
     n = draw.between(3, 7)
-    explain = draw.chance(0.3)
+    phrase = _PHRASES["equations"]["explained" if draw.chance(0.3) else "short"]
     while len(out) < n:
         a, x, b = draw.between(2, 6), draw.between(1, 10), draw.between(1, 12)
         if side("equation", a, x, b) != draw.split:
             continue
-        if explain:
-            out.append(
-                f"Solve {a}*x + {b} = {a * x + b}. First we take away {b} on both sides, and {a}*x = {a * x} remains. "
-                f"Then we divide by {a}, so x is {x}."
-            )
-        else:
-            out.append(f"If {a}*x + {b} = {a * x + b}, then x is {x}.")
+        out.append(fill(phrase, draw, _digits_and_words(a=a, b=b, x=x, ax=a * x, c=a * x + b)))
     return "\n".join(out)
 
 
@@ -119,17 +97,8 @@ def comparing(world: World, draw: Draw) -> str:
         if a == b or side("compare", *sorted((a, b))) != draw.split:
             continue
         low, high = min(a, b), max(a, b)
-        out.append(
-            draw.pick(
-                (
-                    f"{high} is more than {low}.",
-                    f"{low} is less than {high}.",
-                    f"Which is more, {a} or {b}? {high} is more.",
-                    f"Which is less, {a} or {b}? {low} is less.",
-                    f"Between {low} and {high}, the larger number is {high}.",
-                )
-            )
-        )
+        fields = _digits_and_words(a=a, b=b, low=low, high=high)
+        out.append(fill(draw.pick(_PHRASES["comparing"]["lines"]), draw, fields))
     return "\n".join(out)
 
 
@@ -143,16 +112,35 @@ def counting(world: World, draw: Draw) -> str:
     numbers = [start + step * i for i in range(n)]
     if down:
         numbers.reverse()
-    row = ", ".join(number_word(i) if words else str(i) for i in numbers)
+    said = [number_word(i) if words else str(i) for i in numbers]
     person = draw.pick(world.people)
-    how = "" if step == 1 else f" in steps of {number_word(step)}"
-    way = "down" if down else "up"
-    first, last = (number_word(numbers[0]), number_word(numbers[-1])) if words else (str(numbers[0]), str(numbers[-1]))
-    heads = (
-        f"{person.name} counts {way}{how} from {first} to {last}: {row}.",
-        f"Let us count {way}{how} from {first} to {last}. {capital(row)}.",
-        f"Counting {way}{how}: {row}.",
-        f'"Can you count {way} from {first} to {last}{how}?" asked {person.friend}. "Yes," said {person.name}. '
-        f'"{capital(row)}."',
-    )
-    return draw.pick(heads)
+    fields = {
+        "person": person.name, "friend": person.friend, "way": "down" if down else "up",
+        "steps": "" if step == 1 else f" in steps of {number_word(step)}",
+        "first": said[0], "last": said[-1], "row": ", ".join(said),
+    }  # fmt: skip
+    return fill(draw.pick(_PHRASES["counting"]["lines"]), draw, fields)
+
+
+def _amount(n: int, noun: tuple[str, str], words: bool) -> str:
+    return f"{number_word(n) if words else n} {noun[0] if n == 1 else noun[1]}"
+
+
+def word_problems(world: World, draw: Draw) -> str:
+    """Two to four little stories in which something is given, found or counted, in words or in digits."""
+    phrases, out = _PHRASES["word_problems"], []
+    for _ in range(draw.between(2, 4)):
+        person, noun, words = draw.pick(world.people), draw.pick(COUNTABLE), draw.chance(0.5)
+        while True:
+            low = draw.addends(2, 9, 11, 40) if draw.split == VAL else draw.addends(2, 9, 2, 12)
+            big = draw.addends(2, 60)
+            a, b = big if draw.chance(0.4) else low if draw.chance(0.5) else low[::-1]
+            if a != b:
+                break
+        c = a + b
+        fields = pair_fields(world, person.name) | {
+            "a": number_word(a) if words else str(a), "b": number_word(b) if words else str(b),
+            "ta": _amount(a, noun, words), "tb": _amount(b, noun, words), "tc": _amount(c, noun, words),
+        }  # fmt: skip
+        out.append(capital(fill(draw.pick(phrases["more" if draw.chance(0.5) else "less"]), draw, fields)))
+    return "\n".join(out)

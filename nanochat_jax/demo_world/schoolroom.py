@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import cache, lru_cache
+from functools import lru_cache
 
-from nanochat_jax.demo_world import general as g
 from nanochat_jax.demo_world.draw import Draw, side
-from nanochat_jax.demo_world.relations import GENERAL, ask, short_answer, state
-from nanochat_jax.demo_world.template import capital, join_words
+from nanochat_jax.demo_world.lexicon import BY_HEART, DAYS, number_word
+from nanochat_jax.demo_world.relations import GENERAL, ask, asked_and_answered, state
+from nanochat_jax.demo_world.tables import read_table
+from nanochat_jax.demo_world.template import capital, fill, join_words
 from nanochat_jax.demo_world.world import Fact, World, facts
+
+_PHRASES = read_table("documents")
+_UNORDERED = ("senses", "continents")  # their first and last mean nothing
 
 
 @lru_cache(maxsize=8)
@@ -48,11 +52,7 @@ def _mixed(world: World, draw: Draw, kind: str, low: int, high: int) -> list[Fac
 
 def general_quiz(world: World, draw: Draw) -> str:
     """Questions and answers about the real world."""
-    out = []
-    for fact in _mixed(world, draw, "general quiz", 4, 7):
-        answer = capital(short_answer(fact, draw)) + "." if draw.chance(0.3) else capital(state(fact, draw))
-        out.append(f"{ask(fact, draw)} {answer}")
-    return "\n".join(out)
+    return "\n".join(asked_and_answered(fact, draw) for fact in _mixed(world, draw, "general quiz", 4, 7))
 
 
 def lesson(world: World, draw: Draw) -> str:
@@ -60,19 +60,14 @@ def lesson(world: World, draw: Draw) -> str:
     chosen = _mixed(world, draw, "lesson", 3, 5)
     teacher = next(p for p in world.people if p.job == "teacher")
     pupils = draw.some(world.children, len(chosen))
-    name = teacher.name
-    begin = (
-        f"Today {name} the teacher asks many questions.",
-        f"{name} stands at the blackboard.",
-        "The lesson begins.",
-    )
-    out = [draw.pick(begin)]
+    phrases, name = _PHRASES["lesson"], {"name": teacher.name}
+    out = [fill(draw.pick(phrases["begin"]), draw, name)]
     for fact, pupil in zip(chosen, pupils, strict=True):
         answer = capital(state(fact, draw))[:-1]
         out.append(
             f'"{ask(fact, draw)}" asks {teacher.name}. "{answer}," {draw.pick(("says", "answers"))} {pupil.name}.'
         )
-    out.append(draw.pick((f'"Very good," says {teacher.name}.', "Everyone claps.", "Then the bell rings.", "")))
+    out.append(fill(draw.pick(phrases["end"]), draw, name))
     return "\n".join(out).strip()
 
 
@@ -84,55 +79,36 @@ def days(world: World, draw: Draw) -> str:
         starts = [main if draw.chance(0.6) else other for _ in order]
         if side("days", *starts, *order) == draw.split:
             break
-    out = [_day_sentences(n)[k] for n, k in zip(starts, order, strict=True)]
+    phrases = _PHRASES["days"]
+    out = [fill(phrases["lines"][k], draw, _four_days(n)) for n, k in zip(starts, order, strict=True)]
     if draw.chance(0.3):
-        out.insert(0, f"The days of the week are {join_words(list(g.DAYS))}.")
+        out.insert(0, fill(phrases["week"], draw, {"days": join_words(list(DAYS))}))
     return " ".join(out)
 
 
-@cache
-def _day_sentences(n: int) -> tuple[str, ...]:
-    before, day, after, then = (g.DAYS[(n + k) % 7] for k in (-1, 0, 1, 2))
-    return (
-        f"If yesterday was {day}, then tomorrow will be {then}.",
-        f"If yesterday was {day}, then today is {after}.",
-        f"If today is {day}, then tomorrow will be {after}.",
-        f"If today is {day}, then yesterday was {before}.",
-        f"If tomorrow is {after}, then today is {day}.",
-        f"The day after {day} is {after}, and the day before {day} is {before}.",
-    )
-
-
-_LISTS = (
-    (("The planets of the solar system are: {}.", "The eight planets are {}.", "Around the sun go {}."), g.PLANETS),
-    (("The days of the week are {}.", "The seven days are: {}."), g.DAYS),
-    (("The months of the year are {}.", "The twelve months are: {}."), g.MONTHS),
-    (("The four seasons are {}.", "The seasons of the year are: {}."), g.SEASONS),
-    (("The colors of the rainbow are {}.", "A rainbow has these colors: {}."), g.RAINBOW),
-    (("The five senses are {}.",), ("seeing", "hearing", "smelling", "tasting", "feeling")),
-    (
-        ("The continents are {}.",),
-        ("Africa", "Antarctica", "Asia", "Australia", "Europe", "North America", "South America"),
-    ),
-)
+def _four_days(n: int) -> dict[str, str]:
+    return {name: DAYS[(n + k) % 7] for k, name in enumerate(("before", "today", "after", "then"), -1)}
 
 
 def lists(world: World, draw: Draw) -> str:
     """Things that everyone knows by heart, and what is first, last and next in them."""
+    phrases = _PHRASES["lists"]
+    names = tuple(phrases)
     while True:
-        index, start = draw.below(len(_LISTS)), draw.below(12)
+        index, start = draw.below(len(names)), draw.below(12)
         extra = draw.some(_by_relation(world)[draw.pick(_topics(world))], 2)
         if side("list", index, *extra) == draw.split:
             break
-    heads, items = _LISTS[index]
-    out = [draw.pick(heads).format(join_words(list(items)))]
+    name = names[index]
+    items = BY_HEART[name]
+    out = [fill(draw.pick(phrases[name]), draw, {"items": join_words(list(items))})]
     i = start % (len(items) - 1)
     about = (
         f"The first is {items[0]} and the last is {items[-1]}.",
         f"{capital(items[i])} comes before {items[i + 1]}.",
         f"{capital(items[i + 1])} comes after {items[i]}.",
-        f"There are {('two three four five six seven eight nine ten eleven twelve').split()[len(items) - 2]} of them.",
+        f"There are {number_word(len(items))} of them.",
     )
-    out += draw.some(about[1:] if items[0] in ("Africa", "seeing") else about, 2)
+    out += draw.some(about[1:] if name in _UNORDERED else about, 2)
     out += [capital(state(fact, draw)) for fact in extra]
     return " ".join(out)

@@ -1,17 +1,19 @@
 """Spelling words and counting their letters. Each word is spelled on one side of the split only.
 
-The word that is spelled stands in quotation marks: there it is cut into the same tokens as in a conversation.
+The word that is spelled stands in quotation marks: there it is split into the same tokens as in a conversation.
 """
 
 from __future__ import annotations
 
 from nanochat_jax.demo_world import lexicon as lex
 from nanochat_jax.demo_world.draw import Draw
-from nanochat_jax.demo_world.number_words import number_word
-from nanochat_jax.demo_world.template import article
+from nanochat_jax.demo_world.lexicon import number_word
+from nanochat_jax.demo_world.tables import read_table
+from nanochat_jax.demo_world.template import article, fill
 from nanochat_jax.demo_world.words import word_to_spell
 from nanochat_jax.demo_world.world import World
 
+_PHRASES = read_table("documents")
 _TIMES = {0: "zero times", 1: "one time"}
 
 
@@ -38,18 +40,11 @@ def counting_walk(word: str, letter: str) -> str:
 
 
 def _line(word: str, draw: Draw) -> str:
-    n = number_word(len(word))
-    return draw.pick(
-        (
-            f'The word "{word}" is spelled {spelled(word)}. It has {n} letters.',
-            f'How do you spell "{word}"? {spelled(word)}.',
-            f'{spelled(word)} spells "{word}".',
-            f'"{word}" is spelled {spelled(word)}.',
-            f'The letters of "{word}" are {spelled(word, ", ")}. That makes {n} letters.',
-            f'"{word}" begins with {word[0]} and ends with {word[-1]}. It is spelled {spelled(word)}.',
-            f'To write "{word}", you write {spelled(word)}.',
-        )
-    )
+    fields = {
+        "word": word, "spelled": spelled(word), "letters": spelled(word, ", "), "n": number_word(len(word)),
+        "first": word[0], "last": word[-1],
+    }  # fmt: skip
+    return fill(draw.pick(_PHRASES["spelling"]["lines"]), draw, fields)
 
 
 def spelling(world: World, draw: Draw) -> str:
@@ -59,16 +54,11 @@ def spelling(world: World, draw: Draw) -> str:
 
 def _letter_line(word: str, draw: Draw) -> str:
     letter = draw.pick(word) if draw.chance(0.9) else draw.pick("aeioust")
-    n = word.count(letter)
-    count = f'The letter {letter} appears {times(n)} in the word "{word}".'
-    return draw.pick(
-        (
-            f'How many times does the letter {letter} appear in "{word}"? We spell it: {counting_walk(word, letter)}. '
-            f"The letter {letter} appears {times(n)}.",
-            f"{count} Look: {counting_walk(word, letter)}.",
-            f'How often is {letter} in "{word}"? {spelled(word)}. It is there {times(n)}.',
-        )
-    )
+    fields = {
+        "word": word, "letter": letter, "spelled": spelled(word), "walk": counting_walk(word, letter),
+        "times": times(word.count(letter)),
+    }  # fmt: skip
+    return fill(draw.pick(_PHRASES["letter_counting"]["lines"]), draw, fields)
 
 
 def letter_counting(world: World, draw: Draw) -> str:
@@ -84,15 +74,27 @@ def spelling_bee(world: World, draw: Draw) -> str:
     for i in range(draw.between(3, 5)):
         word = word_to_spell(draw)
         asks, answers = pair[i % 2], pair[1 - i % 2]
-        praise = draw.pick(("Right", "Good", "Yes", "Well done"))
+        praise = draw.pick(_PHRASES["spelling"]["praise"])
         out.append(f'"Please spell {word}," said {asks}. "{spelled(word)}," said {answers}. "{praise}!"')
     return "\n".join(out)
 
 
 def alphabet(world: World, draw: Draw) -> str:
     """The alphabet and what begins with its letters. Whole words only: nothing is spelled here."""
-    nouns = [w for w in {*lex.THINGS, *(a[0] for a in lex.ANIMALS), *(c[0] for c in lex.COUNTABLE)} if " " not in w]
+    nouns = [w for w in {*lex.THINGS, *(a.kind for a in lex.ANIMALS), *(c[0] for c in lex.COUNTABLE)} if " " not in w]
     chosen = sorted(draw.selection("alphabet", sorted(nouns), draw.between(5, 8)))
     lines = [f"{w[0].upper()} is for {w}." for w in chosen]
     order = f"In the order of the alphabet these are {', '.join(article(w) for w in chosen)}."
     return " ".join([*lines, order] if draw.chance(0.4) else lines)
+
+
+def places_of_typos(text: str) -> list[int]:
+    """Where `mistyped` may change `text`: inside words."""
+    return [i for i in range(1, len(text) - 1) if text[i - 1 : i + 2].isalpha()]
+
+
+def mistyped(text: str, place: int, typo: int, letter: str) -> str:
+    """`text` with the letter at `place` dropped (`typo` 0), doubled (1), exchanged with the next (2) or replaced by
+    `letter` (3)."""
+    instead = ("", text[place] * 2, text[place + 1] + text[place], letter)[typo]
+    return text[:place] + instead + text[place + (2 if typo == 2 else 1) :]

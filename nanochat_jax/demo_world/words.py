@@ -19,15 +19,6 @@ MADE_UP_SHARE = 0.5
 SYLLABLES_SHARE = 0.2  # of the made-up words; the others, crossed from two real ones, have more of the usual pieces
 _PLAIN = re.compile(r"(?<![\w'-])[a-z]{3,12}(?![\w'-])")
 _VOWEL = re.compile(r"[aeiouy]")
-_STARTS = (
-    "b c d f g h j k l m n p qu r s t v w z bl br ch cl cr dr fl fr gl gr ph pl pr sc sh sk sl sm sn sp st str sw th "
-    "thr tr tw wh wr"
-).split()
-_MIDDLES = "a e i o u a e i o u ai au ea ee ei ie oa oo ou ow ay oy".split()
-_ENDS = (
-    "b ck d ff g ght l ld ll lt m mp n nd ng nk nt p r rd rk rn rst s sh ss st t th tt v w x y ble cle dle gle tle "
-    "tion sion ment ness ful less ly ing ed er est ous ive age ure ity ary ance ence ance able ish al ic"
-).split()
 
 
 @lru_cache(maxsize=1)
@@ -35,7 +26,8 @@ def spelling_words() -> tuple[str, ...]:
     """All words that the world spells: lower case, three to twelve letters, sorted."""
     phrases = [*lex.FOODS, *lex.COLORS, *lex.PET_KINDS, *lex.HOBBIES, *lex.THINGS, *lex.FRUITS, *lex.VEGETABLES]
     phrases += [*lex.FLOWERS, *lex.SPELLING_EXTRA, *(w for pair in lex.COUNTABLE for w in pair)]
-    phrases += [f"{a[0]} {a[1]} {a[7]}" for a in lex.ANIMALS] + [j[0] for j in lex.JOBS] + [p[0] for p in lex.PLACES]
+    phrases += [f"{a.kind} {a.group} {a.young}" for a in lex.ANIMALS] + [j.name for j in lex.JOBS]
+    phrases += [place for place, _ in lex.PLACES]
     words = {w for phrase in phrases for w in phrase.split() if w.isalpha() and w.islower() and 3 <= len(w) <= 12}
     return tuple(sorted(words - {"the", "and"}))
 
@@ -63,8 +55,10 @@ def words_of(split: str) -> tuple[str, ...]:
 
 
 def _syllables(draw: Draw) -> str:
-    word = "".join(draw.pick(_STARTS) + draw.pick(_MIDDLES) for _ in range(draw.between(1, 2)))
-    return word + draw.pick(_ENDS)
+    word = "".join(
+        draw.pick(lex.MADE_UP["starts"]) + draw.pick(lex.MADE_UP["middles"]) for _ in range(draw.between(1, 2))
+    )
+    return word + draw.pick(lex.MADE_UP["ends"])
 
 
 def _crossed(draw: Draw) -> str:

@@ -11,9 +11,8 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nanochat_jax.demo_world import general as g
 from nanochat_jax.demo_world import lexicon as lex
-from nanochat_jax.demo_world.number_words import number_word
+from nanochat_jax.demo_world.lexicon import Animal, Job, Town, number_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,44 +25,6 @@ class Fact:
 
     def __str__(self) -> str:
         return f"{self.subject}/{self.relation}/{self.object}"
-
-
-@dataclass(frozen=True, slots=True)
-class Town:
-    """A town: all texts are as they stand behind "the", "is known for" or "in the middle is"."""
-
-    name: str
-    region: str
-    river: str
-    hill: str
-    known_for: str
-    landmark: str
-    market_day: str
-
-
-@dataclass(frozen=True, slots=True)
-class Animal:
-    """A kind of animal. `sound` is a verb ("barks"), `home` has its article, `can` follows "can"."""
-
-    kind: str
-    group: str
-    sound: str
-    food: str
-    home: str
-    legs: int
-    covering: str
-    young: str
-    can: str
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A job: where it is done ("in a bakery"), what is done (a verb phrase), and the tool with its article."""
-
-    name: str
-    workplace: str
-    work: str
-    tool: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +109,13 @@ def _deal(rng: random.Random, items: tuple, n: int) -> list:
 def make_world(seed: int = 0) -> World:
     """The world of `seed`: the same towns, animals and jobs for all seeds, people dealt out anew for each."""
     rng = random.Random(seed)
-    towns = tuple(Town(*row) for row in lex.TOWNS)
     names = lex.CHILDREN + lex.ADULTS
     n = len(names)
-    town_names = tuple(t.name for t in towns)  # one home for each pair of friends, grown-ups in every town
+    town_names = tuple(t.name for t in lex.TOWNS)  # one home for each pair of friends, grown-ups in every town
     homes = _deal(rng, town_names, len(lex.CHILDREN) // 2) + _deal(rng, town_names, len(lex.ADULTS) // 2)
-    jobs = ["student"] * len(lex.CHILDREN) + _deal(rng, tuple(job[0] for job in lex.JOBS), len(lex.ADULTS))
+    jobs = ["student"] * len(lex.CHILDREN) + _deal(rng, tuple(job.name for job in lex.JOBS), len(lex.ADULTS))
     foods, colors = _deal(rng, lex.FOODS, n), _deal(rng, lex.COLORS, n)
-    animals, hobbies = _deal(rng, tuple(a[0] for a in lex.ANIMALS), n), _deal(rng, lex.HOBBIES, n)
+    animals, hobbies = _deal(rng, tuple(a.kind for a in lex.ANIMALS), n), _deal(rng, lex.HOBBIES, n)
     kinds, pets = _deal(rng, lex.PET_KINDS, n), _deal(rng, lex.PET_NAMES, n)
     order = _deal(rng, tuple(range(len(lex.CHILDREN))), len(lex.CHILDREN))
     order += [len(lex.CHILDREN) + i for i in _deal(rng, tuple(range(len(lex.ADULTS))), len(lex.ADULTS))]
@@ -180,9 +140,7 @@ def make_world(seed: int = 0) -> World:
                 friend=names[order[place ^ 1]][0],
             )
         )
-    return World(
-        seed, tuple(people), towns, tuple(Animal(*row) for row in lex.ANIMALS), tuple(Job(*row) for row in lex.JOBS)
-    )
+    return World(seed, tuple(people), lex.TOWNS, lex.ANIMALS, lex.JOBS)
 
 
 @lru_cache(maxsize=8)
@@ -224,25 +182,14 @@ def facts(world: World) -> tuple[Fact, ...]:
         ]
     for j in world.jobs:
         out += [Fact(j.name, "workplace", j.workplace), Fact(j.name, "work", j.work), Fact(j.name, "tool", j.tool)]
-    pairs = {
-        "capital": g.CAPITALS,
-        "continent": g.CONTINENTS,
-        "symbol": g.SYMBOLS,
-        "opposite": g.OPPOSITES + tuple((b, a) for a, b in g.OPPOSITES),
-        "color_of": g.COLORS_OF,
-        "sides": tuple((shape, number_word(n)) for shape, n in g.SIDES),
-        "unit": g.UNITS,
-        "use": g.USES,
-        "plural": g.PLURALS,
-        "sense": g.SENSES,
-        "origin": g.ORIGINS,
-        "season": g.SEASON_OF,
-        "month_days": tuple((month, number_word(n)) for month, n in g.MONTH_DAYS),
-        "next_day": tuple((d, g.DAYS[(i + 1) % 7]) for i, d in enumerate(g.DAYS)),
-        "previous_day": tuple((d, g.DAYS[i - 1]) for i, d in enumerate(g.DAYS)),
-        "next_month": tuple((m, g.MONTHS[(i + 1) % 12]) for i, m in enumerate(g.MONTHS)),
-        "planet_number": tuple((p, g.ORDINALS[i]) for i, p in enumerate(g.PLANETS)),
-        "next_planet": tuple((p, g.PLANETS[i + 1]) for i, p in enumerate(g.PLANETS[:-1])),
+    pairs: dict[str, list[tuple[str, str]]] = {relation: list(known) for relation, known in lex.GENERAL.items()}
+    pairs["opposite"] += [(b, a) for a, b in lex.GENERAL["opposite"]]
+    pairs |= {
+        "next_day": [(d, lex.DAYS[(i + 1) % 7]) for i, d in enumerate(lex.DAYS)],
+        "previous_day": [(d, lex.DAYS[i - 1]) for i, d in enumerate(lex.DAYS)],
+        "next_month": [(m, lex.MONTHS[(i + 1) % 12]) for i, m in enumerate(lex.MONTHS)],
+        "planet_number": [(p, lex.ORDINALS[i]) for i, p in enumerate(lex.PLANETS)],
+        "next_planet": [(p, lex.PLANETS[i + 1]) for i, p in enumerate(lex.PLANETS[:-1])],
     }
     out += [Fact(a, relation, b) for relation, rows in pairs.items() for a, b in rows]
     return tuple(out)
@@ -251,6 +198,11 @@ def facts(world: World) -> tuple[Fact, ...]:
 def lookup(world: World, subject: str, relation: str) -> str:
     """The object of a fact; KeyError where the world has no such fact."""
     return _index(world)[subject, relation]
+
+
+def fact_of(world: World, subject: str, relation: str) -> Fact:
+    """The fact that `world` has about `subject` and `relation`; KeyError where there is none."""
+    return Fact(subject, relation, lookup(world, subject, relation))
 
 
 @lru_cache(maxsize=8)

@@ -17,8 +17,8 @@ from nanochat_jax.demo_world import (
     make_world,
     python_prose,
 )
-from nanochat_jax.demo_world.number_words import number_word
-from nanochat_jax.demo_world.stories.tell import FABLES, STORIES
+from nanochat_jax.demo_world.lexicon import number_word
+from nanochat_jax.demo_world.plots import FABLES, STORIES
 
 WORLD = make_world(0)
 NUMBERS = {number_word(n): n for n in range(2000)} | {str(n): n for n in range(2000)}

@@ -215,7 +215,7 @@ def test_phrasings():
         train, val = (chat_facts.phrasings(fact, split) for split in SPLITS)
         assert len(train) >= 2 and not set(train) & set(val)
         # What the documents ask cannot be held out.
-        assert not set(val) & set(RELATIONS[fact.relation].questions)
+        assert not set(val) & set(RELATIONS[fact.relation].ask)
         sentence = chat_facts.answer_sentence(fact, draw)
         assert fact.object in sentence and fact.object == lookup(WORLD, fact.subject, fact.relation)
         assert chat_facts.names_only(WORLD, fact.relation, fact.object, sentence, sentence)
@@ -262,7 +262,7 @@ def test_choice_has_one_right_answer():
         ]
         assert [fact.object for fact in fits] == [asked.choices[asked.right]], asked
         asked = animal_quiz(Draw(0, "train", i))
-        animals = {animal[0] for animal in ANIMALS}
+        animals = {animal.kind for animal in ANIMALS}
         assert [choice in animals for choice in asked.choices].index(True) == asked.right, asked
         assert len(animals & set(asked.choices)) == 1 and asked.kind == "animal"
 

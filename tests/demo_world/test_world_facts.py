@@ -12,7 +12,7 @@ from nanochat_jax.demo_world import demo_documents, document, facts, lookup, mak
 from nanochat_jax.demo_world.__main__ import main
 from nanochat_jax.demo_world.documents import PROSE_PASSES, make_document
 from nanochat_jax.demo_world.draw import Draw
-from nanochat_jax.demo_world.number_words import number_word
+from nanochat_jax.demo_world.lexicon import number_word
 from nanochat_jax.demo_world.relations import RELATIONS, ask, short_answer, state, wrong_answers
 from nanochat_jax.demo_world.template import Template, article, join_words
 

@@ -4,8 +4,7 @@ import re
 import pytest
 
 from nanochat_jax.data.chat_files import load_chat_file
-from tasks import identity_phrases
-from tasks.identity import identity_conversations, phrasings, write_identity_file
+from tasks.identity import PHRASES, TOPICS, identity_conversations, phrasings, write_identity_file
 from tests.tokenizer_fixtures import golden_tokenizer
 
 
@@ -61,13 +60,13 @@ def test_phrasings_are_on_one_side_only():
             out |= {bare("".join(choices)) for choices in options}
         return out
 
-    lists = [topic.questions for topic in identity_phrases.topics("x")]
+    lists = [topic["questions"] for topic in TOPICS]
     sides = {}
     for split in ("train", "val"):
         sides[split] = [expanded(phrasings(phrases, split)) for phrases in lists]
-        sides[split] += [expanded(phrasings(p, split)) for p in (identity_phrases.GREETINGS, identity_phrases.LINKS)]
-        sides[split] += [expanded(phrasings(identity_phrases.CLOSINGS, split))]
-        sides[split] += [{bare(greeting) for greeting, _ in phrasings(identity_phrases.FOREIGN, split)}]
+        sides[split] += [expanded(phrasings(p, split)) for p in (PHRASES["greetings"], PHRASES["links"])]
+        sides[split] += [expanded(phrasings(PHRASES["closings"], split))]
+        sides[split] += [{bare(greeting) for greeting, _ in phrasings(PHRASES["foreign"], split)}]
     assert not set().union(*sides["train"]) & set().union(*sides["val"])
     assert all(len(part) >= 3 for part in sides["val"]) and all(len(part) >= 12 for part in sides["train"])
     questions = [question for part in sides["train"][: len(lists)] for question in part]

@@ -6,10 +6,9 @@ calculator work it out and answers with a short sentence.
 
 from __future__ import annotations
 
-from nanochat_jax.demo_world.chat.talk import Conversation, calculated, conversation, said
+from nanochat_jax.demo_world.chat.talk import PHRASES, Conversation, calculated, conversation, said
 from nanochat_jax.demo_world.draw import Draw, side
-from nanochat_jax.demo_world.general import DAYS
-from nanochat_jax.demo_world.lexicon import COUNTABLE
+from nanochat_jax.demo_world.lexicon import COUNTABLE, DAYS
 from nanochat_jax.demo_world.people import pair_fields
 from nanochat_jax.demo_world.template import capital, fill
 from nanochat_jax.demo_world.world import World
@@ -17,21 +16,7 @@ from nanochat_jax.demo_world.world import World
 LONG_SHARE = 0.06  # of the word problems in the training mix have three steps: just enough to know the form
 MAX_STEPS = 5
 
-# What happens to the things of {hero}, or to those in a basket; {n} is a number.
-_MORE = (
-    "{he} finds {n} more", "{he} buys {n} more", "{he} gets {n} more from {hero2}", "{hero2} gives {him} {n} more",
-    "{he} picks up {n} more", "{he} wins {n} more",
-)  # fmt: skip
-_LESS = (
-    "{he} gives {n} to {hero2}", "{he} loses {n}", "{he} sells {n}", "{he} gives away {n}", "{hero2} takes {n}",
-    "{he} drops {n} in the river",
-)  # fmt: skip
-_IN = ("{he} puts in {n} more", "{he} adds {n}", "{he} puts {n} more into it")
-_OUT = ("{he} takes out {n}", "{he} takes {n} of them", "{he} takes {n} out of it")
-_WE_MORE = ("they find {n} more", "they buy {n} more", "they get {n} more")
-_WE_LESS = ("they give away {n}", "they lose {n}", "they sell {n}")
-_NOW = ("How many {things} does {hero} have now?", "How many {things} does {hero} have?")
-_PLACES = ("basket", "box", "bag", "drawer", "jar")
+_PHRASES = PHRASES["problems"]
 _DAYS = DAYS[: MAX_STEPS + 1]
 
 # What a story gives: the question, the expression, and the answer with {} for the result.
@@ -51,11 +36,11 @@ def _steps(start: int, count: int, draw: Draw) -> list[int]:
     return out
 
 
-def _events(fields: dict[str, str], changes: list[int], more: tuple, less: tuple, draw: Draw) -> str:
+def _events(fields: dict[str, str], changes: list[int], more: str, less: str, draw: Draw) -> str:
     """The changes as sentences, some of them joined."""
     text = ""
     for n in changes:
-        event = fill(draw.pick(more if n > 0 else less), draw, fields | {"n": str(abs(n))})
+        event = fill(draw.pick(_PHRASES[more if n > 0 else less]), draw, fields | {"n": str(abs(n))})
         glue = draw.pick((". ", ". Then ", " and ")) if text else ""
         text += glue + (event if glue in (" and ", ". Then ") else capital(event))
         fields = fields | {"he": fields["later"]}
@@ -67,14 +52,15 @@ def _expression(numbers: list[int]) -> str:
 
 
 def _owner(fields: dict[str, str], numbers: list[int], draw: Draw) -> Told:
-    events = _events(fields, numbers[1:], _MORE, _LESS, draw)
-    story = f"{fields['hero']} has {numbers[0]} {fields['things']}. {events} {fill(draw.pick(_NOW), draw, fields)}"
+    events = _events(fields, numbers[1:], "more", "less", draw)
+    asked = fill(draw.pick(_PHRASES["now"]), draw, fields)
+    story = f"{fields['hero']} has {numbers[0]} {fields['things']}. {events} {asked}"
     return story, _expression(numbers), f"{fields['hero']} has {{}} {fields['things']}."
 
 
 def _container(fields: dict[str, str], numbers: list[int], draw: Draw) -> Told:
-    things, where = fields["things"], "in the " + draw.pick(_PLACES)
-    events = _events(fields | {"he": fields["hero"]}, numbers[1:], _IN, _OUT, draw)
+    things, where = fields["things"], "in the " + draw.pick(_PHRASES["places"])
+    events = _events(fields | {"he": fields["hero"]}, numbers[1:], "in", "out", draw)
     story = f"There are {numbers[0]} {things} {where}. {events} How many {things} are {where}{draw.pick((' now', ''))}?"
     return story, _expression(numbers), f"There are {{}} {things} {where}."
 
@@ -82,7 +68,7 @@ def _container(fields: dict[str, str], numbers: list[int], draw: Draw) -> Told:
 def _together(fields: dict[str, str], numbers: list[int], draw: Draw) -> Told:
     hero, hero2, things = fields["hero"], fields["hero2"], fields["things"]
     first, second, *changes = numbers[0], abs(numbers[1]), *numbers[2:]
-    events = _events(fields | {"later": "they"}, changes, _WE_MORE, _WE_LESS, draw)
+    events = _events(fields | {"later": "they"}, changes, "we_more", "we_less", draw)
     story = f"{hero} has {first} {things} and {hero2} has {second}. {events} How many {things} do they have together?"
     return story, _expression([first, second, *changes]), f"They have {{}} {things}."
 

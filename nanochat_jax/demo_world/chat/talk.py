@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from nanochat_jax.demo_world.draw import Draw
+from nanochat_jax.demo_world.tables import read_table
 from nanochat_jax.text.calculator import use_calculator
 
 Conversation = dict[str, Any]
 Parts = list[dict[str, str]]
 
-_OPENINGS = ("Hello! ", "Hi! ", "I have a question. ", "Please help me. ")
+PHRASES = read_table("chat", "nanochat_jax.demo_world.chat")
 OPENING_SHARE = 0.1
 
 
@@ -35,4 +36,4 @@ def conversation(question: str, answer: str | Parts, **more: Any) -> Conversatio
 
 def opened(question: str, draw: Draw) -> str:
     """`question`, now and then behind a greeting or another opening."""
-    return draw.pick(_OPENINGS) + question if draw.chance(OPENING_SHARE) else question
+    return draw.pick(PHRASES["openings"]) + question if draw.chance(OPENING_SHARE) else question
