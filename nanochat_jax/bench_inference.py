@@ -19,6 +19,7 @@ import numpy as np
 
 from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.flags import flag
 
 
@@ -45,12 +46,12 @@ class BenchSettings:
     def __post_init__(self):
         chosen = self.run or self.model_tag or self.stage or self.step is not None
         if self.depth is not None and chosen:
-            raise ValueError("--depth measures random weights, --run a trained model: give one of them")
+            raise InputError("--depth measures random weights, --run a trained model: give one of them")
         for name in ("prompt_tokens", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.decode_tokens < 2:
-            raise ValueError(f"--decode_tokens must be at least 2, got {self.decode_tokens}")
+            raise InputError(f"--decode_tokens must be at least 2, got {self.decode_tokens}")
         numbers(self.batch_sizes, "batch_sizes")
         numbers(self.prompt_lengths, "prompt_lengths")
 
@@ -62,7 +63,7 @@ def numbers(text: str, name: str) -> list[int]:
     except ValueError:
         found = []
     if not found or min(found) < 1:
-        raise ValueError(f"--{name} must be whole numbers of at least 1, such as 1,2,4; got {text!r}")
+        raise InputError(f"--{name} must be whole numbers of at least 1, such as 1,2,4; got {text!r}")
     return found
 
 

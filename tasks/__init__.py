@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.utils.errors import InputError
 from tasks.arc import ARC
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
@@ -66,7 +67,7 @@ def load(name: str, split: str, task_data: str | Path | None = None, **options: 
     if name not in _TASKS:
         lower = {known.lower(): known for known in NAMES}
         nearest = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)
-        raise ValueError(f"unknown task {name!r}; did you mean {lower[nearest[0]]}? (there are {', '.join(NAMES)})")
+        raise InputError(f"unknown task {name!r}; did you mean {lower[nearest[0]]}? (there are {', '.join(NAMES)})")
     if name == "SpellingBee" and split == "test":
         options.setdefault("size", SPELLING_TEST_SIZE)
     return _TASKS[name](split=split, task_data=task_data, **options)

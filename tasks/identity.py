@@ -18,6 +18,7 @@ from nanochat_jax.demo_world.draw import SPLITS, VAL, Draw
 from nanochat_jax.demo_world.spelling import mistyped, places_of_typos
 from nanochat_jax.demo_world.tables import read_table
 from nanochat_jax.demo_world.template import fill
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.paths import write_atomic
 
 PHRASES = read_table("identity", "tasks")
@@ -41,11 +42,11 @@ def identity_conversations(
     """
     name, creator = " ".join(name.split()), " ".join(creator.split())
     if not name:
-        raise ValueError("the name is empty; give the model one")
+        raise InputError("the name is empty; give the model one")
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        raise InputError(f"split {split!r} is none of {', '.join(SPLITS)}")
     if n < 0:
-        raise ValueError(f"n is {n}; it must be 0 or more")
+        raise InputError(f"n is {n}; it must be 0 or more")
     return [{"messages": _conversation(Draw(seed, split, index), name, creator)} for index in range(n)]
 
 

@@ -41,6 +41,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_jax.utils.errors import InputError, UserError
+
 MEMORY_BYTES = 256 << 20
 OUTPUT_BYTES = 1 << 20  # kept of stdout and of stderr; the rest is read and dropped
 ROOT, USER, NONE = "root-namespaces", "user-namespaces", "none"
@@ -53,7 +55,7 @@ _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": 
 _GRACE_SECONDS = 30.0  # beyond the timeout, for starting up on a busy machine
 
 
-class SandboxUnavailable(RuntimeError):
+class SandboxUnavailable(UserError, RuntimeError):
     """This host cannot isolate a program, and running it without isolation was not asked for."""
 
 
@@ -91,7 +93,7 @@ def execute_code(
     Raises SandboxUnavailable where the program cannot be isolated and `allow_unsafe` is False.
     """
     if timeout <= 0:
-        raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+        raise InputError(f"timeout must be above 0 seconds, got {timeout}")
     mechanism = _choose(isolation, allow_unsafe)
     outcome, status, stdout, stderr = _run_child(code, timeout, maximum_memory_bytes or 0, mechanism)
     if outcome == "unavailable":  # it worked when probed
@@ -149,7 +151,7 @@ def _child_script() -> str:
 
 def _choose(isolation: str, allow_unsafe: bool) -> str:
     if isolation not in ("auto", ROOT, USER, NONE):
-        raise ValueError(f"isolation must be auto, {ROOT}, {USER} or {NONE}, got {isolation!r}")
+        raise InputError(f"isolation must be auto, {ROOT}, {USER} or {NONE}, got {isolation!r}")
     if isolation in (ROOT, USER):
         return isolation
     mechanism, reason = isolation_available() if isolation == "auto" else (NONE, "isolation was switched off")

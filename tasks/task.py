@@ -16,13 +16,15 @@ from typing import Any, ClassVar, Literal, SupportsIndex
 
 import numpy as np
 
+from nanochat_jax.utils.errors import UserError
+
 SEED = 42
 
 Conversation = dict[str, Any]
 EvalType = Literal["generative", "categorical"]
 
 
-class TaskError(ValueError, AssertionError):
+class TaskError(UserError, ValueError, AssertionError):
     """A task used wrongly, or a row no conversation can be made of (also an AssertionError: the reference's type)."""
 
 

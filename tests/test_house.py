@@ -34,7 +34,7 @@ TEXT = {
 }  # fmt: skip
 JAX = {"flax", "grain", "jax", "jaxlib", "optax", "orbax"}
 # What data sets need: raw files and whence they come, a place for them, the demo world, a place to run programs in.
-OF_TASKS = ("data.fetch", "data.readers", "data.shards", "paths", "sandbox", "web", "world")
+OF_TASKS = ("data.fetch", "data.readers", "data.shards", "paths", "utils.errors", "sandbox", "web", "world")
 RUN_WHAT_THEY_READ = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 # Stages load one of their own by name, the check of an export loads whatever libraries there are.
 BY_NAME = {"nanochat_jax.stages.main", "nanochat_jax.convert.verify"}

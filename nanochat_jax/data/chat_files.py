@@ -31,6 +31,7 @@ from nanochat_jax.data.conversations import check_contents
 from nanochat_jax.data.readers import decode_utf8
 from nanochat_jax.text import chat_format as rendering
 from nanochat_jax.text.tokenizer import Tokenizer
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.paths import data_dir
 
 KEPT_PROBLEMS = 10_000
@@ -74,9 +75,9 @@ def to_conversation(value: Any) -> dict[str, Any]:
         check_contents(conversation)
         rendering.render_conversation(conversation, encode, lambda name: 0)
     except (AssertionError, LookupError, TypeError) as error:
-        raise ValueError(f"no key {error}" if isinstance(error, KeyError) else str(error)) from error
+        raise InputError(f"no key {error}" if isinstance(error, KeyError) else str(error)) from error
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("there is no message of the assistant, so nothing to learn")
+        raise InputError("there is no message of the assistant, so nothing to learn")
     return conversation
 
 
@@ -84,12 +85,12 @@ def _messages(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON {_kind(value)} is no conversation")
+        raise InputError(f"a JSON {_kind(value)} is no conversation")
     system = [{"role": "system", "content": value[key]} for key in _SYSTEMS if value.get(key)][:1]
     for key in _LISTS:
         if key in value:
             if not isinstance(value[key], list):
-                raise ValueError(f"{key!r} holds a {_kind(value[key])}, not a list of messages")
+                raise InputError(f"{key!r} holds a {_kind(value[key])}, not a list of messages")
             return system + value[key]
     question = next((key for key in _QUESTIONS if key in value), None)
     answer = next((key for key in _ANSWERS if key in value), None)
@@ -97,7 +98,7 @@ def _messages(value: Any) -> list[Any]:
         question = "input"
     if question is None or answer is None:
         keys = ", ".join(list(value)[:8])
-        raise ValueError(f"unknown keys ({keys}); known are messages, conversations, or a pair as prompt, completion")
+        raise InputError(f"unknown keys ({keys}); known are messages, conversations, or a pair as prompt, completion")
     asked, answered = value[question], value[answer]
     if isinstance(asked, list) and isinstance(answered, list):  # both as messages
         return system + asked + answered
@@ -108,15 +109,15 @@ def _messages(value: Any) -> list[Any]:
 
 def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f"message {number} is a JSON {_kind(message)}, not an object with role and content")
+        raise InputError(f"message {number} is a JSON {_kind(message)}, not an object with role and content")
     role = next((message[key] for key in ("role", "from") if key in message), None)
     content = next((message[key] for key in ("content", "value", "text") if key in message), None)
     known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        raise ValueError(f"message {number} has role {role!r}; known are {', '.join(_ROLES)}")
+        raise InputError(f"message {number} has role {role!r}; known are {', '.join(_ROLES)}")
     if isinstance(content, list) and known != "assistant":  # text in parts, as some interfaces give it
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise ValueError(f"message {number} ({known}) has parts other than text")
+            raise InputError(f"message {number} ({known}) has parts other than text")
         content = "".join(str(part.get("text", "")) for part in content)
     return {"role": known, "content": content}
 
@@ -152,7 +153,7 @@ class ChatFile:
         with contextlib.suppress(ValueError, RecursionError):
             conversation = to_conversation(json.loads(decode_utf8(self._lines.read(self._places[index]))[0]))
         if conversation is None or _hash(conversation) != self._hashes[index]:
-            raise ValueError(f"{self.path} was changed while it was in use; start again")
+            raise InputError(f"{self.path} was changed while it was in use; start again")
         return conversation
 
     def fingerprint(self) -> str:
@@ -166,7 +167,7 @@ class ChatFile:
         out, the conversation with the lowest hash is; with a single distinct conversation val is empty.
         """
         if one_in < 2:
-            raise ValueError(f"one_in is {one_in}; it must be 2 or more, or nothing is left to train on")
+            raise InputError(f"one_in is {one_in}; it must be 2 or more, or nothing is left to train on")
         held = {value for value in self._hashes if value % one_in == 0}
         distinct = set(self._hashes)
         if len(distinct) > 1 and not held:
@@ -188,14 +189,14 @@ def load_chat_file(path: str | Path) -> ChatFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; --data needs a file of conversations, such as my.jsonl")
+        raise InputError(f"there is no file {path}; --data needs a file of conversations, such as my.jsonl")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
     if (suffixes[:-1] if zipped else suffixes)[-1:] not in ([".jsonl"], [".json"], [".ndjson"]):
-        raise ValueError(f"{path}: cannot read this kind of file; conversations come as .jsonl, .json or .jsonl.gz")
+        raise InputError(f"{path}: cannot read this kind of file; conversations come as .jsonl, .json or .jsonl.gz")
     lines = _Lines(_unzipped(path) if zipped else open(path, "rb"))
     if b"\0" in lines.head:
-        raise ValueError(f"{path} is binary or UTF-16, not UTF-8 text; convert it")
+        raise InputError(f"{path} is binary or UTF-16, not UTF-8 text; convert it")
     array_items = _whole_file(lines)
     if array_items is not None:
         lines = _Lines(_as_lines(array_items))
@@ -219,7 +220,7 @@ def load_chat_file(path: str | Path) -> ChatFile:
     if not len(file):
         shown = "".join(f"\n  {unit} {number}: {reason}" for number, reason in file.problems[:3])
         why = f"all {file.bad_lines} {unit}s are bad:{shown}" if file.bad_lines else "it is empty"
-        raise ValueError(f"{path} holds no conversation, {why}\nEach line must be one of\n{SHAPES}")
+        raise InputError(f"{path} holds no conversation, {why}\nEach line must be one of\n{SHAPES}")
     return file
 
 
@@ -323,7 +324,7 @@ def _unzipped(path: Path) -> IO[bytes]:
         with gzip.open(path) as source:
             shutil.copyfileobj(source, file, 1 << 20)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no readable gzip file ({error}); fetch or make it again") from error
+        raise InputError(f"{path} is no readable gzip file ({error}); fetch or make it again") from error
     file.seek(0)
     return file
 

@@ -34,6 +34,7 @@ from nanochat_jax.data.row_files import (
 from nanochat_jax.data.row_store import RowSet, identity_key
 from nanochat_jax.text import chat_format as rendering
 from nanochat_jax.text.tokenizer import Tokenizer
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.paths import rows_dir
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def check_contents(conversation: dict[str, Any]) -> None:
         content = message["content"]
         texts = [part["text"] for part in content] if isinstance(content, list) else [content]
         if message["role"] != "system" and all(isinstance(t, str) and (not t or t.isspace()) for t in texts):
-            raise ValueError(f"message {index} ({message['role']}) is empty")
+            raise InputError(f"message {index} ({message['role']}) is empty")
 
 
 def render_many(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int) -> list[Rendered | str]:

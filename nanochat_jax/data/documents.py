@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanochat_jax.data.readers import READER_VERSION, READERS, BadLine, DataError, document_count, read_documents
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.paths import data_dir, sha256_hex, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -274,7 +275,7 @@ def text_iterator(documents: Iterable[str], doc_cap: int, max_chars: int | float
     The document that crosses the limit is still given (golden ``tokenizer_v1.json`` ``text_iterator``).
     """
     if doc_cap < 1:
-        raise ValueError(f"doc_cap is {doc_cap}; it must be 1 or more")
+        raise InputError(f"doc_cap is {doc_cap}; it must be 1 or more")
     total = 0
     for document in documents:
         cut = document[:doc_cap]

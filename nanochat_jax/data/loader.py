@@ -15,12 +15,13 @@ import numpy as np
 from nanochat_jax.data.growing import BlockOrder
 from nanochat_jax.data.row_files import RowsError
 from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.utils.errors import UserError
 
 # Read-ahead of whole batches. Rows are memory-mapped and cheap; more threads would only fight with the host's work.
 _THREADS, _BUFFERED = 1, 4
 
 
-class LoaderError(ValueError):
+class LoaderError(UserError, ValueError):
     """Sizes that do not fit; the message names the flag to change."""
 
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat_jax.utils.errors import UserError
+
 # A text file up to this size is one document. A larger one is cut at the first blank line after PIECE_CHARS characters
 # or, where there is none, at the first line end after PIECE_CHARS_MAX; a single line is never cut, however long.
 WHOLE_FILE_BYTES = 64 * 1024
@@ -27,7 +29,7 @@ READER_VERSION = 1
 _SNIFF_BYTES = 8192
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used; the message names the file and the remedy."""
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from nanochat_jax.utils.errors import DISK_FULL
+from nanochat_jax.utils.errors import DISK_FULL, UserError
 from nanochat_jax.utils.paths import atomic_writer, lock_file, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ MANIFEST, PROGRESS, LOCK = "manifest.json", "progress.json", "build.lock"
 _SPARE_BYTES = 16 * 1024 * 1024
 
 
-class RowsError(ValueError):
+class RowsError(UserError, ValueError):
     """Rows that cannot be made or read; the message names the place and the remedy."""
 
 

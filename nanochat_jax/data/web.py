@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from nanochat_jax.utils.errors import DISK_FULL
+from nanochat_jax.utils.errors import DISK_FULL, UserError
 from nanochat_jax.utils.paths import OFFLINE_VARIABLE, offline
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _DISK_ERRORS = {*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, e
 Answer = TypeVar("Answer")
 
 
-class FetchError(ConnectionError):
+class FetchError(UserError, ConnectionError):
     """A file that could not be fetched; the message names the address and the remedy."""
 
 

@@ -10,6 +10,7 @@ from nanochat_jax.demo_world import nature, numbers, people, schoolroom, spellin
 from nanochat_jax.demo_world.draw import Draw
 from nanochat_jax.demo_world.prose import python_prose
 from nanochat_jax.demo_world.world import World, make_world
+from nanochat_jax.utils.errors import InputError
 
 PROSE_SHARE = 0.12  # of the characters of the demo mix, as long as there is prose that was not yet used
 PROSE_PASSES = {"train": 2, "val": 1}  # how often a prose document may occur
@@ -99,7 +100,7 @@ def demo_documents(split: str, max_chars: int, seed: int = 0) -> Iterator[str]:
     another split.
     """
     if max_chars < 1:
-        raise ValueError(f"max_chars must be at least 1, got {max_chars}")
+        raise InputError(f"max_chars must be at least 1, got {max_chars}")
     prose = list(python_prose(split)) * PROSE_PASSES[split]
     share = min(PROSE_SHARE, sum(map(len, prose)) / max_chars)
     # A document is taken from the side that is behind its share, so the mix has no state but the two totals.

@@ -21,6 +21,7 @@ from nanochat_jax.evals import results, stats
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import Request, question_seed
 from nanochat_jax.model import gpt
+from nanochat_jax.utils.errors import InputError
 from tasks.sandbox import SandboxUnavailable
 
 Progress = Callable[[int, int, float], None]  # (problems done, problems, accuracy so far)
@@ -85,7 +86,7 @@ def categorical_settings(task: Any, max_problems: int | None = None) -> dict[str
 def _letter_id(tokenizer: Any, letter: str) -> int:
     ids = tokenizer.encode_text(letter)
     if len(ids) != 1:
-        raise ValueError(
+        raise InputError(
             f"the choice {letter!r} is {len(ids)} tokens in this tokenizer, and the answer to a multiple-choice "
             "question is one: use letters that are single tokens"
         )
@@ -122,9 +123,9 @@ def evaluate_generative(
     Raises ValueError for an empty task, or several samples at temperature 0.
     """
     if num_samples < 1 or max_new_tokens < 1:
-        raise ValueError(f"num_samples and max_new_tokens must be at least 1, got {num_samples} and {max_new_tokens}")
+        raise InputError(f"num_samples and max_new_tokens must be at least 1, got {num_samples} and {max_new_tokens}")
     if num_samples > 1 and temperature == 0:
-        raise ValueError(f"{num_samples} samples at temperature 0 are all the same: give a temperature, such as 1.0")
+        raise InputError(f"{num_samples} samples at temperature 0 are all the same: give a temperature, such as 1.0")
     began = time.monotonic()
     n = problem_count(task, max_problems)
     conversations = [task[i] for i in range(n)]
@@ -288,10 +289,10 @@ def longest_prompt(tokenizer: Any, task: Any, max_problems: int | None = None) -
 def problem_count(task: Any, max_problems: int | None = None) -> int:
     """How many problems are evaluated: the first max_problems (None: all). Raises ValueError if that is none."""
     if max_problems is not None and max_problems < 1:
-        raise ValueError(f"max_problems must be at least 1 (None: all of them), got {max_problems}")
+        raise InputError(f"max_problems must be at least 1 (None: all of them), got {max_problems}")
     n = min(len(task), max_problems or len(task))
     if n == 0:
-        raise ValueError(f"the task {task.name} has no problems to evaluate")
+        raise InputError(f"the task {task.name} has no problems to evaluate")
     return n
 
 

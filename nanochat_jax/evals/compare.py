@@ -20,12 +20,13 @@ import numpy as np
 from nanochat_jax.evals import results, stats
 from nanochat_jax.evals.results import Result
 from nanochat_jax.utils import errors, flags, paths
+from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.flags import flag
 
 SIGNIFICANT = 0.05
 
 
-class CompareError(ValueError):
+class CompareError(UserError, ValueError):
     """Two runs cannot be compared; the message says why and what to do."""
 
 

@@ -24,6 +24,7 @@ from nanochat_jax.evals.core_prompts import (
 )
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.text.tokenizer import Tokenizer
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.progress import ShareProgress, duration
 
 BLOCK = 1000  # items tokenized and scored at a time: bounds memory (ten shots before eleven options: 22 M tokens)
@@ -53,12 +54,12 @@ def evaluate_core(
     chosen = [task for task in bundle.tasks if tasks is None or task.label in tasks]
     known = [task.label for task in bundle.tasks]
     if unknown := sorted(set(tasks or ()) - set(known)):
-        raise ValueError(f"no CORE task is called {', '.join(unknown)}; there are {', '.join(known)}")
+        raise InputError(f"no CORE task is called {', '.join(unknown)}; there are {', '.join(known)}")
     if not chosen:
-        raise ValueError(f"no CORE task to run; there are {', '.join(known)}")
+        raise InputError(f"no CORE task to run; there are {', '.join(known)}")
     shots = max(task.num_fewshot for task in chosen)
     if 0 < max_per_task <= shots:
-        raise ValueError(f"max_per_task={max_per_task} leaves no {shots} shots beside an item; use {shots + 1} or more")
+        raise InputError(f"max_per_task={max_per_task} leaves no {shots} shots beside an item; use {shots + 1} or more")
     began, done, results = time.monotonic(), 0.0, {}
     work = [_work(task, bundle.items(task), max_per_task) for task in chosen]
     for task, own in zip(chosen, work, strict=True):

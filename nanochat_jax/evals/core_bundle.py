@@ -21,6 +21,7 @@ import yaml
 from nanochat_jax.data.fetch import fetch_file
 from nanochat_jax.data.web import FetchError
 from nanochat_jax.evals.core_prompts import FIELDS, Item
+from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.paths import base_dir, lock_file, sha256_file, sha256_hex, write_atomic
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -29,7 +30,7 @@ TASKS_FILE, BASELINES_FILE, ITEMS_FOLDER = "core.yaml", "eval_meta_data.csv", "e
 Place = Path | zipfile.Path
 
 
-class BundleError(RuntimeError):
+class BundleError(UserError, RuntimeError):
     """The bundle cannot be had or is damaged; the message names the file and the remedy."""
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_jax.utils.errors import InputError, UserError
+
 MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = "multiple_choice", "schema", "language_modeling"
 # What an item of each kind must have; scores of the first two compare the options, the third asks for an exact match.
 FIELDS = {
@@ -35,7 +37,7 @@ class Spans:
     ends: list[int]
 
 
-class NotAPrefixError(ValueError):
+class NotAPrefixError(UserError, ValueError):
     """The prompt's tokens are not the first tokens of prompt and continuation, so no span can be told apart."""
 
 
@@ -53,7 +55,7 @@ def fewshot_indices(n: int, index: int, num_fewshot: int) -> list[int]:
     are too few other items.
     """
     if num_fewshot > n - 1:
-        raise ValueError(f"{num_fewshot} shots need at least {num_fewshot + 1} items, there are {n}; evaluate more")
+        raise InputError(f"{num_fewshot} shots need at least {num_fewshot + 1} items, there are {n}; evaluate more")
     others = [i for i in range(n) if i != index]
     return random.Random(1234 + index).sample(others, num_fewshot)
 

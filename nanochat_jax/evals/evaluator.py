@@ -34,6 +34,7 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.parallel import sharding
 from nanochat_jax.text.tokenizer import Tokenizer
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.progress import ProblemsProgress, RowsProgress, ShareProgress
 from tasks import demo_world
 
@@ -238,7 +239,7 @@ class Evaluator:
         """CORE, one task after the other, so that an interruption costs one of them."""
         bundle, settings, most = self.bundle, self.settings_of("CORE"), self.settings.max_per_task
         if 0 < most <= (shots := max(task.num_fewshot for task in bundle.tasks)):
-            raise ValueError(f"--max_per_task={most} leaves no {shots} shots beside an item; use {shots + 1} or more")
+            raise InputError(f"--max_per_task={most} leaves no {shots} shots beside an item; use {shots + 1} or more")
         done = dict(partial["tasks"]) if partial and partial["settings"] == settings else {}
         before = partial["seconds"] if done and partial else 0.0
         began = time.monotonic()

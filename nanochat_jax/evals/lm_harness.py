@@ -22,6 +22,7 @@ from nanochat_jax.runs import checkpoint
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors
+from nanochat_jax.utils.errors import InputError
 
 NAME = "nanochat_jax"
 SLOTS = 8
@@ -63,7 +64,7 @@ class NanochatLM(LM):
     def _use(self, config, params, tokenizer, name: str, max_length: int | None, max_gen_toks: int) -> None:
         self.max_length = max_length or config.sequence_len
         if not 2 <= self.max_length <= 10 * config.sequence_len:
-            raise ValueError(f"max_length must lie between 2 and {10 * config.sequence_len}, got {self.max_length}")
+            raise InputError(f"max_length must lie between 2 and {10 * config.sequence_len}, got {self.max_length}")
         self.config, self.tokenizer, self.name, self.max_gen_toks = config, tokenizer, name, max_gen_toks
         self._params = params
         self._scorer = Scorer(config, params, max_length=self.max_length)
@@ -143,7 +144,7 @@ class NanochatLM(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text. Without a generation prompt the last answer is left open, to be gone on with."""
         if not self._opening:
-            raise ValueError(f"the tokenizer of {self.name} has no chat tokens: leave --apply_chat_template out")
+            raise InputError(f"the tokenizer of {self.name} has no chat tokens: leave --apply_chat_template out")
         ids, _ = self.tokenizer.render_conversation({"messages": chat_history}, max_tokens=1 << 40)
         if add_generation_prompt:
             ids.append(self.tokenizer.encode_special(chat_format.ASSISTANT_START))

@@ -24,6 +24,7 @@ import numpy as np
 
 from nanochat_jax.evals import stats
 from nanochat_jax.utils import paths
+from nanochat_jax.utils.errors import InputError, UserError
 
 Result = dict[str, Any]
 
@@ -42,7 +43,7 @@ _STEP = re.compile(r"step-(\d{8})")
 _EARLIER = ".earlier-"  # in the name of a result that another one, made with other settings, has replaced
 
 
-class ResultError(RuntimeError):
+class ResultError(UserError, RuntimeError):
     """A kept result cannot be read or written; the message names the file and the remedy."""
 
 
@@ -79,7 +80,7 @@ def folder_of(run_folder: Path, step: int) -> Path:
 def path_of(run_folder: Path, step: int, task: str) -> Path:
     """The file of a task's result. A slash in the name ("world/sums") becomes two dashes."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", task) or _EARLIER in task:
-        raise ValueError(f"task name {task!r} may hold only letters, digits, dots, dashes, underscores and slashes")
+        raise InputError(f"task name {task!r} may hold only letters, digits, dots, dashes, underscores and slashes")
     return folder_of(run_folder, step) / f"{task.replace('/', '--')}.json"
 
 

@@ -16,6 +16,7 @@ from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
 from nanochat_jax.hardware import devices
 from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.progress import duration
 from tasks import demo_world
 
@@ -37,7 +38,7 @@ def task_names(text: str) -> list[str]:
     for name in filter(None, (part.strip() for part in text.replace(",", "|").split("|"))):
         if name.lower() not in known:
             nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
-            raise ValueError(
+            raise InputError(
                 f"--tasks: {name!r} cannot be evaluated; did you mean {known[nearest[0]]}? (there are "
                 f"{', '.join(known.values())})"
             )
@@ -100,7 +101,7 @@ def run(settings: EvalSettings) -> dict[str, Result]:
     config, params, tokenizer, meta = checkpoint.load_model(settings.run_name or None, settings.source, settings.step)
     stage, step, folder = meta["stage"], meta["step"], checkpoint.run_dir(meta["run"])
     if settings.source not in (None, stage):
-        raise ValueError(f"--run_name={meta['run']} is a {stage} run, not --source={settings.source}: drop one of them")
+        raise InputError(f"--run_name={meta['run']} is a {stage} run, not --source={settings.source}: drop one of them")
     trained_with = meta.get("settings") or {}
     names = names or list(default_tasks(stage, bool(trained_with.get("demo"))))
     print(f"evaluating {meta['run']}, stage {stage}, step {step}: {', '.join(names)}")

@@ -23,6 +23,7 @@ from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.model.kv_cache import KVCache
 from nanochat_jax.parallel import sharding
+from nanochat_jax.utils.errors import InputError
 
 Ids = Sequence[int] | np.ndarray
 Progress = Callable[[int, int], None]
@@ -72,7 +73,7 @@ class Scorer:
         chunk = 128 if cpu else 1024
         wanted = max_tokens_per_batch or (4096 if cpu else 32768)
         if wanted < 1:
-            raise ValueError(f"max_tokens_per_batch must be positive, got {max_tokens_per_batch}")
+            raise InputError(f"max_tokens_per_batch must be positive, got {max_tokens_per_batch}")
         self.config, self.params, self.stats = config, params, Stats()
         self.max_length = min(max_length or 10 * config.sequence_len, 10 * config.sequence_len)
         self._budget = -(-wanted // chunk) * chunk

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 from nanochat_jax.hardware import gpus as cards
+from nanochat_jax.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 NO_USABLE_GPU = 3  # exit code: the operating system sees an NVIDIA GPU that JAX cannot use
 
 
-class DeviceError(RuntimeError):
+class DeviceError(UserError, RuntimeError):
     """The wanted device cannot be used; the message says how to mend it."""
 
 

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat_jax.utils.errors import InputError
+
 
 @dataclass(frozen=True)
 class Card:
@@ -94,7 +96,7 @@ def find(name: str) -> Card:
     """The card of that name, in any spelling of its key ("H100", "rtx-4090"). ValueError lists those there are."""
     key = _SPELLINGS.get(_squeezed(name))
     if key is None:
-        raise ValueError(f"--gpu={name} is not known; give one of: {', '.join(CARDS)}")
+        raise InputError(f"--gpu={name} is not known; give one of: {', '.join(CARDS)}")
     return CARDS[key]
 
 

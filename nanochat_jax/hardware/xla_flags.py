@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.paths import base_dir, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ _MEMORY_VARIABLES = (
 )
 
 
-class FlagError(ValueError):
+class FlagError(UserError, ValueError):
     """XLA_FLAGS, as the user set it, would end the process; the message names the flag."""
 
 

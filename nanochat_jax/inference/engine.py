@@ -25,6 +25,7 @@ from nanochat_jax.inference.request import Event, Request, SpecialTokens, TextCo
 from nanochat_jax.inference.scheduler import SlotTable
 from nanochat_jax.model import gpt
 from nanochat_jax.text.calculator import use_calculator
+from nanochat_jax.utils.errors import InputError
 
 # A decode call ends when this share of its rows has stopped. Ending at the first would let the host in after nearly
 # every token when many rows run; waiting for more would let stopped rows compute tokens that nobody reads.
@@ -66,9 +67,9 @@ class Engine:
         limit = 10 * config.sequence_len
         self.capacity = config.sequence_len if capacity is None else capacity
         if not 1 <= self.capacity <= limit:
-            raise ValueError(f"capacity must be between 1 and 10 x sequence_len = {limit}, got {self.capacity}")
+            raise InputError(f"capacity must be between 1 and 10 x sequence_len = {limit}, got {self.capacity}")
         if slots < 1:
-            raise ValueError(f"slots must be at least 1, got {slots}")
+            raise InputError(f"slots must be at least 1, got {slots}")
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.steps_per_call = steps_per_call or _default_steps(config)
         self._logprobs = logprobs
@@ -340,7 +341,7 @@ class Engine:
         ValueError where num_samples exceeds the slots, and as `submit`. Closing the iterator cancels the rows.
         """
         if not 1 <= num_samples <= self.slots:
-            raise ValueError(
+            raise InputError(
                 "generate streams all samples together: num_samples must be between 1 and the engine's "
                 f"{self.slots} slots, got {num_samples}; generate_batch takes any number"
             )
@@ -372,7 +373,7 @@ class Engine:
         the same as there.
         """
         if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+            raise InputError(f"num_samples must be at least 1, got {num_samples}")
         rows = self._submit_samples(tokens, num_samples, run_on=False, **settings)
         try:
             while any(r.finished is None for r in rows):

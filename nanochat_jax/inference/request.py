@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nanochat_jax.text import chat_format
+from nanochat_jax.utils.errors import InputError
 
 
 class TextCoder(Protocol):
@@ -172,20 +173,20 @@ def new_request(
     """
     prompt = _checked_prompt(tokens, vocab_size)
     if not temperature >= 0 or temperature == float("inf"):
-        raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
+        raise InputError(f"temperature must be a finite number >= 0, got {temperature}")
     if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k must be at least 0 (0 or None = off), got {top_k}")
+        raise InputError(f"top_k must be at least 0 (0 or None = off), got {top_k}")
     if top_p is not None and not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must lie between 0 and 1 (1 or None = off), got {top_p}")
+        raise InputError(f"top_p must lie between 0 and 1 (1 or None = off), got {top_p}")
     room = capacity - len(prompt) + 1  # the last token of an answer is never fed back
     if len(prompt) > capacity:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, but a slot of this engine holds {capacity}")
+        raise InputError(f"the prompt has {len(prompt)} tokens, but a slot of this engine holds {capacity}")
     if max_tokens is None:
         max_tokens = room
     if max_tokens < 0:
-        raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
+        raise InputError(f"max_tokens must be at least 0, got {max_tokens}")
     if max_tokens > room:
-        raise ValueError(
+        raise InputError(
             f"a prompt of {len(prompt)} tokens and max_tokens={max_tokens} do not fit the {capacity} "
             f"positions of a slot: ask for at most {room}, or build the Engine with a larger capacity"
         )
@@ -198,11 +199,11 @@ def _checked_prompt(tokens: Sequence[int], vocab_size: int) -> list[int]:
     try:
         prompt = [operator.index(token) for token in tokens]
     except TypeError as error:
-        raise ValueError(f"the prompt must be a list of token ids, not {type(tokens).__name__}: {error}") from None
+        raise InputError(f"the prompt must be a list of token ids, not {type(tokens).__name__}: {error}") from None
     if not prompt:
-        raise ValueError("the prompt is empty: give at least one token, such as bos")
+        raise InputError("the prompt is empty: give at least one token, such as bos")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise ValueError(
+        raise InputError(
             f"the prompt holds ids from {min(prompt)} to {max(prompt)}; the vocabulary has 0 to {vocab_size - 1}"
         )
     return prompt

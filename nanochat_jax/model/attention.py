@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanochat_jax.utils.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +34,7 @@ def attention(
     except RuntimeError as error:
         if chosen != "cudnn" or "cuDNN" not in str(error):
             raise
-        raise RuntimeError(
+        raise InputError(
             f"attention='cudnn' was requested, but {error} Install the CUDA build (pip install 'nanochat_jax[cuda12]') "
             "or use attention='auto'."
         ) from error
@@ -48,7 +50,7 @@ def choose_implementation(requested: str, backend: str, dtype: str, head_dim: in
     `attention` still insists on the CUDA plugin: that is how a step is compiled for GPUs which are not there.
     """
     if requested not in ("auto", "cudnn", "xla"):
-        raise ValueError(f"attention must be auto, cudnn or xla, got {requested!r}")
+        raise InputError(f"attention must be auto, cudnn or xla, got {requested!r}")
     without_cudnn = "blocked" if backend == "cpu" else "xla"
     if requested == "xla":
         return without_cudnn, "requested"
@@ -56,7 +58,7 @@ def choose_implementation(requested: str, backend: str, dtype: str, head_dim: in
     if requested == "cudnn":
         refusal = tensors if backend == "cpu" else device or tensors
         if refusal:
-            raise ValueError(f"attention='cudnn' was requested, but {refusal}; use attention='auto' or 'xla'")
+            raise InputError(f"attention='cudnn' was requested, but {refusal}; use attention='auto' or 'xla'")
         return "cudnn", "requested"
     if device or tensors:
         return without_cudnn, device or tensors

@@ -23,6 +23,7 @@ from nanochat_jax.model.attention import attention
 from nanochat_jax.model.kv_cache import KVCache, cached_attention
 from nanochat_jax.model.linear import project
 from nanochat_jax.model.tensor_parallel import WHOLE, Parallel, keep_all_but_gathered
+from nanochat_jax.utils.errors import InputError
 
 Params = dict[str, Any]
 
@@ -57,21 +58,21 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+            raise InputError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.n_kv_head > self.n_head or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+            raise InputError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if self.head_dim % 2:
-            raise ValueError(f"head width n_embd/n_head = {self.head_dim} must be even for rotary embeddings")
+            raise InputError(f"head width n_embd/n_head = {self.head_dim} must be even for rotary embeddings")
         if self.rotary_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"rotary_dtype must be float32 or bfloat16, got {self.rotary_dtype!r}")
+            raise InputError(f"rotary_dtype must be float32 or bfloat16, got {self.rotary_dtype!r}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise ValueError(f"window_pattern must consist of S and L, got {self.window_pattern!r}")
+            raise InputError(f"window_pattern must consist of S and L, got {self.window_pattern!r}")
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"compute_dtype must be auto, float32 or bfloat16, got {self.compute_dtype!r}")
+            raise InputError(f"compute_dtype must be auto, float32 or bfloat16, got {self.compute_dtype!r}")
         if self.attention not in ("auto", "cudnn", "xla"):
-            raise ValueError(f"attention must be auto, cudnn or xla, got {self.attention!r}")
+            raise InputError(f"attention must be auto, cudnn or xla, got {self.attention!r}")
         if self.remat not in REMAT_MODES:
-            raise ValueError(f"remat must be one of {REMAT_MODES}, got {self.remat!r}")
+            raise InputError(f"remat must be one of {REMAT_MODES}, got {self.remat!r}")
 
     @property
     def head_dim(self) -> int:
@@ -98,7 +99,7 @@ class GPTConfig:
         to a multiple of 128 instead of failing.
         """
         if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+            raise InputError(f"depth must be at least 1, got {depth}")
         width = 64 * depth
         heads = max(1, -(-width // 128))
         if width % heads or (width // heads) % 2:
@@ -333,7 +334,7 @@ def init(config: GPTConfig, key: jax.Array) -> Params:
 def hidden_states(config: GPTConfig, params: Params, ids: jax.Array, parallel: Parallel = WHOLE) -> jax.Array:
     """Final normed hidden states (B, T, C) in the compute dtype for ids (B, T); `parallel`: see there."""
     if ids.shape[1] > 10 * config.sequence_len:
-        raise ValueError(
+        raise InputError(
             f"{ids.shape[1]} tokens exceed the rotary range of 10 x sequence_len = {10 * config.sequence_len}"
         )
     return nnx.merge(_split(config)[0], params)(ids, None, parallel)[0]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from nanochat_jax.model.gpt import GPTConfig, Params, hidden_states
 from nanochat_jax.model.tensor_parallel import WHOLE, Parallel
+from nanochat_jax.utils.errors import InputError
 
 
 def next_token_loss(
@@ -109,7 +110,7 @@ def _cross_entropy(hidden, kernel, targets, softcap, tensor=None):
     that finds the largest logit is saved.
     """
     if softcap > 60:
-        raise ValueError(f"softcap is {softcap}, at most 60 is possible: the sum of exp(logits) must fit in float32")
+        raise InputError(f"softcap is {softcap}, at most 60 is possible: the sum of exp(logits) must fit in float32")
     raw = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
     tanh = jnp.tanh(raw / softcap)
     exp = jnp.exp(softcap * tanh)

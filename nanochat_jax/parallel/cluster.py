@@ -22,13 +22,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat_jax.utils.errors import UserError
+
 MODES = ("auto", "off", "slurm", "mpi", "env")
 TIME_LIMIT_S = 600.0  # for all processes to come
 ONE_HOST_LIMIT_S = 60.0  # the same where they must all be on this host: nothing has to be allotted or copied first
 SAY_EVERY_S = 30.0
 
 
-class DistributedError(RuntimeError):
+class DistributedError(UserError, RuntimeError):
     """Processes cannot be brought together; the message names the variable, the address or the missing process."""
 
 

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.model.gpt import GPTConfig, abstract
+from nanochat_jax.utils.errors import InputError
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)  # outermost first: neighbours share the most talkative axis
@@ -51,7 +52,7 @@ def make_mesh(devices: list | None = None, fsdp: int = 1, tensor: int = 1) -> Me
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or tensor < 1 or len(devices) % (fsdp * tensor):
-        raise ValueError(
+        raise InputError(
             f"--fsdp={fsdp} and --tensor={tensor} do not fit {len(devices)} devices: their product must divide them"
         )
     shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
@@ -68,9 +69,9 @@ def check(config: GPTConfig, mesh: Mesh) -> None:
     tensor, rows = mesh.shape[TENSOR], row_shards(mesh)
     for what, size in (("heads", config.n_head), ("vocabulary entries", config.vocab_size)):
         if size % tensor:
-            raise ValueError(f"--tensor={tensor} must divide the number of {what}, which is {size}")
+            raise InputError(f"--tensor={tensor} must divide the number of {what}, which is {size}")
     if mesh.shape[FSDP] > 1 and config.n_embd % rows:
-        raise ValueError(
+        raise InputError(
             f"--fsdp={mesh.shape[FSDP]}: the width, {config.n_embd}, must be a multiple of {rows}, the number of "
             "devices divided by --tensor"
         )

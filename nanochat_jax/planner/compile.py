@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import nanochat_jax
 from nanochat_jax.hardware.gpus import CARDS
 from nanochat_jax.planner import target
+from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.paths import base_dir, sha256_hex, write_atomic
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(nanochat_jax.__file__).parent
 
 
-class CompileError(RuntimeError):
+class CompileError(UserError, RuntimeError):
     """The compiling process failed; the message holds the end of what it said."""
 
 

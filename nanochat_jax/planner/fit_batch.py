@@ -22,16 +22,17 @@ from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import KVSlots
 from nanochat_jax.parallel import sharding
 from nanochat_jax.training.step import abstract_state
+from nanochat_jax.utils.errors import InputError, UserError
 
 AUTO = 0  # --device_batch_size=auto
 MARGIN = 0.03  # of the memory, left for what the allocator cannot place
 
 
-class DoesNotFit(RuntimeError):
+class DoesNotFit(UserError, RuntimeError):
     """Not even the smallest batch fits; the message says what to change."""
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(UserError, RuntimeError):
     """A device ran out of memory during a step; what there was to save is saved."""
 
 
@@ -84,7 +85,7 @@ def sizes(total_rows: int) -> list[int]:
     Raises ValueError where there is no row for a device.
     """
     if total_rows < 1:
-        raise ValueError(
+        raise InputError(
             "each device must get at least one row per step: raise --total_batch_size or use fewer devices"
         )
     return [1 << k for k in range(total_rows.bit_length()) if total_rows % (1 << k) == 0]

@@ -6,9 +6,10 @@ from typing import Any
 
 from nanochat_jax.model.gpt import GPTConfig, flops_per_token, num_params
 from nanochat_jax.training import optim
+from nanochat_jax.utils.errors import UserError
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """A run that cannot be; the message names the flag and a value that works."""
 
 

@@ -5,9 +5,10 @@ import os
 import re
 
 from nanochat_jax.hardware.gpus import Card
+from nanochat_jax.utils.errors import UserError
 
 
-class NoPlugin(RuntimeError):
+class NoPlugin(UserError, RuntimeError):
     """The CUDA plugin of JAX is not installed, so nothing can be compiled for a GPU."""
 
 

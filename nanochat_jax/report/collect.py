@@ -15,13 +15,14 @@ from nanochat_jax.evals import results
 from nanochat_jax.evals.results import Result
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.utils import paths
+from nanochat_jax.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("base", "mid", "sft", "rl")
 
 
-class ReportError(RuntimeError):
+class ReportError(UserError, RuntimeError):
     """There is nothing to report on, or not what was asked for; the message says what to do."""
 
 

@@ -28,19 +28,20 @@ from nanochat_jax.model.gpt import GPTConfig, Params, abstract
 from nanochat_jax.parallel import multihost
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import paths
+from nanochat_jax.utils.errors import InputError, UserError
 
 FORMAT = 1
 _STEP = re.compile(r"\d{8}")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written, found or used; the message names the path and the remedy."""
 
 
 def run_dir(run: str) -> Path:
     """The directory of a run name (not created)."""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", run) or run.startswith("."):
-        raise ValueError(f"run name {run!r} may hold only letters, digits, dots, dashes and underscores")
+        raise InputError(f"run name {run!r} may hold only letters, digits, dots, dashes and underscores")
     return paths.runs_dir() / run
 
 

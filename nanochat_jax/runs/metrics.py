@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from nanochat_jax.utils.errors import InputError, StorageError
 from nanochat_jax.utils.paths import is_full, no_space, offline, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class MetricsLog:
                 self._file.close()
             if self._path is not None and is_full(error):
                 raise no_space(self._path, error, len(line)) from error
-            raise OSError(
+            raise StorageError(
                 f"{self._path} cannot be written ({error.strerror}). What the run saved last is whole: as soon as that "
                 "disk takes it, the same command goes on from there"
             ) from error
@@ -130,7 +131,7 @@ def open_sinks(names: str, run: str, folder: Path, settings: dict) -> dict[str, 
     sinks: dict[str, Sink] = {}
     for name in filter(None, (n.strip() for n in names.split(","))):
         if name not in makers:
-            raise ValueError(f"--sinks={name}: known sinks are {', '.join(makers)}")
+            raise InputError(f"--sinks={name}: known sinks are {', '.join(makers)}")
         try:
             sinks[name] = makers[name](run, folder, settings)
         except ImportError as error:

@@ -16,6 +16,7 @@ from types import FrameType
 
 from nanochat_jax.serve.security import is_loopback
 from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.errors import InputError, UserError
 from nanochat_jax.utils.flags import flag
 
 API_KEY_VARIABLE = "NANOCHAT_API_KEY"
@@ -50,7 +51,7 @@ class ServeSettings:
 
     def __post_init__(self):
         for problem in _problems(self):
-            raise ValueError(problem)
+            raise InputError(problem)
 
 
 def _problems(s: ServeSettings):
@@ -145,7 +146,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
         why = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot listen on {host} port {port} ({why}): choose another --host or --port") from None
+        raise UserError(f"cannot listen on {host} port {port} ({why}): choose another --host or --port") from None
 
 
 def _engine(settings: ServeSettings, config, params, tokenizer):

@@ -33,6 +33,7 @@ from nanochat_jax.training.step import (
     strip_padding,
 )
 from nanochat_jax.utils import paths, provenance
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.flags import flag
 
 MODEL_NAME = "nanochat"  # what a model is called that nobody gave a name
@@ -129,12 +130,12 @@ def find_parent(source: str, stages: tuple[str, ...], step: int | None = None) -
     folder = checkpoint.find_run(source) if source else checkpoint.find_first(stages)
     meta = checkpoint.load_meta(folder, step)
     if meta["stage"] not in stages:
-        raise ValueError(
+        raise InputError(
             f"--source={folder.name} is a {meta['stage']} run; this stage starts from one of: {', '.join(stages)}"
         )
     planned = meta["identity"].get("num_iterations", meta["step"])
     if step is None and meta["step"] < planned:
-        raise ValueError(
+        raise InputError(
             f"the run {folder.name} was stopped at step {meta['step']} of {planned}: finish it with the command that "
             f"started it, or take it as it is with --source_step={meta['step']}"
         )

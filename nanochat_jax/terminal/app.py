@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             return _run(settings)
         except Leave:
-            return errors.STOPPED
+            return errors.INTERRUPTED
 
     # a reader (head, a pager) that has seen enough is no failure
     return errors.exit_status(action, {devices.DeviceError: devices.NO_USABLE_GPU, BrokenPipeError: 0})

@@ -12,6 +12,7 @@ from typing import Any
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.detokenizer import AnswerStream, ContextOverflow, MessageError, Piece, as_text, chat_prompt
 from nanochat_jax.utils import paths
+from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.flags import flag
 
 
@@ -33,9 +34,9 @@ class ChatSettings:
 
     def __post_init__(self):
         for problem in problems(self):
-            raise ValueError(problem)
+            raise InputError(problem)
         if self.run and self.model_tag and self.run != self.model_tag:
-            raise ValueError(f"--run={self.run} and --model_tag={self.model_tag} are two names for one thing: give one")
+            raise InputError(f"--run={self.run} and --model_tag={self.model_tag} are two names for one thing: give one")
 
 
 def problems(settings: ChatSettings) -> Iterator[str]:
@@ -102,7 +103,7 @@ class Chat:
     def regenerate(self, show: Callable[[Sequence[Piece]], object]) -> Outcome:
         """Another answer to the newest question, from another seed. Raises ValueError where there is no question."""
         if not self.asked:
-            raise ValueError("there is no question to answer again yet")
+            raise InputError("there is no question to answer again yet")
         self._again += 1
         replaced = self.turns.pop() if self.turns and self.turns[-1].question == self.asked else None
         before = list(self.turns)
@@ -186,10 +187,10 @@ class Chat:
         that some other conversation is in.
         """
         if not self.turns:
-            raise ValueError("there is nothing to save yet")
+            raise InputError("there is nothing to save yet")
         path = chat_path(name)
         if path.exists() and path != self.path:
-            raise ValueError(f"{path} exists: choose another name, or delete it first")
+            raise InputError(f"{path} exists: choose another name, or delete it first")
         paths.write_atomic(path, json.dumps({"messages": self.messages()}, ensure_ascii=False, indent=1) + "\n")
         os.chmod(path, 0o600)
         self.path = path
@@ -207,9 +208,9 @@ class Chat:
             turns = self._turns_of(content["messages"] if isinstance(content, dict) else content)
         except FileNotFoundError:
             names = saved_chats()
-            raise ValueError(f"there is no {path}; saved are: {', '.join(names) or 'none'}") from None
+            raise InputError(f"there is no {path}; saved are: {', '.join(names) or 'none'}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no conversation ({type(error).__name__}: {error})") from None
+            raise InputError(f"{path} holds no conversation ({type(error).__name__}: {error})") from None
         self.turns, self.path, self.last = turns, path, None
         self.asked, self._again = turns[-1].question, 0
         return path
@@ -249,7 +250,7 @@ def chat_path(name: str) -> Path:
     """A name's file in `chats_dir`; what looks like a path (a slash, .json at the end) is one."""
     name = name.strip()
     if not name:
-        raise ValueError("give a name, such as: /save monday")
+        raise InputError("give a name, such as: /save monday")
     if "/" in name or name.endswith(".json"):
         return Path(name).expanduser().absolute()
     return chats_dir() / f"{name}.json"

@@ -22,6 +22,7 @@ from typing import Any
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.calculator import use_calculator
 from nanochat_jax.text.tokenizer import Tokenizer
+from nanochat_jax.utils.errors import InputError, UserError
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class AnswerStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop must be a list of non-empty strings, got {stop!r}")
+            raise InputError(f"stop must be a list of non-empty strings, got {stop!r}")
         self.stopped = False  # a stop string was met
         self.ended = False  # an end token was met
         self._pieces: list[Piece] = []
@@ -243,7 +244,7 @@ def parts_of_text(text: str) -> list[dict[str, str]]:
 # --- messages to a prompt ---------------------------------------------------------------------------------------------
 
 
-class MessageError(ValueError):
+class MessageError(UserError, ValueError):
     """A conversation that no prompt can be made of. index: the message at fault, counted from 0, or None."""
 
     def __init__(self, problem: str, index: int | None = None):
@@ -251,7 +252,7 @@ class MessageError(ValueError):
         self.index = index
 
 
-class ContextOverflow(ValueError):
+class ContextOverflow(UserError, ValueError):
     """A prompt of `n_tokens` with room for an answer of `reserve` tokens does not fit `capacity` positions."""
 
     def __init__(self, n_tokens: int, capacity: int, reserve: int = 0):

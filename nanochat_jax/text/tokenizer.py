@@ -19,6 +19,7 @@ import tiktoken
 
 from nanochat_jax.text import chat_format as rendering
 from nanochat_jax.text.stock_encodings import stock_encoding
+from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.paths import tokenizer_dir, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ FILE_FORMAT, FILE_VERSION = "nanochat_jax.tokenizer", 1
 HOW_TO_TRAIN = "train one: python -m scripts.tok_train --data PATH (or --demo)"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
     """A tokenizer file that cannot be used; the message names the file and the remedy."""
 
 

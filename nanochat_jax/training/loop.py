@@ -29,12 +29,13 @@ from nanochat_jax.training import anomalies
 from nanochat_jax.training.shutdown import Interrupted, Stop, stop_on_signals
 from nanochat_jax.training.step import TrainState
 from nanochat_jax.training.watchdog import HungError, Watchdog
+from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.progress import Clock, Progress, Smoothed
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, weights: (A, B, T)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says what happened and what to do."""
 
 

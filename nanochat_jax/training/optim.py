@@ -16,6 +16,7 @@ import optax
 from nanochat_jax.model.gpt import GPTConfig, Params, abstract
 from nanochat_jax.training import schedules
 from nanochat_jax.training.muon import MuonState, muon
+from nanochat_jax.utils.errors import InputError
 
 Groups = dict[str, Any]
 
@@ -53,13 +54,13 @@ class OptimHyper:
 
     def __post_init__(self):
         if self.ns_dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"ns_dtype must be auto, float32 or bfloat16, got {self.ns_dtype!r}")
+            raise InputError(f"ns_dtype must be auto, float32 or bfloat16, got {self.ns_dtype!r}")
         for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "init_lr_frac"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name in ("adam_b1", "adam_b2", "momentum", "momentum_start"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in 0..1 (1 excluded), got {getattr(self, name)}")
+                raise InputError(f"{name} must lie in 0..1 (1 excluded), got {getattr(self, name)}")
 
 
 class OptimState(NamedTuple):

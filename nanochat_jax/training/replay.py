@@ -20,10 +20,11 @@ from nanochat_jax.hardware import devices
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.training import anomalies
 from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.flags import flag
 
 
-class ReplayError(ValueError):
+class ReplayError(UserError, ValueError):
     """There is nothing to replay; the message names what there is."""
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanochat_jax.utils.errors import InputError
+
 Schedule = Callable[[Any], Any]
 
 
@@ -38,10 +40,10 @@ def warmup_warmdown(
     fewer than 1 step.
     """
     if num_iterations < 1:
-        raise ValueError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
+        raise InputError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
     for name, ratio in (("warmup_ratio", warmup_ratio), ("warmdown_ratio", warmdown_ratio)):
         if not 0 <= ratio <= 1:
-            raise ValueError(f"{name} is a fraction of the run and must lie in 0..1, got {ratio}")
+            raise InputError(f"{name} is a fraction of the run and must lie in 0..1, got {ratio}")
     warmup, warmdown = round(warmup_ratio * num_iterations), round(warmdown_ratio * num_iterations)
 
     def multiplier(step):
@@ -57,7 +59,7 @@ def warmup_warmdown(
 def linear_to_zero(num_iterations: int) -> Schedule:
     """1 - step / num_iterations: the multiplier of supervised finetuning and of reinforcement learning."""
     if num_iterations < 1:
-        raise ValueError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
+        raise InputError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
 
     def multiplier(step):
         t, _ = _numeric(step)
@@ -73,7 +75,7 @@ def late_decay(num_iterations: int, fraction: float = 0.2) -> Schedule:
     overshoots, which would climb the loss.
     """
     if num_iterations < 1:
-        raise ValueError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
+        raise InputError(f"a schedule needs num_iterations >= 1, got {num_iterations}")
 
     def multiplier(step):
         t, xp = _numeric(step)
@@ -86,7 +88,7 @@ def late_decay(num_iterations: int, fraction: float = 0.2) -> Schedule:
 def momentum_warmup(warmup_steps: int = 300, start: float = 0.85, end: float = 0.95) -> Schedule:
     """Muon's momentum: linear from `start` to `end` over `warmup_steps` updates, then `end`; 0 steps: always `end`."""
     if warmup_steps < 0:
-        raise ValueError(f"momentum warm-up must be >= 0 steps, got {warmup_steps}")
+        raise InputError(f"momentum warm-up must be >= 0 steps, got {warmup_steps}")
 
     def momentum(step):
         t, xp = _numeric(step)

@@ -11,13 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from nanochat_jax.utils.errors import UserError
+
 HUNG = 4  # exit code
 FACTOR = 20.0  # a step may always take this many times the median
 BUSY = 10.0  # compiling, evaluating, sampling may take this many times the limit of a step
 GRACE_S = 60.0  # for the main thread to save, if it can be woken
 
 
-class HungError(RuntimeError):
+class HungError(UserError, RuntimeError):
     """Raised in the main thread when it is woken from a wait that took too long."""
 
 

@@ -24,7 +24,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from nanochat_jax.utils.errors import is_ours
+from nanochat_jax.utils.errors import UserError
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def parse(
     --help only names them. Types come from the annotations: int, float, bool, str, Path, or one of these `| None`; an
     int accepts 1e6, a float accepts 1. Exits with status 2 and a line on stderr for an unknown flag (naming the
     nearest), a value of another type, a missing value, a positional argument, and for what `settings` itself refuses
-    with a ValueError.
+    with a UserError.
     """
     flags = _flags_of(settings)
     values: dict[str, Any] = {}
@@ -168,9 +168,7 @@ def parse(
         fail(f"--{missing[0]} is required: --{missing[0]}={_hint(flags[missing[0]])}")
     try:
         result = settings(**values)
-    except ValueError as error:
-        if not is_ours(error):
-            raise
+    except UserError as error:
         fail(str(error))
     if echo:
         for name, value in values.items():

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TypeGuard
 
-from nanochat_jax.utils.errors import DISK_FULL
+from nanochat_jax.utils.errors import DISK_FULL, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,12 @@ OFFLINE_VARIABLE = "NANOCHAT_OFFLINE"
 def base_dir() -> Path:
     """The directory that holds everything the project makes, created if it is missing.
 
-    Raises NotADirectoryError when the chosen place exists and is not a directory.
+    Raises StorageError when the chosen place exists and is not a directory.
     """
     chosen = os.environ.get(BASE_DIR_VARIABLE) or ""
     path = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nanochat_jax"
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{BASE_DIR_VARIABLE}={path} is not a directory; set it to one")
+        raise StorageError(f"{BASE_DIR_VARIABLE}={path} is not a directory; set it to one")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -106,7 +106,7 @@ def no_space(path: Path, error: OSError, size: int | None) -> OSError:
     free = ""
     with contextlib.suppress(OSError):
         free = f"{_amount(shutil.disk_usage(path.parent).free)} free"
-    clear = OSError(
+    clear = StorageError(
         f"no space for {path} ({needed}{free}; {error.strerror}): free some space on that disk, then run the same "
         "command again. What was there before is whole"
     )

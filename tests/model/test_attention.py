@@ -11,6 +11,7 @@ import pytest
 
 from nanochat_jax.model import attention as module
 from nanochat_jax.model.attention import attention, blocked_attention, choose_implementation
+from nanochat_jax.utils.errors import InputError
 
 SHAPES = [  # B, T, H, G, D: multi-head, grouped, one shared head; lengths of one block, of several, and awkward ones
     (2, 64, 2, 2, 16),
@@ -236,7 +237,7 @@ def _without_cudnn(monkeypatch):
 def test_requested_cudnn_without_the_plugin_names_the_remedy(monkeypatch):
     _without_cudnn(monkeypatch)
     q, k, v = tensors((1, 16, 2, 2, 16), jnp.bfloat16)
-    with pytest.raises(RuntimeError, match="cuda12"):
+    with pytest.raises(InputError, match="cuda12"):
         attention(q, k, v, implementation="cudnn")
 
 

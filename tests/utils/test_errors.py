@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import tasks
 from nanochat_jax.report import list_runs
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.utils import errors, flags
-from nanochat_jax.utils.errors import exit_status, in_words, is_ours
+from nanochat_jax.utils.errors import exit_status, in_words, is_users
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,44 +32,58 @@ def raise_(error: BaseException):
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_raise_of_ours_says_needs_no_traceback():
-    assert is_ours(raised(lambda: checkpoint.run_dir("../x")))
-    assert is_ours(raised(lambda: tasks.load("no such task", "train")))
-    assert is_ours(raised(lambda: raise_(checkpoint.CheckpointError("said by us, wherever it is raised"))))
+def test_an_error_of_the_project_needs_no_traceback():
+    assert is_users(raised(lambda: checkpoint.run_dir("../x")))
+    assert is_users(raised(lambda: tasks.load("no such task", "train")))
+    assert is_users(raised(lambda: raise_(checkpoint.CheckpointError("said by us, wherever it is raised"))))
 
 
 def test_what_the_system_says_of_a_file_a_disk_or_the_network_needs_none():
-    assert is_ours(raised(lambda: open("no such file")))
-    assert is_ours(raised(lambda: os.listdir(__file__)))
-    assert is_ours(OSError(errno.ENOSPC, "No space left on device"))
-    assert is_ours(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))
-    assert not is_ours(OSError(errno.EBADF, "Bad file descriptor")), "a file that the program has closed itself"
+    assert is_users(raised(lambda: open("no such file")))
+    assert is_users(raised(lambda: os.listdir(__file__)))
+    assert is_users(OSError(errno.ENOSPC, "No space left on device"))
+    assert is_users(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))
+    assert not is_users(OSError(errno.EBADF, "Bad file descriptor")), "a file that the program has closed itself"
 
 
 def test_a_slip_in_our_own_line_and_a_librarys_error_are_shown_whole():
     slip = raised(lambda: flags.parse(int, ["x"]))  # pyright: ignore[reportArgumentType] - no dataclass
-    assert not is_ours(slip)
-    assert not is_ours(raised(lambda: int("x")))
-    assert not is_ours(raised(lambda: checkpoint.config_from_dict(3)))  # pyright: ignore[reportArgumentType]
+    assert not is_users(slip)
+    assert not is_users(raised(lambda: int("x")))
+    assert not is_users(raised(lambda: checkpoint.config_from_dict(3)))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
-    "statement, ours",
+    "statement, users",
     [
-        ("raise ValueError('ours')", True),
-        ("raise (\n    OSError('ours')\n)", True),
-        ("try:\n    int('x')\nexcept ValueError as error:\n    raise RuntimeError('ours') from error", True),
+        ("raise errors.UserError('fix it')", True),
+        ("raise (\n    errors.InputError('fix it')\n)", True),
+        ("try:\n    int('x')\nexcept ValueError as error:\n    raise errors.StorageError('fix it') from error", True),
         ("try:\n    int('x')\nexcept ValueError:\n    raise", False),  # passed on
-        ("raise ValueError(int('x'))", False),  # before it could be raised
+        ("raise errors.UserError(int('x'))", False),  # before it could be raised
+        ("raise ValueError('a contract of the program')", False),
+        ("raise RuntimeError('a contract of the program')", False),
+        ("raise OSError('of no file')", False),
         ("raise KeyError('a contract of the program')", False),
         ("assert False", False),
         ("int('x')", False),
     ],
 )
-def test_the_raise_counts_not_its_text(statement, ours):
-    code = compile(statement, str(ROOT / "nanochat_jax" / "made_up.py"), "exec")  # of which there is no source
-    assert is_ours(raised(lambda: exec(code))) is ours
-    assert not is_ours(raised(lambda: exec(compile(statement, "/elsewhere/library.py", "exec"))))
+def test_the_class_decides(statement, users):
+    assert is_users(raised(lambda: exec(statement, {"errors": errors}))) is users
+
+
+def test_every_exception_that_ends_a_command_is_a_user_error():
+    """All classes named ...Error of the project, but those that never leave the module that raises them."""
+    internal = {"api_errors.ApiError", "task.TaskIndexError"}
+    missed = []
+    for path in [*(ROOT / "nanochat_jax").rglob("*.py"), *(ROOT / "tasks").glob("*.py")]:
+        for name, bases in re.findall(r"^class (\w+)\((.*(?:Error|Exception)\b.*)\):", path.read_text("utf-8"), re.M):
+            if name.endswith("Error") and name != "UserError" and f"{path.stem}.{name}" not in internal:
+                module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+                if not issubclass(getattr(importlib.import_module(module), name), errors.UserError):
+                    missed.append(f"{module}.{name}({bases})")
+    assert not missed
 
 
 def test_a_file_comes_first_and_a_remedy_last():
