@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# hooks and a fixture that pytest finds here
+from tests.children import children_end_with_their_test, pytest_sessionfinish  # noqa: F401
+from tests.skips import pytest_addoption, pytest_configure  # noqa: F401
+
 # Before JAX starts: the number of CPU devices cannot be changed afterwards, and a GPU would change the arithmetic.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

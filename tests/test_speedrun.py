@@ -3,11 +3,12 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import children
 
 SCRIPT = Path(__file__).resolve().parent.parent / "speedrun_jax.sh"
 
@@ -28,7 +29,7 @@ def speedrun(tmp_path):
             "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
             **variables,
         }
-        return subprocess.run(
+        return children.run(
             ["bash", str(SCRIPT), "--plan_only", *arguments], env=env, capture_output=True, text=True, timeout=120
         )
 
@@ -41,7 +42,7 @@ def commands(output: str) -> list[str]:
 
 
 def test_syntax():
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    children.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
 def test_demo_commands(speedrun, tmp_path):
@@ -142,6 +143,6 @@ def test_a_step_says_how_long_it_took_and_a_failure_ends_the_run(tmp_path):
     functions = "\n".join(re.search(rf"^{name}\(\) \{{.*?^\}}", text, re.M | re.S)[0] for name in ("show", "step"))  # pyright: ignore[reportOptionalSubscript]
     run = f"set -euo pipefail\nplan_only= running= stopped=\n{functions}\n"
     run += "step 'a nap' sleep 1\nstep wrong false\necho not reached"
-    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
+    done = children.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
     assert re.search(r"=== a nap: 0 min 0[12] s", done.stdout)
     assert done.returncode == 1 and "not reached" not in done.stdout

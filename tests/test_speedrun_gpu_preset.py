@@ -17,6 +17,7 @@ import pytest
 from nanochat_jax.data.shards import DEFAULT_REPO
 from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.runs import checkpoint, metrics
+from tests import children
 from tests.web_server import WebServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ def shards(tmp_path_factory) -> dict[str, bytes]:
     texts = [json.dumps({"text": line}) for line in itertools.islice(lines, (TRAIN_SHARDS + 1) * 1024)]
     (folder / "text.jsonl").write_text("\n".join(texts))
     command = [sys.executable, "-m", "dev.repackage_data", f"--data={folder / 'text.jsonl'}", f"--out={folder / 'out'}"]
-    subprocess.run([*command, "--shard_chars=1000"], cwd=ROOT, check=True, timeout=120)
+    children.run([*command, "--shard_chars=1000"], cwd=ROOT, check=True, timeout=120)
     found = {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.parquet"))}
     assert TRAIN_SHARDS <= len(found) - 1 <= TRAIN_SHARDS + 1
     return found
@@ -92,7 +93,7 @@ def speedrun(tmp_path, hub):
     python.write_text(PYTHON)
     python.chmod(0o755)
     sources = "cat pyproject.toml constraints.txt rustbpe/Cargo.* rustbpe/src/*.rs | cksum | tr ' ' -"
-    made_of = subprocess.run(["bash", "-c", sources], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    made_of = children.run(["bash", "-c", sources], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (tmp_path / "venv" / ".nanochat_setup").write_text(f"{made_of.strip()} . cuda12\n")
     env = {k: v for k, v in os.environ.items() if k not in ("WANDB_RUN", "MAX_PROBLEMS", "PRICE_PER_HOUR", "XLA_FLAGS")}
     env |= {"PRESET": "d20", "VENV": str(tmp_path / "venv"), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
@@ -101,7 +102,7 @@ def speedrun(tmp_path, hub):
     def start(log: Path) -> subprocess.Popen:
         flags = [f"--base.{k}={v}" for k, v in FLAGS.items()]
         with open(log, "w") as file:
-            return subprocess.Popen(["bash", "speedrun_jax.sh", *flags], cwd=ROOT, env=env, stdout=file, stderr=file)
+            return children.start(["bash", "speedrun_jax.sh", *flags], cwd=ROOT, env=env, stdout=file, stderr=file)
 
     return start
 

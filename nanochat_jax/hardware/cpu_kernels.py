@@ -8,7 +8,10 @@ import logging
 
 import jax
 
-import rustbpe
+try:
+    import rustbpe
+except ModuleNotFoundError:
+    rustbpe = None  # type: ignore[assignment]  # the formulas in plain JAX need nothing compiled
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ def _register(name: str) -> str | None:
     """Registers the kernel. Returns the reason if that is not possible."""
     make = getattr(rustbpe, name, None)
     if make is None:
-        return "rustbpe was built from older sources; build it again with `pip install .`."
+        return "rustbpe is not built, or from older sources; build it with `pip install .`."
     handler = make()
     if handler is None:
         return "this processor has neither AVX2 nor AVX-512."
@@ -36,3 +39,8 @@ def _register(name: str) -> str | None:
     except Exception as error:  # whatever XLA objects to, such as our version of its interface
         return f"XLA does not take it: {error}"
     return None
+
+
+def skinny_rows() -> int:
+    """Up to how many rows the kernel `skinny_matmul` takes here; 0 where it cannot run."""
+    return rustbpe.skinny_rows() if rustbpe is not None and available("skinny_matmul") else 0

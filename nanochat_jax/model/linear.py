@@ -11,7 +11,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-import rustbpe
 from nanochat_jax.hardware import cpu_kernels
 
 # Entries of a matrix from which on the kernel is used: it is faster from about there (decoding 1.1 to 1.3 times against
@@ -34,7 +33,7 @@ def _product(x, kernel):
     rows = math.prod(x.shape[:-1])
     # one row is a product with a vector, which XLA does at full speed
     eligible = rows > 1 and kernel.size >= LARGE and x.dtype == kernel.dtype == jnp.float32
-    if eligible and cpu_kernels.available("skinny_matmul") and rows <= rustbpe.skinny_rows():
+    if eligible and rows <= cpu_kernels.skinny_rows():
         flat = x.reshape(rows, x.shape[-1])
         y = jax.lax.platform_dependent(flat, kernel, cpu=_skinny, default=jnp.matmul)
         return y.reshape(*x.shape[:-1], kernel.shape[1])

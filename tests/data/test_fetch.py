@@ -19,6 +19,7 @@ import pytest
 from nanochat_jax.data import fetch, web
 from nanochat_jax.data.fetch import Wanted, fetch_file
 from nanochat_jax.data.web import FetchError, FinalError, OfflineError, Stopped, fetch_json
+from tests import children
 from tests.web_server import WebServer
 
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -322,7 +323,7 @@ CHILD = textwrap.dedent("""
 def child(server, path):
     command = [sys.executable, "-c", CHILD, server.url + "/file", str(path)]
     root = Path(__file__).parents[2]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True)
+    process = children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True)
     return process
 
 

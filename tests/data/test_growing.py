@@ -31,6 +31,7 @@ from nanochat_jax.data.sources import text_source
 from nanochat_jax.data.streamed import ShardDocuments
 from nanochat_jax.data.web import FetchError, OfflineError
 from nanochat_jax.training.shutdown import Interrupted, stop_on_signals
+from tests import children
 from tests.data.test_rows import contents, document, slow_stream
 from tests.tokenizer_fixtures import golden_tokenizer
 from tests.web_server import WebServer
@@ -237,7 +238,7 @@ CHILD = textwrap.dedent("""
 
 def child(server, tmp_path, start=0):
     command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), server.url, str(start)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
+    return children.start(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
 
 
 def test_a_signal_ends_the_wait_for_text(server, tmp_path):

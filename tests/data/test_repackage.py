@@ -20,6 +20,7 @@ from nanochat_jax.data.repackage import BASE_BYTES, LEAST_BYTES, repackage
 from nanochat_jax.data.shards import ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.utils.paths import sha256_file
+from tests import children
 from tests.data.test_rows import document
 
 LEAST = BASE_BYTES + LEAST_BYTES
@@ -184,13 +185,13 @@ def test_killed_at_some_moments(corpus, tmp_path):
     repackage(corpus, tmp_path / "whole", shard_chars=50_000)
     command = [sys.executable, "-c", CHILD, str(corpus), str(tmp_path / "out")]
     for pause in (0.05, 0.3, 0.6):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+        process = children.start(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    assert subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE).returncode == 0
+    assert children.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -273,9 +274,9 @@ def test_input_that_cannot_be(tmp_path):
 def test_the_command(corpus, tmp_path):
     command = [sys.executable, "-m", "dev.repackage_data", f"--data={corpus}", f"--out={tmp_path / 'out'}"]
     root = Path(__file__).parents[2]
-    done = subprocess.run([*command, f"--shard_chars={CHARS}"], cwd=root, capture_output=True, text=True)
+    done = children.run([*command, f"--shard_chars={CHARS}"], cwd=root, capture_output=True, text=True)
     assert (
         done.returncode == 0 and "5,005 documents" in done.stdout and "shard_00004.parquet is held out" in done.stdout
     )
-    again = subprocess.run([*command, "--seed=3"], cwd=root, capture_output=True, text=True)
+    again = children.run([*command, "--seed=3"], cwd=root, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.startswith("error: ") and "choose another --out" in again.stderr

@@ -23,6 +23,7 @@ from nanochat_jax.data.documents import CallableDocuments, FileDocuments
 from nanochat_jax.data.row_files import RowsError, RowWriter
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.text.tokenizer import Tokenizer
+from tests import children
 from tests.tokenizer_fixtures import golden_tokenizer
 
 WORDS = "the river runs past old mill and miller counts his sacks while rain falls on stone roof at night".split()
@@ -248,7 +249,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, monkeypatch):
     child = None
     for _ in range(60):
         command = [sys.executable, "-c", CHILD, str(tmp_path / "killed")]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+        child = children.start(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         if kills < 6:
             time.sleep(chance.uniform(0.02, 0.25))
@@ -334,9 +335,9 @@ def test_full_disk_is_told_and_loses_nothing(tmp_path, small_batches, monkeypatc
 def test_a_second_builder_waits_and_reuses(tmp_path):
     code = CHILD.replace('print("done"', 'import glob; print(glob.glob(sys.argv[1] + "/*/*.npy").__len__()')
     command = [sys.executable, "-c", code, str(tmp_path)]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) for _ in range(2)]
-    outputs = [child.communicate()[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0] and outputs[0] == outputs[1]
+    builders = [children.start(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) for _ in range(2)]
+    outputs = [builder.communicate()[0] for builder in builders]
+    assert [builder.returncode for builder in builders] == [0, 0] and outputs[0] == outputs[1]
     RowSet.open(next(tmp_path.glob("train-*")), golden_tokenizer(), verify=True)
 
 

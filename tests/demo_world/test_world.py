@@ -1,7 +1,6 @@
 """The demo world: the same text everywhere, held-out text disjoint by construction, every statement true."""
 
 import re
-import subprocess
 import sys
 from itertools import islice
 
@@ -19,6 +18,7 @@ from nanochat_jax.demo_world import (
 )
 from nanochat_jax.demo_world.lexicon import number_word
 from nanochat_jax.demo_world.plots import FABLES, STORIES
+from tests import children
 
 WORLD = make_world(0)
 NUMBERS = {number_word(n): n for n in range(2000)} | {str(n): n for n in range(2000)}
@@ -106,7 +106,7 @@ def test_another_process_writes_the_same():
     say = "print('|'.join(document(i, s) for s in ('train', 'val') for i in range(60)))"
     code = f"from nanochat_jax.demo_world import document; {say}"
     env = {"PYTHONHASHSEED": "12345", "PYTHONPATH": ":".join(sys.path)}
-    there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    there = children.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert there == "|".join(document(i, s) for s in ("train", "val") for i in range(60)) + "\n"
 
 

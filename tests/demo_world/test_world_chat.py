@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import time
 
@@ -20,6 +19,7 @@ from nanochat_jax.demo_world.relations import RELATIONS
 from nanochat_jax.demo_world.words import made_up_word, real_words, words_of
 from nanochat_jax.text.calculator import use_calculator
 from nanochat_jax.text.chat_format import render_conversation
+from tests import children
 
 WORLD = make_world(0)
 N = 2500
@@ -78,7 +78,7 @@ def test_the_same_everywhere():
         "import json; from nanochat_jax.demo_world import make_world; from nanochat_jax.demo_world.chat import *\n"
         "print(json.dumps([m(make_world(0), draw_for(k, i, 'val', 5)) for k, m in KINDS.items() for i in range(9)]))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = children.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     here = [make(WORLD, draw_for(kind, i, "val", 5)) for kind, make in KINDS.items() for i in range(9)]
     assert json.loads(result.stdout) == here
     assert here != [make(WORLD, draw_for(kind, i, "val", 6)) for kind, make in KINDS.items() for i in range(9)]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import jax
@@ -20,6 +19,7 @@ from nanochat_jax.evals.lm_harness import NanochatLM  # noqa: E402
 from nanochat_jax.model import gpt  # noqa: E402
 from nanochat_jax.model.gpt import GPTConfig  # noqa: E402
 from nanochat_jax.text.tokenizer import Tokenizer  # noqa: E402
+from tests import children
 from tests.toy_params import toy_params
 
 forward = jax.jit(gpt.forward, static_argnums=0)
@@ -120,7 +120,5 @@ def test_the_command_line_is_the_harnesss_own_with_our_model():
         "--model_args",
         "run=no-such-run",
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    done = children.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode and "mine" in done.stderr + done.stdout and "already registered" not in done.stderr

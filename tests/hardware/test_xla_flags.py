@@ -19,6 +19,7 @@ from nanochat_jax.hardware.xla_flags import (
     settings_for,
     unknown_flags,
 )
+from tests import children
 
 EIGHT = Node("NVIDIA H100 80GB HBM3", 8)
 GONE = "--xla_gpu_enable_async_collectives=true"  # in many a list on the web; unknown to today's jaxlib
@@ -142,5 +143,5 @@ def test_a_process_starts_with_the_applied_flags(tmp_path):
         "print(float(jax.numpy.ones(3).sum()), os.environ['XLA_FLAGS'])"
     )
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = children.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "3.0 --xla_gpu_enable_latency_hiding_scheduler=true", done.stderr

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import rustbpe
 from nanochat_jax.convert.params_reference import params_from_reference
+from nanochat_jax.hardware import cpu_kernels
 from nanochat_jax.inference.decode import compiled_programs
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
@@ -153,7 +153,7 @@ def test_a_request_gives_the_same_tokens_alone_and_in_a_crowd(tiny, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(rustbpe.skinny_rows() < 8, reason="this processor has no AVX2: XLA's rounding depends on the rows")
+@pytest.mark.skipif(cpu_kernels.skinny_rows() < 8, reason="needs AVX2: XLA's rounding depends on the rows")
 def test_what_a_row_becomes_does_not_depend_on_its_company_to_the_bit():
     """At a width where XLA would sum one row and several in different orders."""
     config = gpt.GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=256)

@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import rustbpe
 from nanochat_jax.hardware import cpu_kernels
 from nanochat_jax.model import linear
+from tests import children
+from tests.skips import NOT_BUILT
 
-needs_kernel = pytest.mark.skipif(rustbpe.skinny_matmul() is None, reason="this processor has no AVX2")
+rustbpe = pytest.importorskip("rustbpe", reason=NOT_BUILT)
+needs_kernel = pytest.mark.skipif(rustbpe.skinny_matmul() is None, reason="needs AVX2")
 
 
 def arrays(*shapes):
@@ -187,7 +188,7 @@ print(jax.jit(matmul.project)(jnp.ones((8, 256)), jnp.ones((256, 1024))).sum())
 
 def test_without_the_kernel_xla_has_another_interface():
     # in a process of its own: until its backend has started, XLA takes any handler and complains only later
-    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
+    done = children.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 8 * 256 * 1024
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("nanochat_jax.hardware.cpu_kernels")]

@@ -18,6 +18,7 @@ from nanochat_jax.parallel import cluster, multihost, sharding
 from nanochat_jax.parallel.cluster import Cluster, DistributedError, find_cluster, first_host
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.text.tokenizer import Tokenizer
+from tests import children
 
 ROOT = Path(__file__).parents[2]
 SLURM = {
@@ -226,7 +227,7 @@ def launch(home: Path, stage: str, processes: int, **changes) -> list[subprocess
             env |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
             env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
         with open(home / f"log{index}.txt", "a") as log:
-            started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
+            started.append(children.start(command, cwd=ROOT, env=env, stdout=log, stderr=log))
     return started
 
 
@@ -314,7 +315,7 @@ def test_a_process_that_never_comes_is_named(homes):
     code = "from nanochat_jax import cluster; cluster.start('env', 2.0)"
     env = {**os.environ, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}
     env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    done = children.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "processes 1, 2 of 3 did not come" in done.stderr
 
 

@@ -1,7 +1,6 @@
 """The plan of a run: cards, compile targets, cached results, time, money, and the command's output and errors."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,6 +13,7 @@ from nanochat_jax.planner import compile as compiled
 from nanochat_jax.planner import cost, main, memory, roofline, target
 from nanochat_jax.planner.child import Case
 from nanochat_jax.planner.plan import BasePlan, PlanError
+from tests import children
 
 HOUR = 3600.0
 BASE: dict[str, Any] = {"vocab_size": 65536, "devices": 8}
@@ -298,7 +298,7 @@ def test_plan_error_is_a_value_error():
 
 
 def test_script():
-    done = subprocess.run(
+    done = children.run(
         [sys.executable, "-m", "scripts.plan", "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     assert "--hours" in done.stdout and "rtx4090" in done.stdout

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
+from tests import children
 from tests.page_stub import Die, Fail, Gate
 
 pytest_plugins = ["tests.page_browser"]
@@ -140,7 +140,7 @@ class Process:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tests.page_stub", str(self.port)]
-        self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        self.process = children.start(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         httpx.Client(transport=httpx.HTTPTransport(retries=8)).get(f"{self.url}/health", timeout=20)
 
     def kill(self) -> None:

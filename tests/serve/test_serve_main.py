@@ -24,6 +24,7 @@ from nanochat_jax.model import gpt
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.serve import main as serving
 from nanochat_jax.serve.watch import Watcher
+from tests import children
 from tests.serve_fixtures import CHAT
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
@@ -164,7 +165,7 @@ def start(*flags: str) -> tuple[subprocess.Popen, str, list[str]]:
     """(process, address, lines printed until it was ready)."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "scripts.serve", "--port=0", "--slots=2", "--warm_up=False", *flags]
-    process = subprocess.Popen(
+    process = children.start(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     lines: list[str] = []

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from nanochat_jax.evals.compression import Measure, TokEvalSettings, evaluate, r
 from nanochat_jax.stages import tokenizer as tok
 from nanochat_jax.stages.tokenizer import DemoTokTrainSettings, TokTrainSettings, main, parse_settings, train_tokenizer
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
+from tests import children
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -149,11 +149,11 @@ def test_evaluation_needs_a_tokenizer(capsys):
 
 def test_the_scripts_run(data, base):
     train = [sys.executable, "-m", "scripts.tok_train", f"--data={data}", "--vocab_size=300"]
-    done = subprocess.run(train, cwd=ROOT, capture_output=True, text=True)
+    done = children.run(train, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "-m", "scripts.tok_eval"], cwd=ROOT, capture_output=True, text=True)
+    done = children.run([sys.executable, "-m", "scripts.tok_eval"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "vocabulary: ours 300" in done.stdout, done.stderr
-    done = subprocess.run([*train, "--vocab=1"], cwd=ROOT, capture_output=True, text=True)
+    done = children.run([*train, "--vocab=1"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--vocab_size" in done.stderr
 
 

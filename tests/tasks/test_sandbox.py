@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ import pytest
 
 from tasks import sandbox
 from tasks.sandbox import ExecutionResult, SandboxUnavailable, execute_code, isolation_available
+from tests import children
 
 ROOT = Path(__file__).parents[2]
 MECHANISM, WHY = isolation_available()
@@ -24,7 +24,7 @@ def run(request):
     if request.param == "unsafe":
         return lambda code, *args: execute_code(code, *args, isolation="none", allow_unsafe=True)
     if MECHANISM == "none":
-        pytest.skip(WHY)
+        pytest.skip(f"needs isolation: {WHY}")
     return execute_code
 
 
@@ -298,7 +298,7 @@ DAEMON = (
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 @pytest.mark.parametrize("end", ["", "time.sleep(60)\n", "posix._exit(1)\n"])
 def test_daemons_die_with_the_program(run, end):
     name = f"dmn{os.getpid()}x{len(end)}"
@@ -315,14 +315,14 @@ def test_daemons_die_with_the_program(run, end):
     assert future.result().success == (end == "")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 def test_nothing_outlives_this_process(run, request, tmp_path):
     """`kill -9` of the process that runs programs takes the programs with it."""
     isolation = "none" if "unsafe" in request.node.name else "auto"
     name = f"out{os.getpid()}"
     code = f"{NAME % name}import time\ntime.sleep(60)"
     call = f"from tasks.sandbox import *\nexecute_code({code!r}, 60.0, isolation={isolation!r}, allow_unsafe=True)"
-    process = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
+    process = children.start([sys.executable, "-c", call], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
     try:
         wait_for(lambda: named(name) > 0)
         process.kill()
@@ -380,5 +380,5 @@ def test_from_a_thread_and_without_jax():
     thread.join()
     assert results[0].stdout == "2\n"
     code = "import sys, tasks.sandbox\nprint('jax' in sys.modules, 'numpy' in sys.modules)"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    output = children.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert output == "False False\n"

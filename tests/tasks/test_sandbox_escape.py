@@ -11,7 +11,7 @@ import pytest
 from tasks.sandbox import execute_code, isolation_available
 
 MECHANISM, WHY = isolation_available()
-pytestmark = pytest.mark.skipif(MECHANISM == "none", reason=WHY)
+pytestmark = pytest.mark.skipif(MECHANISM == "none", reason=f"needs isolation: {WHY}")
 
 
 @pytest.fixture(params=["auto", "user-namespaces"])
@@ -155,7 +155,7 @@ def test_fork_bomb(run, request):
 
 def test_thread_bomb(run, request):
     if "user-namespaces" in request.node.name and os.geteuid() == 0:
-        pytest.skip("see above")
+        pytest.skip("root is exempt from the limit on processes")
     code = "import _thread, time\nn = 0\ntry:\n    while True:\n        _thread.start_new_thread(time.sleep, (9,))\n"
     result = run(code + "        n += 1\nexcept RuntimeError: print(n)")
     assert result.success and 4 <= int(result.stdout) <= 32

@@ -8,7 +8,6 @@ import re
 import select
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from nanochat_jax.terminal import app, console
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings
 from nanochat_jax.text.detokenizer import ContextOverflow, as_text
+from tests import children
 from tests.scripted_engine import Scripted
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
@@ -464,7 +464,7 @@ class Terminal:
         root = Path(__file__).parents[2]
         environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(root), "TERM": "dumb"}
         command = [sys.executable, "-m", "tests.scripted_engine"]
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=root,
+        self.process = children.start(command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=root,
                                         start_new_session=True)  # fmt: skip
         os.close(slave)
         self.master, self.seen = master, ""

@@ -14,8 +14,9 @@ import regex  # a dependency of tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rustbpe
+from tests.skips import NOT_BUILT
 
+rustbpe = pytest.importorskip("rustbpe", reason=NOT_BUILT)
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
 NUM_SPECIAL = len(GOLDEN["special_tokens"])
 
@@ -220,7 +221,7 @@ def test_other_python_threads_run_meanwhile():
     assert len(inside) >= 10, f"{len(inside)} ticks in {end - start:.2f} s"
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs Linux: interval timers")
 def test_keyboard_interrupt_stops_training():
     def endless():
         while True:
@@ -240,7 +241,7 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux: reads the memory in use from /proc")
 def test_memory_is_bounded_by_the_different_pieces():
     """A stream of 400 MB with few different pieces: the process must not grow by more than a fraction of it."""
     text = "the quick brown fox jumps over the lazy dog. " * 2000

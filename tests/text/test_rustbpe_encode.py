@@ -13,8 +13,9 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rustbpe
+from tests.skips import NOT_BUILT
 
+rustbpe = pytest.importorskip("rustbpe", reason=NOT_BUILT)
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
 BYTES = [(bytes([b]), b) for b in range(256)]
 MAIN = BYTES + [(bytes.fromhex(token), rank) for token, rank in GOLDEN["main"]["merged_ranks"]]

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -8,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer, TokenizerError
+from tests import children
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 GOLDEN = golden("tokenizer_v1")
@@ -217,7 +217,7 @@ def test_a_character_in_four_tokens_comes_out_whole():
 
 def test_no_jax_is_imported():
     code = "import sys, nanochat_jax.text.tokenizer, nanochat_jax.text.chat_format; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert children.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_progress_is_reported():

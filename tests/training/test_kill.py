@@ -21,6 +21,7 @@ import pytest
 from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.text.tokenizer import Tokenizer
+from tests import children
 
 ROOT = Path(__file__).parents[2]
 TIMING = ("seconds", "tok_per_sec", "data_wait", "mfu")
@@ -50,7 +51,7 @@ def start(home: Path, stage: str, **changes) -> subprocess.Popen:
     command = [sys.executable, "-m", "scripts.train", f"--stage={stage}", "--demo"]
     command += [f"--{k}={v}" for k, v in flags.items()]
     with open(home / "log.txt", "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+        return children.start(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
 
 def finish(home: Path, stage: str, **changes) -> None:

@@ -1,6 +1,5 @@
 """The watchdog: when it is patient, when not, and what it leaves behind."""
 
-import subprocess
 import sys
 import threading
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax.training.watchdog import BUSY, FACTOR, HUNG, HungError, Watchdog
+from tests import children
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +70,6 @@ with Watchdog(0.3, grace_s=0.5, poll_s=0.05) as dog:
         libc.sleep(30)
 """
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = children.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == HUNG and time.monotonic() - began < 25
     assert "step 3 hangs" in done.stderr and "cannot be woken" in done.stderr and "Thread" in done.stderr

@@ -15,6 +15,7 @@ from nanochat_jax.report import list_runs
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.errors import exit_status, in_words, is_users
+from tests import children
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +119,7 @@ def test_output_that_nobody_reads_any_more_ends_quietly(length, statuses, expect
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as output:
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=output, stderr=subprocess.PIPE)
+        done = children.run([sys.executable, "-c", program], cwd=ROOT, stdout=output, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (expected, b"")
 
 
@@ -268,7 +269,7 @@ def test_a_slip_of_the_program_is_shown_whole(command, kind, base, monkeypatch):
 def test_as_a_process(base):
     """The exit status and the whole of stderr, as a person meets them."""
     command = [sys.executable, "-m", "scripts.compare", "nope", "other"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = children.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: there is no run 'nope'") and done.stderr.count("\n") == 1
 
