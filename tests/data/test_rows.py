@@ -226,7 +226,7 @@ def test_killed_between_the_last_shard_and_the_manifest(tmp_path, small_batches,
 CHILD = textwrap.dedent("""
     import os, sys, time
     os.fsync = lambda handle: None  # a killed process loses nothing that it has written; a power cut would
-    from nanochat_jax.data import rows
+    from nanochat_jax.data import build_rows as rows
     from nanochat_jax.data.documents import CallableDocuments
     from tests.data.test_rows import document
     from tests.tokenizer_fixtures import golden_tokenizer

@@ -171,7 +171,7 @@ REFUSED = """
 import ctypes, logging
 import jax, jax.numpy as jnp
 import rustbpe
-from nanochat_jax import cpu_kernels, matmul
+from nanochat_jax.model import linear
 
 @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 def handler(frame):  # answers XLA's question for the version of its interface with 0.99
@@ -181,8 +181,8 @@ def handler(frame):  # answers XLA's question for the version of its interface w
 
 logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 rustbpe.skinny_matmul = lambda: jax.ffi.pycapsule(handler)
-jax.eval_shape(matmul.project, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, 256), (256, 1024)]))
-print(jax.jit(matmul.project)(jnp.ones((8, 256)), jnp.ones((256, 1024))).sum())
+jax.eval_shape(linear.project, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, 256), (256, 1024)]))
+print(jax.jit(linear.project)(jnp.ones((8, 256)), jnp.ones((256, 1024))).sum())
 """
 
 
