@@ -36,3 +36,24 @@ setup_environment() {
   grep -q "^$sources" "$stamp" 2>/dev/null || : >"$stamp"
   echo "$sources . $extras" >>"$stamp"
 }
+
+find_chromium() {
+  local candidate
+  for candidate in "${CHROMIUM:-}" chromium chromium-browser google-chrome chrome; do
+    # Ubuntu's package is a stub without snap: it has to start
+    if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 && "$candidate" --version >/dev/null 2>&1; then
+      echo "$candidate"; return
+    fi
+  done
+  return 1
+}
+
+# Chromium, which the tests of the chat page need: from the distribution, as root. False where it cannot be had.
+setup_chromium() {
+  find_chromium >/dev/null && return
+  { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; } || return 1
+  echo "Installing Chromium for the tests of the chat page ..."
+  export DEBIAN_FRONTEND=noninteractive
+  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null || return 1
+  find_chromium >/dev/null
+}
