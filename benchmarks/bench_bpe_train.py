@@ -23,9 +23,12 @@ import threading
 import time
 from pathlib import Path
 
+from benchmarks.common import read_texts
+
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+ROOT = Path(__file__).resolve().parents[1]
 # name -> (import name, from the competitors' folder, what it does differently)
 TRAINERS = {
     "ours": ("rustbpe", False, ""),
@@ -33,25 +36,6 @@ TRAINERS = {
     "gigabpe": ("gigabpe", True, "reads the text from a file; GPT-2's pattern; ties broken as Hugging Face does"),
     "tokenizers": ("tokenizers", True, "Hugging Face; ties broken in its own way"),
 }
-
-
-def read_texts(paths: list[Path], max_chars: int) -> list[str]:
-    """Documents of parquet files (column `text`) and text files (blank-line separated), up to about `max_chars`."""
-    texts: list[str] = []
-    chars = 0
-    for path in paths:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            documents = pq.read_table(path, columns=["text"])["text"].to_pylist()
-        else:
-            documents = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
-        for document in documents:
-            if chars >= max_chars:
-                return texts
-            texts.append(document)
-            chars += len(document)
-    return texts
 
 
 class PeakMemory:
@@ -162,11 +146,12 @@ def main() -> None:
                 environments[name] = env
             else:
                 print(f"{name}: not installed, left out (see --help for how to install it)")
-        command = [sys.executable, __file__, "--text-file", str(text_file), "--max-chars", str(args.max_chars)]
-        command += ["--vocab-size", str(args.vocab_size), "--data", *map(str, args.data), "--one"]
+        command = [sys.executable, "-m", "benchmarks.bench_bpe_train", f"--text-file={text_file}"]
+        command += [f"--max-chars={args.max_chars}", f"--vocab-size={args.vocab_size}"]
+        command += ["--data", *(str(path.resolve()) for path in args.data), "--one"]
         for _ in range(args.repeats):
             for name, env in environments.items():
-                run = subprocess.run([*command, name], env=env, stdout=subprocess.PIPE, text=True, check=True)
+                run = subprocess.run([*command, name], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
                 results.setdefault(name, []).append(json.loads(run.stdout.splitlines()[-1]))
                 print(f"  {name}: {results[name][-1]['seconds']:.2f} s", flush=True)
 

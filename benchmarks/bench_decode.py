@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common import random_params
 from nanochat_jax.inference import decode
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
@@ -39,16 +40,6 @@ class Settings:
     temperature: float = flag(0.0, "0 = greedy")
     top_k: int = flag(0, "0 = off")
     steps_per_call: int | None = flag(None, "None = the engine's own choice")
-
-
-def random_params(config: gpt.GPTConfig) -> gpt.Params:
-    """Weights of ordinary size everywhere: the zero projections of a fresh model would make arithmetic too easy."""
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[0] ** -0.5))
-
-    return jax.tree.map(draw, gpt.abstract(config))
 
 
 def through_engine(engine: Engine, rows: int, s: Settings) -> float:

@@ -25,10 +25,7 @@ import numpy as np
 import tiktoken
 
 import rustbpe
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.bench_bpe_train import read_texts  # noqa: E402
+from benchmarks.common import read_texts
 
 THREE_DIGITS = rustbpe.DEFAULT_PATTERN.replace("{1,2}", "{1,3}")
 

@@ -1,7 +1,7 @@
 """The loader alone, from page cache: how much it can give, how long a consumer of a given speed waits, how soon a
 resumed run has its first batch.
 
-    python benchmarks/bench_loader.py [--rows=32768] [--tokens=2048] [--batch=256] [--rate=1e6] [--seconds=20]
+    python -m benchmarks.bench_loader [--rows=32768] [--tokens=2048] [--batch=256] [--rate=1e6] [--seconds=20]
 
 Rows of random ids (uint16, as fineweb-edu with a vocabulary of 65,536 has them) are written to a temporary folder and
 so into the page cache, shuffled as in training. The consumer asks for a batch, then sleeps until a step at `--rate`
@@ -10,14 +10,10 @@ tokens per second would be over: what `next` takes is the data wait that trainin
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_files import RowWriter

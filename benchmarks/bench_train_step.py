@@ -1,6 +1,6 @@
 """Training step against the reference architecture under `torch.compile`, in turn on this machine.
 
-    python benchmarks/bench_train_step.py [--torch_python=PATH] [--rounds=3] [--steps=8] [--grads_only]
+    python -m benchmarks.bench_train_step [--torch_python=PATH] [--rounds=3] [--steps=8] [--grads_only]
 
 For every shape, one process of ours and one of `torch_reference.py` alternate `--rounds` times, so that a slow minute
 of the machine hits both; each prints the seconds of its steps. Shown are medians over all timed steps, their ratio, and
@@ -23,7 +23,6 @@ SHAPES = ["4,16,256,4096", "2,32,256,4096", "4,1,1024,65536"]  # depth, rows, to
 
 def time_ours(depth: int, rows: int, tokens: int, vocab: int, steps: int, warmup: int, grads_only: bool) -> list[float]:
     """Seconds of every timed step of this project in the present process."""
-    sys.path.insert(0, str(HERE.parent))
     from nanochat_jax.hardware import cpu_memory
 
     cpu_memory.keep_freed_memory()  # before JAX starts, as the training script does
@@ -67,7 +66,7 @@ def time_ours(depth: int, rows: int, tokens: int, vocab: int, steps: int, warmup
 
 def run(command: list[str]) -> list[float]:
     """Seconds per step as a child process measured them; empty (with its last words shown) if it failed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
     if done.returncode:
         print("  " + (done.stderr.strip().splitlines() or ["no message"])[-1], flush=True)
         return []
@@ -96,7 +95,7 @@ def main():
         sizes = [f"--depth={depth}", f"--batch={rows}", f"--seq={tokens}", f"--vocab={vocab}"]
         ours, theirs = [], []
         for _ in range(args.rounds):
-            ours += run([sys.executable, str(HERE / "bench_train_step.py"), "--worker", "--shapes", shape, *common])
+            ours += run([sys.executable, "-m", "benchmarks.bench_train_step", "--worker", "--shapes", shape, *common])
             theirs += run([args.torch_python, str(HERE / "torch_reference.py"), *sizes, *common])
         for name, seconds in (("nanochat_jax", ours), ("torch.compile", theirs)):
             if seconds:

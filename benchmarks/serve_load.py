@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import random_params
 from benchmarks.streams import Connection, Stream, alone, body, stream
 from nanochat_jax.utils import flags, paths
 from nanochat_jax.utils.flags import flag
@@ -98,11 +99,7 @@ def fairness(streams: Sequence[Stream]) -> dict[str, float]:
 
 def random_run(folder: Path, s: Settings) -> str:
     """A run of random weights in the base directory `folder`; returns its name."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from nanochat_jax.model.gpt import GPTConfig, abstract
+    from nanochat_jax.model.gpt import GPTConfig
     from nanochat_jax.runs import checkpoint
     from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -110,16 +107,11 @@ def random_run(folder: Path, s: Settings) -> str:
     ranks = [bytes([i]) for i in range(256)] + [b"%x" % i for i in range(16, 16 + n - 256)]  # any distinct bytes do
     tokenizer = Tokenizer(ranks, {name: n + i for i, name in enumerate(SPECIAL_TOKENS)})
     config = GPTConfig.from_depth(s.depth or 1, s.vocab_size, s.sequence_len)
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[0] ** -0.5))
-
     run = folder / "runs" / f"random-d{s.depth}"
     run.mkdir(parents=True)
     tokenizer.save(run)
     meta = {"config": checkpoint.config_to_dict(config), "stage": "base", "tokenizer_hash": tokenizer.hash}
-    checkpoint.save(run, 0, {"params": jax.tree.map(draw, abstract(config))}, meta)
+    checkpoint.save(run, 0, {"params": random_params(config)}, meta)
     return run.name
 
 

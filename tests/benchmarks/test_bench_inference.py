@@ -6,10 +6,9 @@ import math
 import jax
 import pytest
 
-from benchmarks import serve_load
+from benchmarks import bench_inference, serve_load
+from benchmarks.bench_inference import BenchSettings, Costs, Timing, json_line, main, numbers, summary, upper_median
 from benchmarks.streams import Stream, events
-from nanochat_jax import bench_inference
-from nanochat_jax.bench_inference import BenchSettings, Costs, Timing, json_line, main, numbers, summary, upper_median
 from nanochat_jax.model import gpt
 
 CONFIGS = [

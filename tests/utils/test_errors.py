@@ -131,7 +131,7 @@ def test_a_broken_pipe_that_is_not_the_output_is_a_bug():
 # --- every command ----------------------------------------------------------------------------------------------------
 
 SCRIPTS = {p.stem: f"scripts.{p.stem}" for p in sorted((ROOT / "scripts").glob("*.py")) if p.stem != "__init__"}
-COMMANDS = {**SCRIPTS, "download": "nanochat_jax.data.download"}
+COMMANDS = {**SCRIPTS, "bench_inference": "benchmarks.bench_inference", "download": "nanochat_jax.data.download"}
 
 # command, arguments ({} is the folder of the test), words of the one line. Nothing is on the disk.
 MISSING = [
@@ -181,7 +181,7 @@ FIRST = {
     "report": ([], "nanochat_jax.report.main.write"),
     "serve": ([], "nanochat_jax.serve.main._listen"),
     "chat": (["-p", "hello"], "nanochat_jax.runs.checkpoint.find_run"),
-    "bench_inference": ([], "nanochat_jax.bench_inference.bench"),
+    "bench_inference": ([], "benchmarks.bench_inference.bench"),
     "plan": ([], "nanochat_jax.planner.main.make"),
     "import_checkpoint": (["x"], "nanochat_jax.convert.import_run.import_checkpoint"),
     "export": (["--to=hf", "x"], "nanochat_jax.convert.export.export"),

@@ -1,7 +1,7 @@
 """How fast a model answers on this machine: latency, throughput by batch size, and how near that is to the limits.
 
-python -m scripts.bench_inference --run=d20-sft         a trained model (default: the newest)
-python -m scripts.bench_inference --depth=12            random weights of a depth
+python -m benchmarks.bench_inference --run=d20-sft         a trained model (default: the newest)
+python -m benchmarks.bench_inference --depth=12            random weights of a depth
 
 TTFT: from asking to the first tokens that reach the reader. TPOT: time per further token of a row. The last line of
 the output is one JSON object. The definitions are the reference's (its infer_bench), except where said here.
@@ -10,6 +10,7 @@ the output is one JSON object. The definitions are the reference's (its infer_be
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import random_params
 from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.errors import InputError
@@ -25,7 +27,7 @@ from nanochat_jax.utils.flags import flag
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """The flags of scripts.bench_inference."""
+    """The flags of benchmarks.bench_inference."""
 
     run: str | None = flag(None, "the run to measure; default: the newest")
     model_tag: str | None = flag(None, "another name for --run", short="g")
@@ -219,7 +221,7 @@ def _peak_memory() -> int | None:
 
 
 @dataclass(frozen=True)
-class Model:
+class MeasuredModel:
     """What is measured, and how it is called."""
 
     config: GPTConfig
@@ -228,25 +230,15 @@ class Model:
     step: int | None
 
 
-def load(settings: BenchSettings) -> Model:
-    """The run's model, or random weights of ordinary size (a fresh model's zero projections are no honest work)."""
+def load(settings: BenchSettings) -> MeasuredModel:
+    """The run's model, or random weights of ordinary size (see `random_params`)."""
     if settings.depth is None:
         from nanochat_jax.runs.checkpoint import load_model
 
         config, params, _, meta = load_model(settings.run or settings.model_tag, settings.stage, settings.step)
-        return Model(config, params, meta["run"], meta["step"])
-    import jax
-    import jax.numpy as jnp
-
-    from nanochat_jax.model.gpt import abstract
-
+        return MeasuredModel(config, params, meta["run"], meta["step"])
     config = GPTConfig.from_depth(settings.depth, settings.vocab_size, settings.sequence_len)
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[0] ** -0.5))
-
-    return Model(config, jax.tree.map(draw, abstract(config)), f"random d{settings.depth}", None)
+    return MeasuredModel(config, random_params(config), f"random d{settings.depth}", None)
 
 
 def bench(settings: BenchSettings) -> dict[str, Any]:
@@ -392,3 +384,7 @@ def main(argv: Sequence[str]) -> int:
         print(json_line(bench(settings)))
 
     return errors.exit_status(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
