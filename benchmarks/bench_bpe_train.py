@@ -23,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.common import read_texts
+from benchmarks.common import read_texts, text_parser
 
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -112,22 +112,13 @@ def available(name: str, env: dict[str, str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="parquet or text files")
-    parser.add_argument("--max-chars", type=int, default=100_000_000)
-    parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--competitors", type=Path, help="folder that the competitors were installed into (pip --target)"
-    )
+    parser = text_parser(__doc__, repeats=3, competitors="the competitors were")
     parser.add_argument("--only", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--one", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--text-file", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return measure_here(args)
-    if missing := [path for path in args.data if not path.is_file()]:
-        parser.error(f"--data: no such file: {missing[0]}")
 
     texts = read_texts(args.data, args.max_chars)
     chars = sum(map(len, texts))

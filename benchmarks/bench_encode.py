@@ -9,7 +9,6 @@ gigatoken (optional: `pip install --target DIR gigatoken==0.10.0`, then --compet
 of at most two digits, so it is compared, in speed and in ids, with ours on GPT-4's pattern, of at most three.
 """
 
-import argparse
 import base64
 import importlib
 import os
@@ -25,7 +24,7 @@ import numpy as np
 import tiktoken
 
 import rustbpe
-from benchmarks.common import read_texts
+from benchmarks.common import read_texts, text_parser
 
 THREE_DIGITS = rustbpe.DEFAULT_PATTERN.replace("{1,2}", "{1,3}")
 
@@ -46,16 +45,9 @@ def load_gigatoken(ranks: list[tuple[bytes, int]], folder: Path | None) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="parquet or text files")
-    parser.add_argument("--max-chars", type=int, default=100_000_000)
-    parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = text_parser(__doc__, repeats=5, competitors="gigatoken was")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--competitors", type=Path, help="folder that gigatoken was installed into (pip --target)")
     args = parser.parse_args()
-    if missing := [path for path in args.data if not path.is_file()]:
-        parser.error(f"--data: no such file: {missing[0]}")
     if not hasattr(rustbpe.Tokenizer, "from_ranks"):
         parser.error("the installed rustbpe is another package of that name: pip uninstall rustbpe, then pip install .")
 

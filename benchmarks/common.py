@@ -1,5 +1,6 @@
-"""What several benchmarks need: weights of ordinary size, and text."""
+"""What several benchmarks need: weights of ordinary size, text, and the flags that name it."""
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,3 +44,21 @@ def read_texts(paths: list[Path], max_chars: int) -> list[str]:
             texts.append(document)
             chars += len(document)
     return texts
+
+
+def text_parser(description: str | None, repeats: int, competitors: str) -> argparse.ArgumentParser:
+    """The flags of a benchmark on text: --data, --max-chars, --vocab-size, --repeats, and --competitors, a folder with
+    the packages named in `competitors`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", type=_file, required=True, help="parquet or text files")
+    parser.add_argument("--max-chars", type=int, default=100_000_000)
+    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--competitors", type=Path, help=f"folder that {competitors} installed into (pip --target)")
+    return parser
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {text}")
+    return Path(text)

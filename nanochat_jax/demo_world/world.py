@@ -147,41 +147,27 @@ def make_world(seed: int = 0) -> World:
 def facts(world: World) -> tuple[Fact, ...]:
     """Every fact of `world` that the texts use, in a fixed order. Numbers are written as words."""
     out: list[Fact] = []
+
+    def known(subject: str, **objects: str) -> None:
+        out.extend(Fact(subject, relation, value) for relation, value in objects.items())
+
     for p in world.people:
-        out += [
-            Fact(p.name, "age", number_word(p.age)),
-            Fact(p.name, "job", p.job),
-            Fact(p.name, "home", p.home),
-            Fact(p.name, "favorite_food", p.food),
-            Fact(p.name, "favorite_color", p.color),
-            Fact(p.name, "favorite_animal", p.animal),
-            Fact(p.name, "hobby", p.hobby),
-            Fact(p.name, "pet", p.pet_kind),
-            Fact(p.name, "pet_name", p.pet_name),
-            Fact(p.name, "friend", p.friend),
-        ]
+        known(
+            p.name, age=number_word(p.age), job=p.job, home=p.home, favorite_food=p.food, favorite_color=p.color,
+            favorite_animal=p.animal, hobby=p.hobby, pet=p.pet_kind, pet_name=p.pet_name, friend=p.friend,
+        )  # fmt: skip
     for t in world.towns:
-        out += [
-            Fact(t.name, "region", t.region),
-            Fact(t.name, "river", t.river),
-            Fact(t.name, "hill", t.hill),
-            Fact(t.name, "known_for", t.known_for),
-            Fact(t.name, "landmark", t.landmark),
-            Fact(t.name, "market_day", t.market_day),
-        ]
+        known(
+            t.name, region=t.region, river=t.river, hill=t.hill, known_for=t.known_for, landmark=t.landmark,
+            market_day=t.market_day,
+        )  # fmt: skip
     for a in world.animals:
-        out += [
-            Fact(a.kind, "group", a.group),
-            Fact(a.kind, "sound", a.sound),
-            Fact(a.kind, "food", a.food),
-            Fact(a.kind, "animal_home", a.home),
-            Fact(a.kind, "legs", number_word(a.legs) if a.legs else "no"),
-            Fact(a.kind, "covering", a.covering),
-            Fact(a.kind, "young", a.young),
-            Fact(a.kind, "can", a.can),
-        ]
+        known(
+            a.kind, group=a.group, sound=a.sound, food=a.food, animal_home=a.home,
+            legs=number_word(a.legs) if a.legs else "no", covering=a.covering, young=a.young, can=a.can,
+        )  # fmt: skip
     for j in world.jobs:
-        out += [Fact(j.name, "workplace", j.workplace), Fact(j.name, "work", j.work), Fact(j.name, "tool", j.tool)]
+        known(j.name, workplace=j.workplace, work=j.work, tool=j.tool)
     pairs: dict[str, list[tuple[str, str]]] = {relation: list(known) for relation, known in lex.GENERAL.items()}
     pairs["opposite"] += [(b, a) for a, b in lex.GENERAL["opposite"]]
     pairs |= {
