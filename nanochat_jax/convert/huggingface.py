@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanochat_jax.convert import InterchangeError, torch_file
+from nanochat_jax.convert import InterchangeError, pt_files
 from nanochat_jax.convert.chat_template import chat_template
 from nanochat_jax.model.gpt import NORM_EPS, GPTConfig
 from nanochat_jax.text import chat_format
@@ -201,7 +201,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], list[Path]]:
         where, files = None, [folder / WEIGHTS]
     elif (folder / "pytorch_model.bin").is_file():
         path = folder / "pytorch_model.bin"
-        return dict(torch_file.read(path)), [path]
+        return dict(pt_files.read(path)), [path]
     else:
         raise InterchangeError(f"{folder} has no {WEIGHTS}, {INDEX} or pytorch_model.bin")
     arrays: dict[str, np.ndarray] = {}

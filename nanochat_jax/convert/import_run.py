@@ -18,7 +18,7 @@ from nanochat_jax.convert import (
     folders,
     huggingface,
     params_reference,
-    tiktoken_pickle,
+    pt_files,
     tokenizer_json,
 )
 from nanochat_jax.convert import reference as reference_files
@@ -155,7 +155,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if "format" in huggingface.read_json(path):
             return Tokenizer.load(path.parent)
         return tokenizer_json.read(path)
-    return tiktoken_pickle.read(path)
+    return pt_files.read_tokenizer(path)
 
 
 def import_checkpoint(settings: ImportSettings) -> Path:

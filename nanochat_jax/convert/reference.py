@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax.convert import InterchangeError, huggingface, tiktoken_pickle, torch_file
+from nanochat_jax.convert import InterchangeError, huggingface, pt_files
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.text.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ def _of(model: Path) -> Checkpoint | None:
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The state dict of a model file, without torch.compile's prefix. Raises InterchangeError."""
-    tree = torch_file.read(path)
+    tree = pt_files.read(path)
     if not isinstance(tree, dict) or not all(isinstance(k, str) and isinstance(v, np.ndarray) for k, v in tree.items()):
         raise InterchangeError(f"{path} is not a state dict of tensors by name")
     arrays = {name.removeprefix("_orig_mod."): array for name, array in tree.items()}
@@ -135,7 +135,7 @@ def find_tokenizer(near: Path) -> Path | None:
 
 def check_token_bytes(tokenizer: Tokenizer, path: Path) -> None:
     """Refuses a token_bytes.pt that does not belong to the tokenizer (it may count either as v1 or exactly)."""
-    found = torch_file.read(path)
+    found = pt_files.read(path)
     for v1_compat in (True, False):
         if isinstance(found, np.ndarray) and np.array_equal(found, tokenizer.token_bytes(v1_compat)):
             return
@@ -170,7 +170,7 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], tok
     (folder / "tokenizer").mkdir()
     step = meta["step"]
     with open(place / f"model_{step:06d}.pt", "wb") as file:
-        torch_file.write(file, arrays)
+        pt_files.write(file, arrays)
     document = {
         "step": step,
         "model_config": {name: getattr(config, name) for name in SIX},
@@ -179,6 +179,6 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], tok
         "max_seq_len": config.sequence_len,
     }
     (place / f"meta_{step:06d}.json").write_text(json.dumps(document, indent=2))
-    (folder / "tokenizer" / "tokenizer.pkl").write_bytes(tiktoken_pickle.dumps(tokenizer))
+    (folder / "tokenizer" / "tokenizer.pkl").write_bytes(pt_files.tokenizer_bytes(tokenizer))
     with open(folder / "tokenizer" / "token_bytes.pt", "wb") as file:
-        torch_file.write(file, tokenizer.token_bytes(v1_compat=True))
+        pt_files.write(file, tokenizer.token_bytes(v1_compat=True))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.convert import InterchangeError, folders, huggingface, torch_file
+from nanochat_jax.convert import InterchangeError, folders, huggingface, pt_files
 from nanochat_jax.convert import export as exporting
 from nanochat_jax.convert.chat_template import chat_template
 from nanochat_jax.convert.export import ExportSettings, export
@@ -121,10 +121,10 @@ def test_the_references_files(base, tokenizer):
     place = out / "chatsft_checkpoints" / "d2"
     meta = json.loads((place / "meta_000005.json").read_text())
     assert meta["model_config"] == {**GROUPED, "vocab_size": config.vocab_size} and meta["user_config"]["depth"] == 2
-    tensors = torch_file.read(place / "model_000005.pt")
+    tensors = pt_files.read(place / "model_000005.pt")
     assert tensors["transformer.h.1.attn.c_k.weight"].shape == (16, 32) and len(tensors) == 2 + 6 * 2
     assert pickle.loads((out / "tokenizer" / "tokenizer.pkl").read_bytes()).n_vocab == config.vocab_size
-    lengths = torch_file.read(out / "tokenizer" / "token_bytes.pt")
+    lengths = pt_files.read(out / "tokenizer" / "token_bytes.pt")
     np.testing.assert_array_equal(lengths, tokenizer.token_bytes(v1_compat=True))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.convert import InterchangeError, import_run, reference, tokenizer_json, torch_file
+from nanochat_jax.convert import InterchangeError, import_run, pt_files, reference, tokenizer_json
 from nanochat_jax.convert.huggingface import hf_name
 from nanochat_jax.convert.import_run import ImportSettings, import_checkpoint
 from nanochat_jax.convert.params_reference import params_to_reference
@@ -48,7 +48,7 @@ def theirs(base, golden, tokenizer):
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding))
     with open(folder / "tokenizer" / "token_bytes.pt", "wb") as file:
-        torch_file.write(file, tokenizer.token_bytes(v1_compat=True))
+        pt_files.write(file, tokenizer.token_bytes(v1_compat=True))
     return folder
 
 
@@ -137,13 +137,11 @@ def test_precision_stage_and_older_config_forms(hf, capsys):
 
 def test_tensors_that_do_not_fit_are_all_listed(theirs, hf):
     place = theirs / "mid_checkpoints" / "d1"
-    arrays = {
-        k.removeprefix("_orig_mod."): np.float32(v) for k, v in torch_file.read(place / "model_000007.pt").items()
-    }
+    arrays = {k.removeprefix("_orig_mod."): np.float32(v) for k, v in pt_files.read(place / "model_000007.pt").items()}
     arrays["transformer.h.0.attn.c_gate.weight"] = arrays.pop("transformer.h.0.mlp.c_fc.weight")
     arrays["lm_head.weight"] = arrays["lm_head.weight"][:, :8]
     with open(place / "model_000007.pt", "wb") as file:
-        torch_file.write(file, arrays)
+        pt_files.write(file, arrays)
     with pytest.raises(InterchangeError) as caught:
         run(theirs)
     message = str(caught.value)
@@ -171,7 +169,7 @@ def test_models_that_cannot_run_here_are_refused_with_the_reason(theirs, hf, mon
     place = theirs / "mid_checkpoints" / "d1"
     arrays = {"transformer.wte.weight": np.ones((2, 2), np.float32), "resid_lambdas": np.ones(2, np.float32)}
     with open(place / "model_000007.pt", "wb") as file:
-        torch_file.write(file, arrays)
+        pt_files.write(file, arrays)
     with pytest.raises(InterchangeError, match=r"later nanochat.*resid_lambdas"):
         run(theirs)
     assert not list((Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs").glob("[!.]*")), "a refused import leaves no run"

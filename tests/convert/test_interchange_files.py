@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import resource
 import struct
 import zipfile
 from collections import OrderedDict
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nanochat_jax.convert import InterchangeError, pickles, tiktoken_pickle, torch_file
+from nanochat_jax.convert import InterchangeError, pt_files
 from nanochat_jax.text.tokenizer import Tokenizer
 
 NAMES = {"collections.OrderedDict": lambda *items: dict(*items)}
@@ -29,7 +30,7 @@ class Calls:
 
 
 def read(data: bytes):
-    return pickles.read(data, NAMES, "the file")
+    return pt_files.unpickle(data, NAMES, "the file")
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -76,7 +77,7 @@ def test_calls_are_refused_by_name_and_not_made(protocol, function, name, tmp_pa
 )
 def test_other_instructions_are_refused(data):
     with pytest.raises(InterchangeError):
-        pickles.read(data, {}, "the file")
+        pt_files.unpickle(data, {}, "the file")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,7 @@ def test_other_instructions_are_refused(data):
         b"", b".", b"\x80", b"\x80\x04", b"]", b"(((", b"0.", b"a.", b"K\x01K\x02.", b"t.", b"(K\x01d.", b"h\x05.",
         b"]]K\x01s.", b"}]K\x01s.", b"\x80\x04\x8c\xffa.", b"X\xff\xff\xff\x7fab.", b"L" + b"9" * 5000 + b"L\n.",
         b"\x8e" + struct.pack("<Q", 10 << 30) + b"short.",  # ten gigabytes are claimed
+        b"\x96" + struct.pack("<Q", 10 << 30) + b"short.", b"Nr\xff\xff\xff\x7f1.",
         b"\x8d" + struct.pack("<Q", 1 << 62) + b"x.", b"r\xff\xff\xff\x7f.", b"S'\\x'\n.", b"K\x01R.", b"K\x01)R.",
     ],
 )  # fmt: skip
@@ -104,12 +106,40 @@ def test_no_cut_or_flipped_byte_gets_through_as_another_error():
                 pass
 
 
+def test_little_memory_is_taken_for_what_is_only_claimed():
+    """A billion places of a memo, ten gigabytes of bytes: nothing of it is there."""
+    claims = [b"Nr\xff\xff\xff\x7f0" * 2, b"\x96" + struct.pack("<Q", 10 << 30), b"\x8e" + struct.pack("<Q", 10 << 30)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for claim in claims:
+        with pytest.raises(InterchangeError):
+            read(b"\x80\x05" + claim)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (256 << 10)  # in KiB
+    with pytest.raises(InterchangeError, match="at most"):
+        read(bytes(pt_files.MAX_PICKLE_BYTES + 1))
+
+
+def test_a_pickle_cannot_change_what_stands_for_its_names(tmp_path):
+    """BUILD sets attributes: of a tensor, of the functions that make them, of a dict that hides its methods."""
+    path, before = write(tmp_path / "x.pt", ARRAYS), dict(vars(pt_files))
+    order = b"ccollections\nOrderedDict\n"
+    state = b"}(X\x05\0\0\0itemsK\x01X\x08\0\0\0__code__K\x01u"
+    for made in (order + b")R" + state + b"b.", order + state + b"b.", order + b"N" + state + b"\x86b."):
+        bad = rewritten(path, tmp_path / "bad.pt", lambda n, d, made=made: made if n.endswith("data.pkl") else d)
+        try:
+            got = pt_files.read(bad)
+        except InterchangeError:
+            continue
+        assert not isinstance(got, dict) or got.items() == {}.items()
+    assert vars(pt_files) == before
+    assert list(pt_files.read(path)) == list(ARRAYS)
+
+
 # --- torch files -----------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, tensors) -> Path:
     with open(path, "wb") as file:
-        torch_file.write(file, tensors)
+        pt_files.write(file, tensors)
     return path
 
 
@@ -126,7 +156,7 @@ def rewritten(source: Path, target: Path, change) -> Path:
 
 
 def test_a_file_written_by_torch_is_read_exactly(golden):
-    got = torch_file.read(golden / "interchange" / "model_000007.pt")
+    got = pt_files.read(golden / "interchange" / "model_000007.pt")
     with np.load(golden / "interchange" / "model_000007.npz") as expected:
         assert {name.removeprefix("_orig_mod.") for name in got} == set(expected.files)
         for name in expected.files:
@@ -136,12 +166,12 @@ def test_a_file_written_by_torch_is_read_exactly(golden):
 
 def test_own_files_round_trip_and_are_what_torch_describes(tmp_path):
     path = write(tmp_path / "x.pt", ARRAYS)
-    got = torch_file.read(path)
+    got = pt_files.read(path)
     assert list(got) == list(ARRAYS)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(got[name], array)
         assert got[name].dtype == array.dtype and not got[name].flags.writeable
-    np.testing.assert_array_equal(torch_file.read(write(tmp_path / "one.pt", ARRAYS["b"])), ARRAYS["b"])
+    np.testing.assert_array_equal(pt_files.read(write(tmp_path / "one.pt", ARRAYS["b"])), ARRAYS["b"])
 
     # the standard library's unpickler, with a recorder in torch's place, sees the calls that torch.save writes
     class Recorder(pickle.Unpickler):
@@ -173,12 +203,12 @@ def test_torch_reads_own_files_and_we_read_views(tmp_path):
         "none": torch.ones(0, 2),
     }
     torch.save(saved | {"parameter": torch.nn.Parameter(base)}, tmp_path / "y.pt")
-    back = torch_file.read(tmp_path / "y.pt")
+    back = pt_files.read(tmp_path / "y.pt")
     for name, tensor in saved.items():
         np.testing.assert_array_equal(back[name], tensor.numpy())
     torch.save(saved, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(InterchangeError, match=r"old format.*torch.save"):
-        torch_file.read(tmp_path / "old.pt")
+        pt_files.read(tmp_path / "old.pt")
 
 
 def test_damage_and_lies_are_refused(tmp_path):
@@ -188,19 +218,19 @@ def test_damage_and_lies_are_refused(tmp_path):
     for cut in (0, 1, 100, len(data) // 2, len(data) - 1):
         bad.write_bytes(data[:cut])
         with pytest.raises(InterchangeError, match=r"bad\.pt"):
-            torch_file.read(bad)
+            pt_files.read(bad)
     at = data.index(ARRAYS["a"].tobytes())
     bad.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
-    with pytest.raises(InterchangeError, match="checksum"):
-        torch_file.read(bad)
+    with pytest.raises(InterchangeError, match="CRC-32"):
+        pt_files.read(bad)
     with pytest.raises(InterchangeError, match="data/0"):
-        torch_file.read(rewritten(path, bad, lambda n, d: None if n.endswith("data/0") else d))
+        pt_files.read(rewritten(path, bad, lambda n, d: None if n.endswith("data/0") else d))
     with pytest.raises(InterchangeError, match="holds 11"):
-        torch_file.read(rewritten(path, bad, lambda n, d: d[:-4] if n.endswith("data/0") else d))
+        pt_files.read(rewritten(path, bad, lambda n, d: d[:-4] if n.endswith("data/0") else d))
     with pytest.raises(InterchangeError, match="big-endian"):
-        torch_file.read(rewritten(path, bad, lambda n, d: b"big" if n.endswith("byteorder") else d))
+        pt_files.read(rewritten(path, bad, lambda n, d: b"big" if n.endswith("byteorder") else d))
     with pytest.raises(InterchangeError, match="no data.pkl"):
-        torch_file.read(rewritten(path, bad, lambda n, d: None if n.endswith(".pkl") else d))
+        pt_files.read(rewritten(path, bad, lambda n, d: None if n.endswith(".pkl") else d))
 
 
 @pytest.mark.parametrize(
@@ -217,18 +247,15 @@ def test_tensors_beyond_their_storage_are_refused(tmp_path, shape, strides, offs
     def lie(name, data):
         if not name.endswith("data.pkl"):
             return data
-        p = pickles.Writer().name("torch._utils", "_rebuild_tensor_v2").mark()
-        p.mark().text("storage").name("torch", "FloatStorage").text("0").text("cpu").integer(12).tuple().persistent_id()
-        p.integer(offset)
-        for numbers in (shape, strides):
-            p.mark()
-            for number in numbers:
-                p._put(b"\x8a\x09" + number.to_bytes(9, "little", signed=True))
-            p.tuple()
-        return p.false().name("collections", "OrderedDict").mark().tuple().reduce().tuple().reduce().done()
+        out = io.BytesIO()
+        rebuild = pt_files._Global("torch._utils", "_rebuild_tensor_v2")
+        arguments = pt_files._Storage("0", "FloatStorage", 12), offset, shape, strides, False, OrderedDict()
+        pickler = pt_files._Pickler(out, 2)
+        pickler.dump(Calls(rebuild, *arguments))
+        return out.getvalue()
 
     with pytest.raises(InterchangeError, match="refused"):
-        torch_file.read(rewritten(write(tmp_path / "x.pt", ARRAYS), tmp_path / "bad.pt", lie))
+        pt_files.read(rewritten(write(tmp_path / "x.pt", ARRAYS), tmp_path / "bad.pt", lie))
 
 
 def test_a_zip_bomb_is_refused_before_it_is_opened(tmp_path):
@@ -238,13 +265,13 @@ def test_a_zip_bomb_is_refused_before_it_is_opened(tmp_path):
         archive.writestr("archive/data/0", bytes(50_000_000))
     assert bomb.stat().st_size < 100_000
     with pytest.raises(InterchangeError, match=r"compressed.*never compresses"):
-        torch_file.read(bomb)
+        pt_files.read(bomb)
     stored = write(tmp_path / "x.pt", ARRAYS).read_bytes()
     central = stored.index(b"PK\x01\x02", stored.rindex(b"PK\x03\x04"))
     sizes = struct.pack("<II", 1 << 30, 1 << 30)  # an entry that overlaps all others and claims more than the file
     bomb.write_bytes(stored[: central + 20] + sizes + stored[central + 28 :])
     with pytest.raises(InterchangeError, match="claim"):
-        torch_file.read(bomb)
+        pt_files.read(bomb)
 
 
 def test_a_hostile_torch_file_is_refused_without_running_it(tmp_path):
@@ -252,7 +279,7 @@ def test_a_hostile_torch_file_is_refused_without_running_it(tmp_path):
     hostile = pickle.dumps({"model": Calls(os.system, f"touch {witness}")}, 2)
     path = write(tmp_path / "x.pt", ARRAYS)
     with pytest.raises(InterchangeError, match="posix.system"):
-        torch_file.read(rewritten(path, tmp_path / "bad.pt", lambda n, d: hostile if n.endswith("data.pkl") else d))
+        pt_files.read(rewritten(path, tmp_path / "bad.pt", lambda n, d: hostile if n.endswith("data.pkl") else d))
     assert not witness.exists()
 
 
@@ -268,13 +295,13 @@ def test_the_reference_and_we_read_each_others_tokenizer(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.pkl"
     for protocol in (3, 4, 5):  # what tiktoken itself pickles to
         path.write_bytes(pickle.dumps(tokenizer._encoding, protocol))
-        assert tiktoken_pickle.read(path).hash == tokenizer.hash
-    path.write_bytes(tiktoken_pickle.dumps(tokenizer))
+        assert pt_files.read_tokenizer(path).hash == tokenizer.hash
+    path.write_bytes(pt_files.tokenizer_bytes(tokenizer))
     theirs = pickle.loads(path.read_bytes())
     assert theirs.name == "rustbpe" and theirs.n_vocab == tokenizer.vocab_size
     for text in ("the mat 1234 it's", "héllo <|bos|> 你好"):
         assert theirs.encode_ordinary(text) == tokenizer.encode(text)
-    assert tiktoken_pickle.read(path).hash == tokenizer.hash
+    assert pt_files.read_tokenizer(path).hash == tokenizer.hash
 
 
 def test_other_contents_of_a_tokenizer_file_are_refused(tokenizer, tmp_path):
@@ -287,7 +314,7 @@ def test_other_contents_of_a_tokenizer_file_are_refused(tokenizer, tmp_path):
     for message, value in hostile.items():
         path.write_bytes(pickle.dumps(value))
         with pytest.raises(InterchangeError, match=message):
-            tiktoken_pickle.read(path)
+            pt_files.read_tokenizer(path)
     assert not (tmp_path / "was_here").exists()
     changes = {
         "gaps": {"mergeable_ranks": {b"a": 0, b"b": 2}},
@@ -295,8 +322,7 @@ def test_other_contents_of_a_tokenizer_file_are_refused(tokenizer, tmp_path):
         "special": {"special_tokens": {}},
     }
     for message, change in changes.items():
-        p = pickles.Writer().name("tiktoken.core", "Encoding").mark().tuple().new()
         body = pickle.dumps({**state, **change}, 3)[2:-1]
-        path.write_bytes(p._put(body).build().done())
+        path.write_bytes(b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + body + b"b.")
         with pytest.raises(InterchangeError, match=message):
-            tiktoken_pickle.read(path)
+            pt_files.read_tokenizer(path)
