@@ -192,7 +192,7 @@ def tasks_import_little(sources: Sources) -> list[str]:
 
 
 def nothing_is_unpickled(sources: Sources) -> list[str]:
-    """Loading a pickle runs it. Only the reader of the reference's files may: with an unpickler that has a whitelist."""
+    """Loading a pickle runs it. Only the reader of the reference's files may, by an unpickler that has a whitelist."""
     wrong = []
     for name, source in sources.items():
         used = [i for i in source.imports if i.partition(".")[0] in UNPICKLERS]
