@@ -82,15 +82,15 @@ def metric(text: str, name: str) -> float:
 def fairness(streams: Sequence[Stream]) -> dict[str, float]:
     """How evenly streams that ran together were served."""
     longest = max(s.tokens for s in streams)
-    whole = [s.seconds for s in streams if s.tokens == longest]
-    times = whole if len(whole) >= 3 else [s.per_token for s in streams]
+    full = [s.seconds for s in streams if s.tokens == longest]
+    times = full if len(full) >= 3 else [s.per_token for s in streams]
     return {
         "first_median_sec": statistics.median(s.first for s in streams),
         "first_max_sec": max(s.first for s in streams),
         "stream_median_sec": statistics.median(s.seconds for s in streams),
         "slowest_to_median": max(times) / statistics.median(times),
         "streams_measured": len(streams),
-        "whole_streams": len(whole),
+        "full_streams": len(full),
     }
 
 
@@ -308,11 +308,11 @@ class Bare:
         return Stream((first or ended) - began, ended - began, len(request.tokens), request.finished)
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------
+# --- all of it --------------------------------------------------------------------------------------------------------
 
 
 def measure(s: Settings, run: str | None) -> dict[str, Any]:
-    """Everything, said as it goes."""
+    """Runs all measurements, printing progress; returns the figures of the JSON line."""
     slots = s.slots or s.streams
     numbers = iter(range(1 << 30))
     result: dict[str, Any] = {"run": run or "newest", "slots": slots, "streams": s.streams, "tokens": s.tokens}

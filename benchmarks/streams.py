@@ -52,7 +52,7 @@ class Connection:
     async def request(self, method: str, path: str, data: bytes = b"") -> AsyncGenerator[bytes]:
         """The pieces of the answer's body. A request that is dropped half-way closes the connection."""
         reader, writer = self._streams = self._streams or await asyncio.open_connection(self._host, self._port)
-        whole = False
+        complete = False
         try:
             head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
             writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
@@ -69,9 +69,9 @@ class Connection:
                 if " 200 " not in lines[0]:
                     raise RuntimeError(f"{lines[0]}: {piece[:300]!r}")
                 yield piece
-            whole = True
+            complete = True
         finally:
-            if not whole:
+            if not complete:
                 self.close()
 
 

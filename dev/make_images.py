@@ -111,10 +111,11 @@ def server(run: str, temperature: float) -> Iterator[str]:
 
 def find_chromium(named: str | None) -> str:
     """The path of the browser. Raises NoBrowser, saying how to name it, where there is none."""
-    names = (named, os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    named = named or os.environ.get("CHROMIUM")
+    names = [named] if named else ["chromium", "chromium-browser", "google-chrome"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
-        raise NoBrowser("there is no Chromium on the PATH: install it, or name it with --chromium=PATH")
+        raise NoBrowser(f"there is no {' or '.join(names)}: install Chromium, or name it with --chromium=PATH")
     return found
 
 

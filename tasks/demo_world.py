@@ -211,7 +211,7 @@ class Choice(WorldTask):
 
 
 class Animals(Choice):
-    """Which of four words is an animal: the lesson from which finding a letter is learnt; training only."""
+    """Which of four words is an animal: the lesson from which finding a letter is learned; training only."""
 
     kind = "animals"
 
@@ -325,7 +325,7 @@ def mid_mixture(split: str, size: int | None = None, seed: int = 0, model_name: 
 def sft_mixture(split: str, size: int | None = None, seed: int = 0, model_name: str = NAME) -> Task:
     """The conversations of finetuning: the kinds and shares of midtraining, other rows (42,000).
 
-    Training begins with a lesson of nothing but `Animals`, from which finding the letter of a choice is learnt (some
+    Training begins with a lesson of nothing but `Animals`, from which finding the letter of a choice is learned (some
     700 letters); among everything else, at any share that was tried, it is not.
     """
     size = size or (500 if split == "val" else 42_000)

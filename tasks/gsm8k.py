@@ -46,7 +46,7 @@ class GSM8K(HubTask):
 def answer_parts(answer: str) -> list[dict[str, str]]:
     """An answer with ``<<expression=result>>`` in it as parts: text, python and python_output.
 
-    A call is cut at its last ``=``; without one the result is empty. The text around a call stays whole,
+    A call is split at its last ``=``; without one the result is empty. The text around a call is left as it is,
     so an empty text may come first or between two calls, and the result usually comes again right after its output.
     """
     parts = []

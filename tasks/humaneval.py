@@ -53,7 +53,7 @@ class HumanEval(HubTask):
 def program(conversation: Conversation, completion: str) -> str:
     """The program that succeeds exactly if the completion is right.
 
-    The prompt lends only its leading imports: a completion must be a whole function, not the rest of one.
+    The prompt lends only its leading imports: a completion must be a complete function, not the rest of one.
     """
     imports = extract_imports(conversation["messages"][0]["content"])
     code = extract_program(completion)
@@ -72,6 +72,6 @@ def extract_imports(prompt: str) -> str:
 
 
 def extract_program(completion: str) -> str:
-    """The contents of the first closed Markdown fence (plain or python), else the whole completion; stripped."""
+    """The contents of the first closed Markdown fence (plain or python), else the full completion; stripped."""
     found = _FENCED.search(completion)
     return (found.group(1) if found else completion).strip()

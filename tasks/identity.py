@@ -109,7 +109,7 @@ def _answers(topic: int, creator: str) -> Sequence[str]:
 
 
 def _joined(before: str, question: str) -> str:
-    """Both in one line; the question goes on in lower case where ``before`` does not end a sentence."""
+    """Both in one line; the question continues in lower case where ``before`` does not end a sentence."""
     new_sentence = before.endswith((".", "!")) or question.startswith(("I ", "I'"))
     return f"{before} {question if new_sentence else question[0].lower() + question[1:]}"
 

@@ -44,7 +44,7 @@ from pathlib import Path
 from nanochat_jax.utils.errors import InputError, UserError
 
 MEMORY_BYTES = 256 << 20
-OUTPUT_BYTES = 1 << 20  # kept of stdout and of stderr; the rest is read and dropped
+OUTPUT_BYTES = 1 << 20  # saved of stdout and of stderr; the rest is read and dropped
 ROOT, USER, NONE = "root-namespaces", "user-namespaces", "none"
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
@@ -233,7 +233,7 @@ class _Output:
     """A stream's first OUTPUT_BYTES, and how many there were."""
 
     def __init__(self) -> None:
-        self.kept = bytearray()
+        self.saved = bytearray()
         self.total = 0
 
     def read_from(self, fd: int, rest: bool = False) -> bool:
@@ -246,12 +246,12 @@ class _Output:
             if not part:
                 return False
             self.total += len(part)
-            self.kept += part[: OUTPUT_BYTES - len(self.kept)]
+            self.saved += part[: OUTPUT_BYTES - len(self.saved)]
         return True
 
     def text(self) -> str:
-        text = self.kept.decode(errors="replace")
-        return text if self.total <= OUTPUT_BYTES else f"{text}\n[cut: {self.total:,} bytes written]\n"
+        text = self.saved.decode(errors="replace")
+        return text if self.total <= OUTPUT_BYTES else f"{text}\n[truncated: {self.total:,} bytes written]\n"
 
 
 def _error(outcome: str, status: str, last_line: str) -> str:

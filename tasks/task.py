@@ -56,11 +56,11 @@ class Task:
         self.start, self.stop, self.step = start, stop, step
 
     def num_examples(self) -> int:
-        """Examples of the whole data set, before slicing."""
+        """Examples of the full data set, before slicing."""
         raise NotImplementedError
 
     def get_example(self, index: int) -> Conversation:
-        """Example ``index`` of the whole data set, in its shuffled order."""
+        """Example ``index`` of the full data set, in its shuffled order."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Task:
         return len(self._positions())
 
     def _position(self, index: SupportsIndex) -> int:
-        """Position in the whole data set of example ``index`` of the slice."""
+        """Position in the full data set of example ``index`` of the slice."""
         try:
             number = operator.index(index)
         except TypeError as error:

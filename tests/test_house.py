@@ -38,8 +38,8 @@ JAX = {"flax", "grain", "jax", "jaxlib", "optax", "orbax"}
 OF_TASKS = ("utils", "text", "demo_world", "data.hub", "data.readers")
 UNPICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 READS_PICKLES = "nanochat_jax.convert.pt_files"
-# Stages load one of their own by name, the check of an export loads whatever libraries there are.
-BY_NAME = {"nanochat_jax.stages.main", "nanochat_jax.convert.verify"}
+# Stages and tasks load one of their own by name, the check of an export loads whatever libraries there are.
+BY_NAME = {"nanochat_jax.stages.main", "nanochat_jax.convert.verify", "tasks"}
 
 
 @dataclass(frozen=True)

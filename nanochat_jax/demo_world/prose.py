@@ -111,7 +111,7 @@ def _docstrings_below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.As
 
 @lru_cache(maxsize=1)
 def _all_documents() -> tuple[str, ...]:
-    """The prose of this Python. Reading it out of the sources takes two seconds, so it is kept in the base directory,
+    """The prose of this Python. Reading it out of the sources takes two seconds, so it is cached in the base directory,
     under a name that changes with the sources and with this file."""
     root = Path(sysconfig.get_path("stdlib"))
     sources = [root / "pydoc_data" / "topics.py", *filter(None, (_source(root, module) for module in MODULES))]

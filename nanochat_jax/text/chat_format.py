@@ -34,7 +34,7 @@ DEFAULT_MAX_TOKENS = 2048
 def render_conversation(
     conversation: dict[str, Any], encode: Encode, special: Special, max_tokens: int = DEFAULT_MAX_TOKENS
 ) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask (1 = learn to produce this token) of a conversation, both cut to ``max_tokens``.
+    """Token ids and loss mask (1 = learn to produce this token) of a conversation, both truncated to ``max_tokens``.
 
     Every piece of text is encoded on its own: nothing merges across a boundary. The argument is not changed.
 
@@ -116,7 +116,7 @@ def render_for_completion(
 ) -> list[int]:
     """Ids that prime the assistant: the conversation without its last (assistant) message, then assistant_start.
 
-    The cut to ``max_tokens`` comes before assistant_start is appended, so the result may hold one token more.
+    Truncation to ``max_tokens`` comes before assistant_start is appended: the result may hold one token more.
     Raises AssertionError when the last message is not the assistant's; otherwise as ``render_conversation``.
     """
     messages = conversation["messages"]

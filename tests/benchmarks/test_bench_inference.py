@@ -1,4 +1,4 @@
-"""The inference benchmark: what it counts, against slow counts; and one small run of the whole."""
+"""The inference benchmark: what it counts, against slow counts; and one small run of all of it."""
 
 import json
 import math
@@ -135,7 +135,7 @@ def test_fairness_and_verdicts():
     streams.append(Stream(0.4, 3.0, 10, "stop"))
     figures = serve_load.fairness(streams)
     assert figures["first_max_sec"] == 0.4 and figures["streams_measured"] == 4
-    assert figures["slowest_to_median"] == 1.0 and figures["whole_streams"] == 3, "whole streams only"
+    assert figures["slowest_to_median"] == 1.0 and figures["full_streams"] == 3, "full streams only"
     assert serve_load.fairness(streams[1:])["slowest_to_median"] == pytest.approx(3), "per token"
     result = {"throughput_ratio": 4.0, "many_slowest_to_median": 2.1, "health_p99_ms": 3.0, "http_to_bare": 0.8,
               "http_to_bare_one_slot": 0.9}  # fmt: skip

@@ -222,8 +222,8 @@ def test_output_is_bounded_and_never_blocks():
     code = "import sys\nfor _ in range(1024): sys.stdout.write('x' * 2**20)\nsys.stderr.write('y' * 2**21)\n"
     result = execute_code(code + "print('end')", 20.0, allow_unsafe=True)
     assert result.success and time.monotonic() - started < 15
-    assert result.stdout == "x" * 2**20 + f"\n[cut: {2**30 + 4:,} bytes written]\n"
-    assert result.stderr == "y" * 2**20 + f"\n[cut: {2**21:,} bytes written]\n"
+    assert result.stdout == "x" * 2**20 + f"\n[truncated: {2**30 + 4:,} bytes written]\n"
+    assert result.stderr == "y" * 2**20 + f"\n[truncated: {2**21:,} bytes written]\n"
 
 
 def test_unfinished_output_is_kept_at_the_timeout(run):

@@ -29,7 +29,7 @@ def calculated(expression: str) -> Parts:
 
 
 def conversation(question: str, answer: str | Parts, **more: Any) -> Conversation:
-    """One question and its answer; `more` is kept beside the messages, for evaluation."""
+    """One question and its answer; `more` is stored beside the messages, for evaluation."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, **more}
 
