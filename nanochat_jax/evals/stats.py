@@ -1,11 +1,13 @@
-"""How sure an evaluation is of its numbers: intervals, pass@k and paired comparisons. NumPy only, deterministic.
+"""How sure an evaluation is of its numbers: intervals, pass@k and paired comparisons. Deterministic.
 
 An interval is the percentile bootstrap over items (Efron 1979): the items are drawn again with replacement, and the
 interval holds the middle `level` of the means. Where all items are right, or all are wrong, resampling cannot vary and
 would claim certainty; there it is Wilson's score interval (1927) instead.
+
+Wilson's interval and McNemar's test are SciPy's. Resampling is done here: `scipy.stats.bootstrap` draws every item of
+every resample, where the counts of right and wrong ones suffice.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,12 +20,11 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     """Wilson's score interval of a rate: successes of n trials. Never of zero width, never outside 0..1."""
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"wilson_interval needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
-    rate, weight = successes / n, z * z / n
-    middle = (rate + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * (rate * (1 - rate) / n + weight / (4 * n)) ** 0.5
+    from scipy.stats import binomtest  # half a second, which commands that need no interval are spared
+
+    low, high = binomtest(successes, n).proportion_ci(level, method="wilson")
     # At the ends the formula is exactly 0 or 1; rounding must not say otherwise.
-    return (0.0 if successes == 0 else middle - half), (1.0 if successes == n else middle + half)
+    return (0.0 if successes == 0 else float(low)), (1.0 if successes == n else float(high))
 
 
 def bootstrap_interval(
@@ -145,13 +146,10 @@ def _middle(figures: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def _mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided p of a fair coin that fell only_a : only_b. Whole numbers throughout, so it is exact at any size."""
-    flips = only_a + only_b
-    term = total = 1
-    for i in range(min(only_a, only_b)):
-        term = term * (flips - i) // (i + 1)
-        total += term
-    return min(1.0, 2 * total / 2**flips)
+    """Two-sided p of a fair coin that fell only_a : only_b."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def _sign_flip(difference: np.ndarray, draws: int, rng: np.random.Generator) -> float:
