@@ -23,9 +23,9 @@ SHAPES = ["4,16,256,4096", "2,32,256,4096", "4,1,1024,65536"]  # depth, rows, to
 
 def time_ours(depth: int, rows: int, tokens: int, vocab: int, steps: int, warmup: int, grads_only: bool) -> list[float]:
     """Seconds of every timed step of this project in the present process."""
-    from nanochat_jax.hardware import cpu_memory
+    from nanochat_jax.hardware import devices
 
-    cpu_memory.keep_freed_memory()  # before JAX starts, as the training script does
+    devices.keep_freed_memory()  # before JAX starts, as the training script does
 
     import jax
     import numpy as np

@@ -75,7 +75,7 @@ def environment(card: Card, gpus: int) -> dict[str, str]:
 
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     env.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # our own cache holds the few numbers that matter
-    xla_flags.apply(xla_flags.Node(card.name, gpus), env)
+    xla_flags.apply(card.name, gpus, environ=env)
     return env
 
 

@@ -1,5 +1,6 @@
 """The choice of device never falls back to the CPU in silence."""
 
+import os
 import types
 
 import jax
@@ -87,3 +88,15 @@ def test_cards_without_bfloat16_units_compute_in_float32(monkeypatch, capability
 
 def test_the_cpu_computes_in_float32():
     assert jnp.dtype(devices.activation_dtype()) == "float32"
+
+
+def test_the_compile_cache_loses_what_was_not_used_for_longest(tmp_path):
+    for age, name in enumerate(("newest", "middle", "oldest")):
+        (tmp_path / f"{name}-cache").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{name}-cache", (1000 - age, 1000 - age))
+    (tmp_path / "plan.json").write_bytes(bytes(1000))
+    devices._trim_cache(tmp_path, 300)
+    assert len(list(tmp_path.iterdir())) == 4
+    devices._trim_cache(tmp_path, 299)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["middle-cache", "newest-cache", "plan.json"]
+    devices._trim_cache(tmp_path / "missing", 0)

@@ -136,7 +136,6 @@ def test_a_compiler_that_dies_is_an_error_with_its_last_words(monkeypatch, tmp_p
     fake.write_text("#!/bin/sh\ncat >/dev/null\necho '{\"bytes\": 7}'\necho 'no such card' >&2\nexit 3\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    monkeypatch.setattr("nanochat_jax.hardware.xla_flags.unknown_flags", lambda flags, cache=None: [])
     with pytest.raises(compiled.CompileError, match=r"2 rows a GPU.*exit status 3.*no such card"):
         compiled.results(CASES)
 
