@@ -1,4 +1,4 @@
-"""The process that compiles for a card: `python -m nanochat_jax.planner.child`, in the environment of `target`.
+"""The process that compiles for a card: `python -m nanochat_jax.planner.child`, in the environment of `compile`.
 
 Reads a JSON list of cases on stdin and answers each with a line of JSON, as soon as it is done. A process of its own,
 because the flags for a GPU must be set before JAX starts, and because a compiler may end its process.
@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -16,27 +16,11 @@ import jax
 from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.parallel import sharding
-from nanochat_jax.planner import fit_batch, hlo, target
+from nanochat_jax.planner import compile as compiler
+from nanochat_jax.planner import fit_batch, hlo
+from nanochat_jax.planner.compile import Case
 from nanochat_jax.training.optim import OptimHyper, make_optimizer
 from nanochat_jax.training.step import abstract_state, make_train_step
-
-
-@dataclass(frozen=True)
-class Case:
-    """One program to compile. program: "step" (training), "evaluation" or "sampling". rows are those of one device;
-    of sampling, slots. T: tokens per row, of sampling the capacity of a slot."""
-
-    program: str
-    gpu: str
-    gpus: int
-    depth: int
-    vocab_size: int
-    T: int
-    rows: int
-    accumulation: int = 1
-    remat: str = "none"
-    fsdp: int = 1
-    tensor: int = 1
 
 
 def config_of(case: Case) -> GPTConfig:
@@ -49,7 +33,7 @@ def config_of(case: Case) -> GPTConfig:
 def compile_case(case: Case) -> dict[str, Any]:
     """Compiles one case and returns its numbers, all of one device: bytes, FLOPs, seconds; JSON-able."""
     card, config, began = cards.CARDS[case.gpu], config_of(case), time.perf_counter()
-    devices = target.devices(card, case.gpus)
+    devices = compiler.devices(card, case.gpus)
     mesh = sharding.make_mesh(devices, case.fsdp, case.tensor)
     facts: dict[str, Any] = {}
     if case.program == "step":

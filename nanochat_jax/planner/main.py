@@ -13,7 +13,7 @@ from nanochat_jax.data.shards import CHARS_PER_TOKEN, SHARD_CHARS
 from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.hardware import xla_flags
 from nanochat_jax.planner import compile as compiled
-from nanochat_jax.planner import cost, fit_batch, memory, roofline, target
+from nanochat_jax.planner import cost, fit_batch, memory
 from nanochat_jax.planner.plan import BasePlan, PlanError
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
@@ -102,7 +102,7 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
     sizes = []
     for rows, facts in zip(wanted, steps, strict=True):
         need = facts["bytes"] if facts else estimated(base, rows)
-        line = roofline.of_compiled(facts, card) if facts else None
+        line = cost.roofline_of_compiled(facts, card) if facts else None
         sizes.append(
             {
                 "rows": rows,
@@ -118,10 +118,10 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
     step = steps[chosen]
     per_step = base.flops_per_token * base.total_batch_size
     if step:
-        line = roofline.of_compiled(step, card)
+        line = cost.roofline_of_compiled(step, card)
     else:
-        line = roofline.of_formula(base.config, base.total_batch_size, settings.gpus, card)
-    seconds = roofline.seconds_at(settings.mfu, per_step, settings.gpus, card)
+        line = cost.roofline_of_formula(base.config, base.total_batch_size, settings.gpus, card)
+    seconds = cost.seconds_at(settings.mfu, per_step, settings.gpus, card)
     total = cost_of(base)
     return {
         "depth": depth,
@@ -177,12 +177,12 @@ def _compiled_steps(settings, key: str, base: BasePlan, wanted: Sequence[int], r
     estimate = f"an estimate by formula, within about {memory.ERROR:.0%} of what compiling gives"
     if not settings.compile:
         return [None] * len(wanted), f"{estimate} (--compile=False)"
-    from nanochat_jax.planner.child import Case
+    from nanochat_jax.planner.compile import Case
 
     cases = [_case(Case, settings, key, base, "step", rows, rows_per_device // rows) for rows in wanted]
     try:
         return compiled.results(cases, say), "compiled for this card"
-    except (target.NoPlugin, compiled.CompileError) as error:
+    except (compiled.NoPlugin, compiled.CompileError) as error:
         return [None] * len(wanted), f"{estimate}: {error}"
 
 
@@ -196,13 +196,13 @@ def _case(kind, settings, key: str, base: BasePlan, program: str, rows: int, acc
 
 def _others(settings, key: str, base: BasePlan, rows: int, step, limit: int, say) -> list[dict[str, Any]]:
     """Evaluation and sampling, with the training state beside them."""
-    from nanochat_jax.planner.child import Case
+    from nanochat_jax.planner.compile import Case
 
     evaluation = _case(Case, settings, key, base, "evaluation", rows)
     sampling = _case(Case, settings, key, base, "sampling", SLOTS, T=SLOT_TOKENS)
     try:
         found = compiled.results([evaluation, sampling], say)
-    except (target.NoPlugin, compiled.CompileError) as error:
+    except (compiled.NoPlugin, compiled.CompileError) as error:
         return [{"name": "evaluation and sampling", "error": str(error)}]
     state = step["params_bytes"] + step["optimizer_bytes"]
     names = f"evaluation of {rows} rows", f"sampling of {SLOTS} answers of {SLOT_TOKENS:,} tokens on one GPU"

@@ -1,8 +1,8 @@
 """Memory of a training step by formula, for where it cannot be compiled (no CUDA plugin), and as a first guess.
 
-The terms are those of the program; their sizes are fitted to steps compiled for H100s (`calibrate.py`, which prints
-new ones when the step has changed). They cannot be had by counting tensors: of a model's activations XLA keeps some,
-computes some again and fuses others away.
+The terms are those of the program; their sizes are fitted to steps compiled for H100s (by
+`benchmarks/calibrate_memory.py`, which prints new ones when the step has changed). They cannot be had by counting
+tensors: of a model's activations XLA keeps some, computes some again and fuses others away.
 """
 
 import math

@@ -10,8 +10,8 @@ import pytest
 from nanochat_jax.hardware import gpus
 from nanochat_jax.hardware.gpus import CARDS
 from nanochat_jax.planner import compile as compiled
-from nanochat_jax.planner import cost, main, memory, roofline, target
-from nanochat_jax.planner.child import Case
+from nanochat_jax.planner import cost, main, memory
+from nanochat_jax.planner.compile import Case
 from nanochat_jax.planner.plan import BasePlan, PlanError
 from tests import children
 
@@ -62,20 +62,20 @@ def test_names_of_drivers(kind, key):
 
 
 def test_text_proto_holds_the_limits():
-    text = target.text_proto(CARDS["h100"])
+    text = compiled.text_proto(CARDS["h100"])
     assert "core_count: 132" in text and "shared_memory_per_block_optin: 232448" in text
     assert "cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }" in text
     assert text.count("{") == text.count("}") and 'device_description_str: "NVIDIA H100 80GB HBM3"' in text
-    assert "feature_extension: NONE" in target.text_proto(CARDS["a100-40"])
-    assert "active_links" not in target.text_proto(CARDS["l40s"])
+    assert "feature_extension: NONE" in compiled.text_proto(CARDS["a100-40"])
+    assert "active_links" not in compiled.text_proto(CARDS["l40s"])
 
 
 def test_environment_of_the_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    env = target.environment(CARDS["h100"], 8)
+    env = compiled.environment(CARDS["h100"], 8)
     assert env["JAX_PLATFORMS"] == "cpu" and env["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] == "1"
     assert "latency_hiding_scheduler" in env["XLA_FLAGS"]  # the flags of a real run
-    assert "latency_hiding_scheduler" not in target.environment(CARDS["h100"], 1).get("XLA_FLAGS", "")
+    assert "latency_hiding_scheduler" not in compiled.environment(CARDS["h100"], 1).get("XLA_FLAGS", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def compiler(monkeypatch, tmp_path):
         return [{"bytes": case.rows} for case in cases]
 
     monkeypatch.setattr(compiled, "_compile", answer)
-    monkeypatch.setattr(target, "plugin_version", lambda: "jax-cuda12-plugin 0")
+    monkeypatch.setattr(compiled, "plugin_version", lambda: "jax-cuda12-plugin 0")
     return asked
 
 
@@ -104,9 +104,9 @@ def test_results_are_cached_until_code_card_or_flags_change(compiler, monkeypatc
     assert compiled.results(CASES[:1]) == [{"bytes": 1}]
     assert compiled.results(CASES) == [{"bytes": 1}, {"bytes": 2}]
     assert compiler == [[1], [2]]  # only what was missing
-    monkeypatch.setattr(target, "plugin_version", lambda: None)
+    monkeypatch.setattr(compiled, "plugin_version", lambda: None)
     assert compiled.results(CASES) == [{"bytes": 1}, {"bytes": 2}]  # found without the plugin too
-    monkeypatch.setattr(target, "plugin_version", lambda: "jax-cuda12-plugin 0")
+    monkeypatch.setattr(compiled, "plugin_version", lambda: "jax-cuda12-plugin 0")
     monkeypatch.setattr(compiled, "code_hash", lambda: "other code")
     compiled.results(CASES)
     monkeypatch.setitem(CARDS, "h100", replace(CARDS["h100"], memory_bytes=1))
@@ -124,14 +124,14 @@ def test_a_damaged_cache_entry_is_compiled_anew(compiler, tmp_path):
 
 
 def test_without_the_plugin_the_error_says_how_to_get_it(compiler, monkeypatch):
-    monkeypatch.setattr(target, "plugin_version", lambda: None)
-    with pytest.raises(target.NoPlugin, match="pip install"):
+    monkeypatch.setattr(compiled, "plugin_version", lambda: None)
+    with pytest.raises(compiled.NoPlugin, match="pip install"):
         compiled.results(CASES)
 
 
 def test_a_compiler_that_dies_is_an_error_with_its_last_words(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(target, "plugin_version", lambda: "jax-cuda12-plugin 0")
+    monkeypatch.setattr(compiled, "plugin_version", lambda: "jax-cuda12-plugin 0")
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\ncat >/dev/null\necho '{\"bytes\": 7}'\necho 'no such card' >&2\nexit 3\n")
     fake.chmod(0o755)
@@ -150,19 +150,19 @@ def test_cases_travel_as_json():
 
 def test_roofline_of_a_compiled_step():
     facts = {"flops": 989e12, "memory_traffic": 3.35e12 / 2, "link_bytes": 450e9 / 10, "kernel_seconds": 1.25}
-    line = roofline.of_compiled(facts, CARDS["h100"])
+    line = cost.roofline_of_compiled(facts, CARDS["h100"])
     assert (line.compute, line.memory, line.link) == pytest.approx((1.0, 0.5, 0.1))
     assert line.bound == 1.25 and line.limited_by == "FLOPs"
-    slow = roofline.of_compiled({**facts, "link_bytes": 450e9 * 3}, CARDS["h100"])
+    slow = cost.roofline_of_compiled({**facts, "link_bytes": 450e9 * 3}, CARDS["h100"])
     assert slow.bound == pytest.approx(3.0) and slow.limited_by == "links"
 
 
 def test_roofline_by_formula_is_below_the_time_at_full_utilisation():
     """The usual formula counts attention in full; a bound may count only what a causal kernel computes."""
     p = BasePlan.derive(depth=20, **BASE)
-    line = roofline.of_formula(p.config, p.total_batch_size, 8, CARDS["h100"])
+    line = cost.roofline_of_formula(p.config, p.total_batch_size, 8, CARDS["h100"])
     per_step = p.flops_per_token * p.total_batch_size
-    assert 0.8 < line.bound / roofline.seconds_at(1.0, per_step, 8, CARDS["h100"]) < 1.0
+    assert 0.8 < line.bound / cost.seconds_at(1.0, per_step, 8, CARDS["h100"]) < 1.0
     assert line.memory is None and line.kernels is None and line.limited_by == "FLOPs"
 
 

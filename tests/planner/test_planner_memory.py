@@ -4,11 +4,11 @@ import pytest
 
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.planner import compile as compiled
-from nanochat_jax.planner import memory, target
-from nanochat_jax.planner.child import Case
+from nanochat_jax.planner import memory
+from nanochat_jax.planner.compile import Case
 
 # (depth, rows, accumulation, remat, GPUs, vocabulary, tokens per row): GiB per GPU, arguments and temporaries, compiled
-# with jax 0.10.2 for H100s (planner/calibrate.py prints such numbers).
+# with jax 0.10.2 for H100s (benchmarks/calibrate_memory.py prints such numbers).
 COMPILED = {
     (8, 8, 2, "none", 8, 65536, 2048): 3.30,
     (8, 32, 2, "none", 8, 65536, 2048): 7.28,
@@ -41,7 +41,7 @@ def test_formula_is_as_good_as_it_says(shape):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(target.plugin_version() is None, reason="compiling for a GPU needs the CUDA plugin")
+@pytest.mark.skipif(compiled.plugin_version() is None, reason="compiling for a GPU needs the CUDA plugin")
 def test_a_step_compiled_for_eight_h100s(tmp_path, monkeypatch):
     """Without a GPU: the state as the formula says, one reduction of every gradient, no loop around it, cuDNN."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))

@@ -1,7 +1,8 @@
-"""Fits the constants of `memory.FIT` to compiled steps: `python -m nanochat_jax.planner.calibrate`.
+"""Fits the constants of `memory.FIT` to compiled steps: `python -m benchmarks.calibrate_memory`.
 
 Prints them and the error of the formula for every step; needs the CUDA plugin. To be run, and its numbers written into
-memory.py, when the training step's memory has changed; tests/test_planner_memory.py holds a few compiled numbers.
+memory.py, when the training step's memory has changed; tests/planner/test_planner_memory.py holds a few compiled
+numbers.
 """
 
 import sys
@@ -11,7 +12,8 @@ from scipy.optimize import nnls
 
 from nanochat_jax.planner import compile as compiled
 from nanochat_jax.planner import memory
-from nanochat_jax.planner.child import Case, config_of
+from nanochat_jax.planner.child import config_of
+from nanochat_jax.planner.compile import Case
 
 # (depth, rows, accumulation, remat, gpus, vocabulary, tokens per row)
 STEPS = [
