@@ -194,6 +194,23 @@ def peak_flops() -> tuple[float, str]:
     return _measure_matmul_rate()
 
 
+class Peak:
+    """FLOP/s of all devices at best, as `peak_flops` says of one. Where it was measured at a bad moment (other work on
+    the machine), a step may exceed it: it is then measured again, a few times at most."""
+
+    def __init__(self, flops: float):
+        self.flops, self._tries_left = flops, 3
+
+    def share(self, rate: float) -> float:
+        """A rate in FLOP/s as a share of the peak, at most 1."""
+        import jax
+
+        if rate > self.flops and self._tries_left:
+            self._tries_left -= 1
+            self.flops = max(self.flops, peak_flops()[0] * jax.device_count())
+        return min(1.0, rate / self.flops)
+
+
 def _measure_matmul_rate() -> tuple[float, str]:
     """The best of a few large matrix products on the first device, in the dtype that training uses there."""
     import jax

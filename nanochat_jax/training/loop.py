@@ -126,7 +126,7 @@ class _Loop:
         self.smooth = Smoothed([r["loss"] for r in earlier if r["kind"] == "train"])
         self.log = metrics.MetricsLog(log, job.sinks) if main else metrics.MetricsLog(None)
         self.saver = Saver(job.run, job.keep, job.keep_every, job.save_in_background)
-        self.clock = Clock()
+        self.clock, self.peak = Clock(), devices.Peak(job.peak_flops)
         self.pending: _Pending | None = None
         self.compiled: Any = None
 
@@ -281,7 +281,7 @@ class _Loop:
             "data_wait": waited / seconds,
         }
         if job.peak_flops:
-            record["mfu"] = job.flops_per_token * record["tok_per_sec"] / job.peak_flops
+            record["mfu"] = self.peak.share(job.flops_per_token * record["tok_per_sec"])
         self.log.write(record)
         left = statistics.median(self.clock.seconds) * (job.num_iterations - step - 1)
         self.progress.step(record, self.smooth.add(loss), left)

@@ -100,3 +100,12 @@ def test_the_compile_cache_loses_what_was_not_used_for_longest(tmp_path):
     devices._trim_cache(tmp_path, 299)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["middle-cache", "newest-cache", "plan.json"]
     devices._trim_cache(tmp_path / "missing", 0)
+
+
+def test_a_peak_that_is_exceeded_is_measured_again_and_no_share_is_above_one(monkeypatch):
+    measured = []
+    monkeypatch.setattr(devices, "peak_flops", lambda: (measured.append(1) or 100.0, "measured"))
+    peak = devices.Peak(50.0 * jax.device_count())
+    assert peak.share(25.0 * jax.device_count()) == 0.5 and not measured
+    assert peak.share(80.0 * jax.device_count()) == pytest.approx(0.8) and len(measured) == 1
+    assert [peak.share(120.0 * jax.device_count()) for _ in range(9)] == [1.0] * 9 and len(measured) == 3

@@ -331,10 +331,10 @@ def test_errors_of_the_data_reach_the_caller_and_nothing_saved_is_lost(tmp_path)
 
 
 def test_mfu_uses_the_given_peak(tmp_path):
-    fit(job(tmp_path, n=3, flops_per_token=100, peak_flops=1e6), fresh())
+    fit(job(tmp_path, n=3, flops_per_token=100, peak_flops=1e9), fresh())
     for r in metrics.read(tmp_path / "metrics.jsonl"):
         if r["kind"] == "train":
-            assert r["mfu"] == pytest.approx(100 * r["tok_per_sec"] / 1e6)
+            assert r["mfu"] == pytest.approx(100 * r["tok_per_sec"] / 1e9)
 
 
 def test_several_evaluations_keep_their_own_cadence(tmp_path):
