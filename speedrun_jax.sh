@@ -127,29 +127,15 @@ environment() {
   if [ "$plan_only" ]; then PY=${VENV:-.venv}/bin/python; else setup_environment "$1"; fi
 }
 
-# gpu_node DEPTH FIRST_SHARDS SHARDS TOKENIZER_CHARS: the reference's steps and sizes.
+# gpu_node DEPTH SHARDS TOKENIZER_CHARS: the reference's steps and sizes. SHARDS are for the tokenizer; pretraining
+# downloads the others, each while the one before it becomes rows.
 gpu_node() {
-  local depth=$1 first=$2 shards=$3 chars=$4 log download=
+  local depth=$1 shards=$2 chars=$3
   environment "cuda12${WANDB_RUN:+,wandb}"
   if [ "$plan_only" ]; then plan_gpu_node "$depth"; fi
-  step "download: first shards" "$PY" -m nanochat_jax.data.download -n "$first"
-  # More arrive while the tokenizer is trained. Then training takes over: it fetches what it still lacks ahead of need.
-  if [ "$plan_only" ]; then
-    step "download: further shards, meanwhile" "$PY" -m nanochat_jax.data.download -n "$shards"
-  else
-    log=$("$PY" -c 'from nanochat_jax.utils.paths import data_dir; print(data_dir() / "download.log")')
-    echo "Up to $shards shards are downloaded meanwhile; see $log"
-    "$PY" -m nanochat_jax.data.download -n "$shards" >"$log" 2>&1 &
-    download=$!
-    # shellcheck disable=SC2064  # the process of now
-    trap "kill $download 2>/dev/null || true" EXIT
-  fi
+  step "download: shards for the tokenizer" "$PY" -m nanochat_jax.data.hub -n "$shards"
   step "tokenizer" "$PY" -m scripts.tok_train --max_chars="$chars" --vocab_size=65536
   step "tokenizer: compression" "$PY" -m scripts.tok_eval
-  if [ "$download" ]; then
-    kill "$download" 2>/dev/null || true
-    wait "$download" || true # what has arrived is kept, to the byte
-  fi
   train base --depth="$depth" --target_param_data_ratio=20 --total_batch_size=524288 --run_name="$run-base"
   evaluate base --source=base --run_name="$run-base"
   train mid --source="$run-base" --run_name="$run-mid"
@@ -184,8 +170,8 @@ case $PRESET in
       evaluate $stage --source=$stage --run_name="$run-$stage" "${cpu[@]}"
     done
     ;;
-  d20) gpu_node 20 8 240 2000000000 ;;
-  d32) gpu_node 32 16 800 4000000000 ;;
+  d20) gpu_node 20 8 2000000000 ;;
+  d32) gpu_node 32 16 4000000000 ;;
   *) die "PRESET=$PRESET is not known; use demo, d20 (or gpu) or d32" ;;
 esac
 step "report" "$PY" -m scripts.report --runs="$run-base,$run-mid,$run-sft,$run-rl" \

@@ -16,8 +16,7 @@ import time
 import numpy as np
 
 from nanochat_jax.data.loader import RowLoader
-from nanochat_jax.data.row_files import RowWriter
-from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.data.row_store import RowSet, RowWriter
 
 
 def make_rows(folder: str, rows: int, T: int) -> RowSet:

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from nanochat_jax.data.repackage import SHARD_CHARS, repackage
+from dev.repackage import SHARD_CHARS, repackage
 from nanochat_jax.utils import errors
 from nanochat_jax.utils.flags import flag, parse
 from nanochat_jax.utils.progress import ShareProgress

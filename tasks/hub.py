@@ -1,6 +1,6 @@
-"""Rows of a data set on the Hugging Face hub, from a local folder or fetched once over HTTPS.
+"""Rows of a data set on the Hugging Face hub, from a local folder or downloaded once.
 
-**A local folder** (``--task_data DIR``) is used alone, nothing is fetched. It holds, per data set,
+**A local folder** (``--task_data DIR``) is used alone, nothing is downloaded. It holds, per data set,
 
     <DIR>/<data set>/<split>*.parquet | .jsonl | .jsonl.gz        (or all files in <DIR>/<data set>/<split>/)
 
@@ -9,34 +9,32 @@ case), or ``<owner--name>/<subset>`` or ``<name>/<subset>`` as in a copy of the 
 start with the folder's name (``mmlu/mmlu_test.jsonl``), and ``val`` is as good as ``validation``. Several files of a
 split are read in the order of their names; they must be of one kind.
 
-**Otherwise** the hub's parquet files are fetched into ``<base directory>/task_data/<owner--name>/<subset>/<split>/``,
-interrupted transfers going on where they stopped. ``manifest.json`` (names, sizes, SHA-256, rows) is written last, so a
-folder with one is whole; sizes and hashes are checked at every load. ``HF_ENDPOINT`` names another server, ``HF_TOKEN``
-a token for it. ``NANOCHAT_OFFLINE=1`` refuses to fetch.
+**Otherwise** the hub's own conversion to parquet (branch ``refs/convert/parquet``) is downloaded (``data/fetch.py``) to
+``<base directory>/task_data/<owner--name>/<subset>/<split>/``, complete files being kept after an interruption.
+``manifest.json`` (names, sizes, SHA-256, rows) is written last, so a folder with one is complete; sizes and hashes are
+checked at every load.
 """
 
 import json
 import logging
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from nanochat_jax.data.fetch import Wanted, fetch_file
-from nanochat_jax.data.readers import DataError
-from nanochat_jax.data.shards import check_parquet, endpoint, token_for
-from nanochat_jax.data.web import FetchError, OfflineError, fetch_json
-from nanochat_jax.utils.paths import OFFLINE_VARIABLE, base_dir, lock_file, offline, sha256_file, write_atomic
+from nanochat_jax.data.fetch import STAGING, FetchError, fetch, hub_base, list_files
+from nanochat_jax.data.readers import DataError, document_count
+from nanochat_jax.data.shards import Shard
+from nanochat_jax.utils.paths import base_dir, lock_file, sha256_file, write_atomic
 from tasks.records import Row, Rows
 from tasks.task import Conversation, Task, TaskError, shuffled_order
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
-MANIFEST, LOCK, LISTING = "manifest.json", ".lock", "listing.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
+REVISION = "refs/convert/parquet"  # where the hub keeps every data set as <subset>/<split>/<number>.parquet
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class HubTask(Task):
 
 
 def load_rows(source: Source, split: str, task_data: str | Path | None = None) -> Rows:
-    """All rows of a split, from ``task_data`` or (None) from the base directory, fetched first if they are not there.
+    """All rows of a split, from ``task_data`` or (None) the base directory, downloaded first if they are not there.
 
     Raises FileNotFoundError or FetchError when they cannot be had, saying how to get them, DataError for files that
     are damaged or lack a column.
@@ -117,10 +115,10 @@ def load_rows(source: Source, split: str, task_data: str | Path | None = None) -
     manifest = paths[0].parent / MANIFEST
     if (
         paths[0].parent.name == split and manifest.is_file()
-    ):  # a fetched split: the rows have just been hashed, so compare in full
+    ):  # a downloaded split: the rows have just been hashed, so compare in full
         for path, digest, entry in zip(paths, rows.sha256, _manifest(manifest), strict=True):
             if digest != entry["sha256"]:
-                raise DataError(f"{path} is damaged; delete {path.parent} to have it fetched again")
+                raise DataError(f"{path} is damaged; delete {path.parent} to have it downloaded again")
     return rows
 
 
@@ -184,80 +182,64 @@ def _of_one_kind(paths: list[Path]) -> list[Path]:
     return paths
 
 
-# --- fetching -------------------------------------------------------------------------------------------------------
+# --- downloading ----------------------------------------------------------------------------------------------------
 
 
 def task_data_dir() -> Path:
-    """Where fetched data sets go: task_data below the base directory."""
+    """Where downloaded data sets go: task_data below the base directory."""
     return base_dir() / "task_data"
 
 
-def fetch_rows(source: Source, split: str, wait: float = 1.0) -> list[Path]:
-    """Parquet files of a split in the base directory, fetched if they are not there.
+def fetch_rows(source: Source, split: str) -> list[Path]:
+    """Parquet files of a split in the base directory, downloaded if they are not there.
 
-    ``wait`` is the first pause between attempts. Raises OfflineError, FetchError or DataError, saying what to do.
+    Raises OfflineError, FetchError or DataError, saying what to do.
     """
     directory = task_data_dir() / source.repo.replace("/", "--") / source.subset / split
     if (directory / MANIFEST).is_file():
         return _verified(directory)
-    if offline():
-        raise OfflineError(
-            f"{OFFLINE_VARIABLE} is set and the {split} split of {source.repo} ({source.subset}) has not been fetched "
-            f"yet; unset it once, or give --task_data=DIR with {_layout(source, split)}"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    with lock_file(directory / LOCK):
-        if not (directory / MANIFEST).is_file():  # else another process has fetched it while this one waited
-            try:
-                _fetch_into(directory, source, split, wait)
-            except FetchError as error:
-                raise FetchError(
-                    f"the {split} split of {source.repo} ({source.subset}) cannot be fetched: {error}. Run again to go "
-                    f"on, or give --task_data=DIR with {_layout(source, split)}"
-                ) from error
+    folder = f"{source.subset}/{split}"
+    try:
+        listed = list_files(source.repo, folder, REVISION)
+        if not listed:
+            raise FetchError(f"its branch {REVISION} has no parquet file in {folder}")
+        directory.mkdir(parents=True, exist_ok=True)
+        with lock_file(directory / LOCK):
+            if not (directory / MANIFEST).is_file():  # else another process has downloaded it while this one waited
+                _fetch_into(directory, source, split, listed)
+    except FetchError as error:
+        raise type(error)(
+            f"the {split} split of {source.repo} ({source.subset}) cannot be downloaded: {error}. Or give "
+            f"--task_data=DIR with {_layout(source, split)}"
+        ) from error
     return _verified(directory)
 
 
-def _fetch_into(directory: Path, source: Source, split: str, wait: float) -> None:
-    address = f"{endpoint()}/api/datasets/{source.repo}/parquet/{source.subset}/{split}"
-    urls, _ = fetch_json(address, token_for(address), wait)
-    if not isinstance(urls, list) or not urls or not all(isinstance(url, str) and "://" in url for url in urls):
-        raise FetchError(f"the hub's list of files is no list of addresses: {str(urls)[:200]}")
-    _forget_another_list(directory, urls)
+def _fetch_into(directory: Path, source: Source, split: str, listed: list[Shard]) -> None:
+    base = hub_base(source.repo, f"{source.subset}/{split}", REVISION)
     files = []
-    for number, url in enumerate(urls):
+    for number, wanted in enumerate(listed):
         path = directory / f"{number:05d}.parquet"
-        if not path.is_file():
-            logger.info("fetching %s %s, file %d of %d", source.repo, split, number + 1, len(urls))
-            # The token is for the endpoint; a listing may name files anywhere.
-            fetch_file(url, path, token_for(url), wait=wait, wanted=Wanted(check=_check))
-        rows = pq.ParquetFile(path).metadata.num_rows
-        files.append({"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path), "rows": rows})
+        if path.is_file() and sha256_file(path) != wanted.sha256:
+            path.unlink()  # the split has changed on the hub since an earlier attempt
+        logger.info("downloading %s %s, file %d of %d", source.repo, split, number + 1, len(listed))
+        fetch(base, wanted, path)
+        files.append(
+            {
+                "name": path.name,
+                "size": path.stat().st_size,
+                "sha256": sha256_file(path),
+                "rows": document_count(path),
+            }
+        )
     content = {"repo": source.repo, "subset": source.subset, "split": split, "files": files}
     write_atomic(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
-    (directory / LISTING).unlink()
-
-
-def _forget_another_list(directory: Path, urls: list[str]) -> None:
-    """Removes what an earlier attempt fetched by another list: the split may have changed on the hub since."""
-    listing, content = directory / LISTING, json.dumps(urls)
-    if not listing.is_file() or listing.read_text(encoding="utf-8") != content:
-        for old in directory.glob("*.parquet*"):
-            old.unlink()
-        write_atomic(listing, content)
-
-
-def _check(path: Path) -> None:
-    check_parquet(path)
-    try:
-        pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise FetchError(f"what the server sent is no readable parquet file ({error})") from error
+    shutil.rmtree(directory / STAGING, ignore_errors=True)
 
 
 def _verified(directory: Path) -> list[Path]:
     """The files named by the manifest, if they still have their sizes. Raises DataError naming the remedy."""
-    remedy = f"delete {directory} to have it fetched again"
+    remedy = f"delete {directory} to have it downloaded again"
     sizes = {directory / entry["name"]: entry["size"] for entry in _manifest(directory / MANIFEST)}
     for path, size in sizes.items():
         if not path.is_file():
@@ -272,4 +254,4 @@ def _manifest(path: Path) -> list[dict[str, Any]]:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         return [{key: entry[key] for key in ("name", "size", "sha256")} for entry in files]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); delete {path.parent} to have it fetched again") from error
+        raise DataError(f"{path} is damaged ({error!r}); delete {path.parent} to have it downloaded again") from error

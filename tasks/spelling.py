@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.data.fetch import fetch_file
+from nanochat_jax.data.fetch import FetchError, fetch_url
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.data.web import FetchError
-from nanochat_jax.utils.paths import base_dir, lock_file, sha256_hex
+from nanochat_jax.utils.paths import base_dir, sha256_hex
 from tasks.gsm8k import evaluate_answer
 from tasks.task import SEED, Conversation, Task, TaskError
 
@@ -197,7 +196,7 @@ def spelled(word: str) -> str:
 
 
 def load_words(task_data: str | Path | None = None) -> list[str]:
-    """The words, one a line, of ``task_data``'s words_alpha.txt or (None) of the base directory's, fetched once.
+    """The words, one a line, of ``task_data``'s words_alpha.txt or (None) of the base directory's, downloaded once.
 
     Lines that are not letters A to Z alone are left out and counted in a warning: a word with a quote in it would break
     the Python expression, and the calculator takes no other letters. Raises FileNotFoundError or FetchError saying how
@@ -212,8 +211,10 @@ def load_words(task_data: str | Path | None = None) -> list[str]:
             )
     else:
         path = base_dir() / WORDS_FILE
-        if not path.is_file():
-            _fetch_words(path)
+        try:
+            fetch_url(WORDS_URL, path)
+        except FetchError as error:
+            raise type(error)(f"{error}; or put a list of words, one a line, into {path}") from error
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     stripped = [word for line in lines if (word := line.strip())]
     words = [word for word in stripped if _usable(word)]
@@ -222,16 +223,6 @@ def load_words(task_data: str | Path | None = None) -> list[str]:
     if not words:
         raise DataError(f"{path} has no word; it needs one of the letters A to Z on each line")
     return words
-
-
-def _fetch_words(path: Path) -> None:
-    with lock_file(path.with_name(path.name + ".lock")):
-        if path.is_file():  # another process has fetched it while this one waited
-            return
-        try:
-            fetch_file(WORDS_URL, path)
-        except FetchError as error:
-            raise type(error)(f"{error}; or put a list of words, one a line, into {path}") from error
 
 
 def _usable(word: str) -> bool:

@@ -1,6 +1,7 @@
 """An HTTP server on this machine that serves bytes and misbehaves on demand; it keeps what was asked of it."""
 
 import contextlib
+import hashlib
 import http.server
 import json
 import socket
@@ -32,6 +33,11 @@ class WebServer:
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                with contextlib.suppress(OSError):
+                    outer._head(self)
+                self.close_connection = True
+
             def do_GET(self):
                 with outer._lock:
                     outer.open_now += 1
@@ -67,6 +73,10 @@ class WebServer:
 
     def publish_json(self, path: str, value: Any) -> None:
         self.files[path] = json.dumps(value).encode()
+
+    def _head(self, handler) -> None:
+        """Nobody asks a plain file server for one."""
+        handler.send_error(405)
 
     def _answer(self, handler) -> None:
         with self._lock:
@@ -134,3 +144,95 @@ class WebServer:
         self.http.shutdown()
         self.thread.join()
         self.http.server_close()
+
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+class HubServer(WebServer):
+    """As much of the hub as `huggingface_hub` asks for: listings of folders, and files with their commit and ETag.
+
+    ``heads``: the requests for a file's facts; ``plan_heads``: status codes that the next of them get. ``plan`` holds
+    for everything else, as in WebServer.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.heads: list[tuple[str, dict[str, str]]] = []
+        self.plan_heads: list[int] = []
+
+    def publish(
+        self, repo: str, files: dict[str, bytes], folder: str = "", revision: str = "main", lfs: bool = True
+    ) -> None:
+        """Files of a data set's folder and the hub's listing of it."""
+        start = f"{folder}/" if folder else ""
+        entries: list[dict[str, Any]] = [{"type": "directory", "oid": "2" * 40, "path": f"{start}more", "size": 0}]
+        for name, content in files.items():
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"type": "file", "oid": blob, "size": len(content), "path": start + name}
+            if lfs:
+                sha256 = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
+            entries.append(entry)
+            self.files[f"/datasets/{repo}/resolve/{revision}/{start}{name}"] = content
+        self.publish_json(f"/api/datasets/{repo}/tree/{revision}{f'/{folder}' if folder else ''}", entries)
+
+    def downloads(self) -> list[str]:
+        """Names of the files that were asked for, in order."""
+        return [path.rpartition("/")[2] for path in self.paths() if "/resolve/" in path]
+
+    def _head(self, handler) -> None:
+        with self._lock:
+            self.heads.append((handler.path, dict(handler.headers)))
+            status = self.plan_heads.pop(0) if self.plan_heads else 200
+        content = self.files.get(urllib.parse.unquote(handler.path))
+        if status == 200 and content is None:
+            handler.protocol_version = "HTTP/1.1"
+            handler.send_response(404)
+            handler.send_header("X-Error-Code", "EntryNotFound")
+            handler.send_header("Content-Length", "0")
+            return handler.end_headers()
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(content or b"")))
+        handler.send_header("X-Repo-Commit", COMMIT)
+        handler.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+
+    def _answer(self, handler) -> None:
+        handler.path = handler.path.partition("?")[0]
+        super()._answer(handler)
+
+
+def no_real_network(monkeypatch) -> None:
+    """An environment in which `huggingface_hub` knows of no proxy, token or home, and waits for nothing."""
+    import huggingface_hub
+
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "no_proxy",
+        "NANOCHAT_OFFLINE",
+        "HF_HUB_OFFLINE",
+        "HF_TOKEN",
+    ):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent/token")
+    huggingface_hub.close_session()  # it keeps the proxies of its first request
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "nanochat_jax.data.fetch"):
+        monkeypatch.setattr(f"{module}.time", NoWaiting())
+
+
+class NoWaiting:
+    """The module `time`, in which nobody sleeps."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        pass

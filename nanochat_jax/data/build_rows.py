@@ -1,8 +1,11 @@
-"""Text to token rows, once: the stream of all documents, cut into rows of T+1 tokens.
+"""Text to token rows, once, before training: the stream of all documents, cut into rows of T+1 tokens.
 
 Every document becomes bos and its tokens; all of them in order are one stream. Row r holds stream[rT : rT + T+1], so
 consecutive rows share one token and every token is an input once and a target once. With ``batch_rows = B`` the
 reference's stride is reproduced: each batch of B rows consumes B*T+1 tokens, whose last one is never an input.
+
+Reading (and, for shards, downloading) goes on in a thread while the batch of documents at hand is encoded.
+Conversations become rows in ``data/conversation_rows.py``.
 """
 
 import contextlib
@@ -17,16 +20,17 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.data.documents import KEPT_MESSAGES, Documents, TextStats
-from nanochat_jax.data.row_files import (
+from nanochat_jax.data.row_store import (
     MANIFEST,
     ROWS_FORMAT,
     ROWS_VERSION,
     SHARD_BYTES,
     RowsError,
+    RowSet,
     RowWriter,
+    identity_key,
     row_dtype,
 )
-from nanochat_jax.data.row_store import RowSet, identity_key
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import rows_dir
 
@@ -59,7 +63,7 @@ def place_of_rows(
     limit = min(limits) if limits else None
     dtype = row_dtype(tokenizer.vocab_size)
     rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // ((T + 1) * dtype.itemsize))
-    if batch_rows:  # a shard ends where a batch ends, so that building can go on from there
+    if batch_rows:  # a shard ends where a batch ends, so that building can resume from there
         rows_per_shard = -(-rows_per_shard // batch_rows) * batch_rows
     identity = {
         "format": [ROWS_FORMAT, ROWS_VERSION],
@@ -71,7 +75,7 @@ def place_of_rows(
         "max_rows": limit,
         "rows_per_shard": rows_per_shard,
     }
-    if getattr(documents, "growing", False):  # the order of training is part of what such rows are: data/growing.py
+    if documents.in_blocks:  # the order of training is part of what such rows are: data/loader.py
         identity["block"] = rows_per_shard
     name = f"{split}-T{T}-{identity_key(identity)[:12]}"
     return Path(out_dir if out_dir is not None else rows_dir()) / name, identity
@@ -94,10 +98,11 @@ def build_rows(
     """Rows of T+1 tokens of ``documents`` in a directory below ``out_dir`` (default: the base directory's rows/).
 
     The directory's name ends in a hash of everything that decides the bytes (text, tokenizer, T, options): rows made
-    before from the same are opened as they are, an interrupted build goes on after its last complete shard, with the
+    before from the same are opened as they are, an interrupted build resumes after its last complete shard, with the
     same bytes in the end. At most ``max_rows`` rows, or enough for ``max_tokens`` targets. ``progress(rows, tokens,
     documents)`` is called after every batch of documents. Raises RowsError when there is not enough text or space.
     """
+    # 1. what decides the bytes, and the directory that is named after it
     directory, identity = place_of_rows(
         documents,
         tokenizer,
@@ -110,11 +115,15 @@ def build_rows(
         rows_per_shard=rows_per_shard,
     )
     limit, rows_per_shard, dtype = identity["max_rows"], identity["rows_per_shard"], row_dtype(tokenizer.vocab_size)
-    if (directory / MANIFEST).is_file():  # also where the place is read-only
+    # 2. rows made before are used as they are, also where the place is read-only
+    if (directory / MANIFEST).is_file():
         return RowSet.open(directory, tokenizer)
+    # 3. lock the directory (a second process waits here), take over the complete shards of an interrupted build
     with RowWriter(directory, identity, T, dtype, rows_per_shard=rows_per_shard) as writer:
         if not writer.complete:
+            # 4. read, encode and cut the documents that are left
             facts = _fill(writer, documents, tokenizer, batch_rows, limit, progress, num_threads)
+            # 5. say what the text was like, refuse too little of it
             if facts["invalid_utf8"] or facts["bad_lines"]:
                 logger.warning(
                     "%s text: %d invalid UTF-8 sequences replaced, %d lines left out",
@@ -127,6 +136,7 @@ def build_rows(
                     f"the {split} text has only {facts['stream_tokens']} tokens, too few for one "
                     f"{'batch' if batch_rows else 'row'} of {(batch_rows or 1) * T + 1}; give more text or shorter rows"
                 )
+            # 6. the manifest makes the rows valid
             writer.finish(
                 {"split": split, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, **facts}
             )
@@ -147,6 +157,7 @@ def _fill(
     Positions are offsets in the whole stream of tokens. The state kept with a shard is where its next row begins and
     the batch of documents that this position lies in: from there the same batches, hence the same rows, follow again.
     """
+    # 1. begin where the last complete shard ended
     zero = TextStats().as_dict()
     start = writer.state or {"offset": 0, "batch": {"offset": 0, "document": 0, "characters": 0, "stats": zero}}
     batch: dict[str, Any] = start["batch"]
@@ -163,9 +174,9 @@ def _fill(
 
     if limit is not None and writer.rows >= limit:  # interrupted between the last shard and the manifest
         return _facts(writer, start["now"])
-    stop = getattr(documents, "stop", lambda: None)  # of documents that may be waited for
-    with contextlib.closing(read_ahead(_batches(documents, batch["document"]), stop)) as batches:
+    with contextlib.closing(read_ahead(_batches(documents, batch["document"]), documents.stop)) as batches:
         for texts, repairs in batches:
+            # 2. encode a batch of documents, dropping the tokens of rows that are there already
             encoded, _ = tokenizer.encode_to_numpy(texts, num_threads)
             recent.append(now)
             now = {
@@ -177,14 +188,17 @@ def _fill(
             dropped = min(skip, len(encoded))
             skip -= dropped
             tokens = np.concatenate([tokens, encoded[dropped:]])
+            # 3. cut all complete rows out of what has not been used yet
             rows, used, row_start = _cut(tokens, writer.T, batch_rows)
             if limit is not None:
                 rows = rows[: limit - writer.rows]
+            # 4. write them; a full shard is committed with the position after it
             done = 0
             while done < len(rows):
                 done += writer.add(rows[done:])
                 if writer.full:
                     commit(base + row_start(done))
+            # 5. keep the rest for the next batch
             tokens = tokens[used:]
             base += used
             while len(recent) > 1 and recent[1]["offset"] <= base:
@@ -207,7 +221,7 @@ def _facts(writer: RowWriter, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut(tokens: np.ndarray, T: int, batch_rows: int | None) -> tuple[np.ndarray, int, Callable[[int], int]]:
-    """All whole rows (n, T+1) of a piece of stream, the tokens they use up, and where row i begins."""
+    """All complete rows (n, T+1) of a piece of stream, the tokens they use up, and where row i begins."""
     if batch_rows is None:
         count = max(0, (len(tokens) - 1) // T)
         windows = (

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat_jax.data.conversations import check_contents
+from nanochat_jax.data.conversation_rows import check_contents
 from nanochat_jax.data.readers import decode_utf8
 from nanochat_jax.text import chat_format as rendering
 from nanochat_jax.text.tokenizer import Tokenizer

@@ -2,9 +2,9 @@
 
 A *documents spec* is anything with ``fingerprint()`` (JSON-able identity of the stream), ``iterate(start)`` (its
 documents from number ``start`` on, the same ones every time) and ``stats`` (what the latest iteration had to repair).
-``FileDocuments`` and ``CallableDocuments`` are the two kinds; ``data/rows.py`` turns either into rows.
+``FileDocuments``, ``ShardDocuments``, ``CallableDocuments`` are the kinds; ``data/build_rows.py`` makes rows of them.
 
-How text is held out (``val``), the first rule that applies:
+How text is held out (``val``) of files, the first rule that applies:
 
 1. files whose name starts with ``val`` are validation, all others train;
 2. in a folder in the reference's layout (several ``shard_XXXXX.parquet`` and nothing else), shard 1822, the last one
@@ -16,23 +16,28 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from nanochat_jax.data.fetch import FetchError, OfflineError
+from nanochat_jax.data.hub import fetch_ahead
 from nanochat_jax.data.readers import READER_VERSION, READERS, BadLine, DataError, document_count, read_documents
+from nanochat_jax.data.shards import LAST_SHARD, LIST_NAME, Shard, ShardList, list_fingerprint
 from nanochat_jax.utils.errors import InputError
-from nanochat_jax.utils.paths import data_dir, sha256_hex, write_atomic
+from nanochat_jax.utils.paths import data_dir, sha256_file, sha256_hex, write_atomic
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
-LAST_SHARD = 1822
 VAL_FRACTION = 0.01
 _SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 _SAMPLE_CHUNK, _SAMPLE_CHUNKS = 64 * 1024, 16
 KEPT_MESSAGES = 20
+_SHARDS_AHEAD = 4  # downloaded while one is read
 
 
 @dataclass
@@ -54,16 +59,32 @@ class TextStats:
 
 
 class Documents(Protocol):
-    """A re-iterable, resumable stream of documents."""
+    """A re-iterable, resumable stream of documents.
+
+    ``in_blocks``: they come in random order, so rows made of them are shuffled within blocks only (data/loader.py).
+    ``stop()`` makes an iteration in another thread that waits for text give up.
+    """
 
     stats: TextStats
+    in_blocks: bool
 
     def fingerprint(self) -> dict[str, Any]: ...
 
     def iterate(self, start: int = 0) -> Iterator[str]: ...
 
+    def stop(self) -> None: ...
 
-class CallableDocuments:
+
+class _AtHand:
+    """Documents in any order that nobody has to wait for."""
+
+    in_blocks = False
+
+    def stop(self) -> None:
+        """Nothing to give up."""
+
+
+class CallableDocuments(_AtHand):
     """Documents made by a function: ``make(start)`` iterates from document number ``start``.
 
     ``name`` must tell streams apart: put every parameter that changes the text into it.
@@ -80,7 +101,7 @@ class CallableDocuments:
         return iter(self._make(start))
 
 
-class FileDocuments:
+class FileDocuments(_AtHand):
     """The documents of one split of files and folders (parquet, txt, md, jsonl), in order of their names.
 
     ``split`` is "train", "val" or "all". Raises DataError when there is nothing to read or nothing to hold out.
@@ -145,6 +166,93 @@ class FileDocuments:
                 if position > start:
                     stats.invalid_utf8 += item.invalid_utf8
                     yield item.text
+
+
+class ShardDocuments:
+    """The training or held-out documents of the data set whose list is kept in ``directory``.
+
+    They are read in the list's order, so the stream is a function of the list alone. While one file is read the next
+    ones are downloaded; ``expected`` (shards) is about how many will be read: of further ones none is begun before its
+    turn. Every file's checksum is compared before it is read, whoever put it there.
+    """
+
+    in_blocks = True
+
+    def __init__(
+        self,
+        directory: Path,
+        listing: ShardList,
+        split: str = "train",
+        text_column: str = "text",
+        expected: int | None = None,
+    ):
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is none of train, val")
+        if not listing.checked:
+            raise DataError(f"{directory / LIST_NAME} has files without a checksum; delete it and download again")
+        self.directory, self.listing, self.split, self.column = directory, listing, split, text_column
+        self.shards = listing.train if split == "train" else [listing.held_out]
+        self.stats, self._expected, self._stopped = TextStats(), expected, threading.Event()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Identity of the stream: names and contents of all files of the list, whether they are here or not."""
+        return {
+            "kind": "shards",
+            "split": self.split,
+            "column": self.column,
+            "reader": READER_VERSION,
+            "count": len(self.shards),
+            "sha256": list_fingerprint(self.shards),
+        }
+
+    def absent(self) -> int:
+        """How many of the files that are expected to be read are not here yet."""
+        return sum(not shard.is_at(self.directory / shard.name) for shard in self.shards[: self._expected])
+
+    def stop(self) -> None:
+        """Makes an iteration that waits for a file give up with a FetchError."""
+        self._stopped.set()
+
+    def iterate(self, start: int = 0) -> Iterator[str]:
+        """Texts from document number ``start`` of this split on; ``stats`` counts from there.
+
+        Raises FetchError for a file that cannot be downloaded, DataError for one that is damaged.
+        """
+        self.stats, self._stopped = TextStats(), threading.Event()
+        return self._read(start, self.stats, self._stopped)
+
+    def _read(self, start: int, stats: TextStats, stopped: threading.Event) -> Iterator[str]:
+        position = 0
+        for shard, file in fetch_ahead(self.listing, self.directory, self.shards, _SHARDS_AHEAD, self._expected):
+            path = self._wait(file, stopped)
+            skip = min(start - position, document_count(path) or 0) if start > position else 0
+            position += skip
+            if position < start:
+                continue  # all of it was read by an earlier run
+            self._compare(shard, path)
+            for item in read_documents(path, self.column, skip):
+                assert not isinstance(item, BadLine), "parquet has no lines"
+                position += 1
+                stats.invalid_utf8 += item.invalid_utf8
+                yield item.text
+
+    def _wait(self, file: "Future[Path]", stopped: threading.Event) -> Path:
+        while not wait([file], timeout=0.1).done:
+            if stopped.is_set():
+                raise FetchError("stopped while waiting for text")
+        try:
+            return file.result()
+        except OfflineError as error:
+            raise OfflineError(
+                f"{error}, or delete {LIST_NAME} there to use nothing but the files that are there"
+            ) from error
+
+    def _compare(self, shard: Shard, path: Path) -> None:
+        if sha256_file(path) != shard.sha256:
+            raise DataError(
+                f"{path} is damaged (its SHA-256 is not the one in {LIST_NAME}); delete it and run again to have it "
+                "downloaded anew"
+            )
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

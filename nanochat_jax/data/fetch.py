@@ -1,273 +1,264 @@
-"""Fetching a file over HTTP so that it is either whole or resumable, and never opens a socket when told not to.
+"""Downloads one file: with `huggingface_hub` from the hub, by plain https from anywhere else.
 
-A file that is under way lies in ``<name>.part``; ``<name>.part.json`` beside it says which version of the file these
-bytes belong to (address, size, ETag or date of change, expected SHA-256). Bytes are only ever put behind bytes of the
-same version: the server is asked for the rest *if* the version still holds (``If-Range``), and its answer is checked
-again. The part is locked while somebody works on it, so several processes may ask for the same file: one fetches, the
-others wait and find it there.
+A file takes its name only when it is complete and its checksum has been compared: the SHA-256 of the hub's listing or
+of ``shards.json``; for a file that is not in LFS (or Xet), its git blob hash. ``HF_ENDPOINT``, ``HF_TOKEN`` and
+``*_proxy`` mean what they mean to the library; ``NANOCHAT_OFFLINE=1`` and ``HF_HUB_OFFLINE=1`` refuse to open a socket.
+
+The library resumes a transfer that breaks off. A process that is killed leaves complete files only: the next one begins
+the file that was on its way anew.
 """
 
-import contextlib
-import dataclasses
-import errno
-import fcntl
-import json
+import hashlib
+import http.client
 import logging
 import os
+import re
 import shutil
-import threading
 import time
-import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
-from nanochat_jax.data import web
-from nanochat_jax.data.web import FetchError, FinalError, Stopped, refuse_offline
-from nanochat_jax.utils.errors import DISK_FULL
-from nanochat_jax.utils.paths import sha256_file, sync_directory, write_atomic
+from nanochat_jax.data.shards import LIST_NAME, Shard
+from nanochat_jax.utils import paths
+from nanochat_jax.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# An answer that gives fewer bytes in web.TIMEOUT_S is as good as none: let another connection try.
-_CRAWL_BYTES = 32 * 1024
-_CHUNK = 1024 * 1024
-_SPARE_BYTES = 16 * 1024 * 1024
+DEFAULT_ENDPOINT = "https://huggingface.co"
+# Beside the files while they are on their way; hidden from everything that reads data.
+STAGING = ".download"
+# The library has tried again by itself before an error reaches us; this is for answers to a GET that it lets through.
+ATTEMPTS = 4
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
+_TIMEOUT_S = 30.0
+_HUB_BASE = re.compile(r"datasets/(.+?)/resolve/([^/]+)(?:/(.*))?")
+
+Result = TypeVar("Result")
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What a file must be: its size in bytes and SHA-256 where they are known, and a last look at it.
-
-    ``check(path)`` is called with the whole file before it takes its name; it raises FetchError for a wrong one.
-    """
-
-    size: int | None = None
-    sha256: str | None = None
-    check: Callable[[Path], None] | None = None
+class FetchError(UserError, ConnectionError):
+    """A file that could not be downloaded; the message names it and the remedy."""
 
 
-def fetch_file(
-    url: str,
-    path: Path,
-    token: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    wait: float = 1.0,
-    wanted: Wanted | None = None,
-    stop: threading.Event | None = None,
-) -> None:
-    """Fetch ``url`` to ``path``, unless it is there; what an earlier attempt got is kept and gone on from.
+class OfflineError(FetchError):
+    """Refused before any socket was opened."""
 
-    Gives up after five attempts in a row that got nowhere, with ``wait`` x 1, 2, 4, 8 seconds in between (a quarter
-    more or less by chance; longer if the server says so). ``token`` is sent to the named host only, never to one it
-    redirects to. ``progress(done, total)`` counts bytes, total 0 if unknown. Safe to call from several threads and
-    processes for the same file. Raises FetchError (Stopped when ``stop`` is set); the destination appears only when it
-    is whole and as ``wanted``.
-    """
-    refuse_offline(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _held(path) as part:
-        if part is None:
-            return
-        transfer = _Transfer(url, path, part, token, progress, wanted or Wanted(), stop)
-        try:
-            web.persist(url, transfer.attempt, wait, stop, transfer.gained)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise _no_space(path, transfer.size) from error
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def offline() -> bool:
+    """Whether ``NANOCHAT_OFFLINE`` or the library's own ``HF_HUB_OFFLINE`` asks that no socket be opened."""
+    return paths.offline() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def refuse_offline(what: str) -> None:
+    """Raises OfflineError in offline mode."""
+    if offline():
+        name = paths.OFFLINE_VARIABLE if paths.offline() else "HF_HUB_OFFLINE"
+        raise OfflineError(f"{name} is set, so {what} is not downloaded; unset it, or put the file in place")
+
+
+def endpoint() -> str:
+    """The hub's address: ``HF_ENDPOINT``, or the usual one."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def hub_base(repo: str, folder: str = "", revision: str = "main") -> str:
+    """The address, on the hub, of a folder in a data set, as ``ShardList.base`` has it."""
+    place = f"datasets/{repo}/resolve/{urllib.parse.quote(revision, safe='')}"
+    return f"{place}/{urllib.parse.quote(folder.strip('/'))}" if folder.strip("/") else place
+
+
+def list_files(repo: str, folder: str = "", revision: str = "main") -> list[Shard]:
+    """The parquet files directly in a folder of a data set, by name. Raises FetchError."""
+    refuse_offline(f"the list of files of {repo}")
+    folder = folder.strip("/")
+
+    api = _library().HfApi(endpoint=endpoint())
+
+    def ask() -> list[Any]:
+        return list(api.list_repo_tree(repo, folder or None, revision=revision, repo_type="dataset"))
+
+    entries = _persist(f"the list of files of {repo}{f'/{folder}' if folder else ''} ({revision})", ask)
+    files = [entry for entry in entries if hasattr(entry, "blob_id") and entry.path.endswith(".parquet")]
+    shards = [
+        Shard(file.path.rpartition("/")[2], file.size, *((file.lfs.sha256,) if file.lfs else (None, file.blob_id)))
+        for file in files
+    ]
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def _library() -> Any:
+    """`huggingface_hub`, which is slow to import, without its own bars and without requests for anything but files."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    return huggingface_hub
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 
-def part_of(path: Path) -> Path:
-    """Where a file lies while it is under way."""
-    return path.with_name(path.name + ".part")
+def fetch(base: str, wanted: Shard, path: Path) -> Path:
+    """Downloads ``wanted`` from the folder ``base`` (on the hub, or any address) to ``path``, unless it is there.
 
-
-def _note_of(path: Path) -> Path:
-    return path.with_name(path.name + ".part.json")
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[IO[bytes] | None]:
-    """The part of ``path``, open for appending and locked; None if the file is there, perhaps since a moment ago."""
-    part = part_of(path)
-    while True:
-        if path.is_file():
-            yield None
-            return
-        with open(part, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("another process is fetching %s; waiting for it", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # While this one waited the part may have become the file, or been removed: then this is not it any more.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
-                    yield file
-                    return
-
-
-@dataclasses.dataclass
-class _Transfer:
-    """One file on its way."""
-
-    url: str
-    path: Path
-    part: IO[bytes]
-    token: str | None
-    progress: Callable[[int, int], None] | None
-    wanted: Wanted
-    stop: threading.Event | None
-    size: int | None = None  # as far as it is known
-    spoilt: int = 0  # whole files thrown away
-    _gained: int = 0
-
-    def gained(self) -> int:
-        return self._gained
-
-    def attempt(self) -> None:
-        """Asks for what is missing, appends it, and gives the whole file its name."""
-        self._gained = 0
-        note = _read_note(_note_of(self.path))
-        done = self._size()
-        if done and not self._may_go_on(note):
-            self._drop()
-            done = 0
-        if done and done == (self.wanted.size or note.get("size")):
-            return self._finish()
-        request = web.request_for(self.url, self.token)
-        if done:
-            request.add_header("Range", f"bytes={done}-")
-            if note.get("url") == self.url and note.get("version"):
-                request.add_header("If-Range", note["version"])
-        try:
-            answer = web.open_answer(request, web.TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            if error.code == 416 and done:  # there is nothing behind our bytes: they are not this file's
-                error.close()
-                self._drop()
-                raise FetchError("the file has changed on the server") from error
-            raise
-        with answer:
-            self._take(answer, note, done)
-        self._finish()
-
-    def _may_go_on(self, note: dict[str, Any]) -> bool:
-        """Whether the bytes at hand are known to be the beginning of the file that is wanted now."""
-        if self.wanted.sha256:  # then the end will tell
-            return note.get("sha256") == self.wanted.sha256
-        return note.get("url") == self.url and bool(note.get("version"))
-
-    def _take(self, answer: Any, note: dict[str, Any], done: int) -> None:
-        if (coding := answer.headers.get("Content-Encoding") or "identity") != "identity":
-            raise FinalError(f"{self.url}: it came compressed ({coding}) though nobody asked for it; check your proxy")
-        size, version = _size_and_version(answer)
-        if done and answer.status == 206:
-            first = (answer.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
-            same = version == note.get("version") or note.get("url") != self.url
-            if first != str(done) or size != note.get("size") or not same:
-                self._drop()
-                raise FetchError("the file has changed on the server")
-        elif answer.status == 200:
-            self._drop()  # the server sends all of it, because it always does or because the file has changed
-            done = 0
-        else:
-            raise FetchError(f"an unexpected answer, HTTP {answer.status}")
-        if size is not None and self.wanted.size is not None and size != self.wanted.size:
-            kind = answer.headers.get("Content-Type") or "no type"
-            raise FinalError(
-                f"{self.url}: the server has {size} bytes ({kind}) where {self.wanted.size} are expected; the file has "
-                "changed, or HF_ENDPOINT or a proxy gives another one"
-            )
-        self.size = size = self.wanted.size if self.wanted.size is not None else size
-        facts = {"url": self.url, "size": size, "version": version, "sha256": self.wanted.sha256}
-        write_atomic(_note_of(self.path), json.dumps(facts))
-        if size is not None and shutil.disk_usage(self.path.parent).free < size - done + _SPARE_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._copy(answer, done, size)
-
-    def _copy(self, answer: Any, done: int, size: int | None) -> None:
-        since, lately = time.monotonic(), 0
-        while chunk := answer.read1(_CHUNK):
-            self.part.write(chunk)
-            self.part.flush()
-            done += len(chunk)
-            self._gained += len(chunk)
-            if self.progress is not None:
-                self.progress(done, size or 0)
-            if self.stop is not None and self.stop.is_set():
-                raise Stopped("stopped")
-            lately += len(chunk)
-            if (elapsed := time.monotonic() - since) >= web.TIMEOUT_S:
-                if lately < _CRAWL_BYTES:
-                    raise FetchError(f"only {lately} bytes in {elapsed:.0f} s")
-                since, lately = time.monotonic(), 0
-        if size is not None and done != size:
-            if done > size:
-                self._drop()
-            raise FetchError(f"the answer ended after {done} of {size} bytes")
-
-    def _finish(self) -> None:
-        os.fsync(self.part.fileno())
-        part = part_of(self.path)
-        try:
-            if self.wanted.sha256 and (found := sha256_file(part)) != self.wanted.sha256:
-                raise FetchError(
-                    f"its SHA-256 is {found[:12]}..., not {self.wanted.sha256[:12]}...: damaged on the way or changed "
-                    "on the server"
-                )
-            if self.wanted.check is not None:
-                self.wanted.check(part)
-        except FetchError as error:
-            self._drop()
-            self._gained = 0
-            self.spoilt += 1
-            if self.spoilt > 1 or not self.wanted.sha256:
-                raise FinalError(f"{self.url}: {error}") from error
-            raise
-        os.replace(part, self.path)
-        sync_directory(self.path.parent)
-        _note_of(self.path).unlink(missing_ok=True)
-
-    def _size(self) -> int:
-        return os.fstat(self.part.fileno()).st_size
-
-    def _drop(self) -> None:
-        """Back to nothing. The note goes first: bytes without one are never continued."""
-        _note_of(self.path).unlink(missing_ok=True)
-        self.part.truncate(0)
-
-
-def _no_space(path: Path, size: int | None) -> FinalError:
-    kept, free = part_of(path).stat().st_size, shutil.disk_usage(path.parent).free
-    needed = f"{(size - kept) / 2**20:,.0f} MiB are missing" if size else "its size is unknown"
-    return FinalError(
-        f"no space for {path}: {needed}, {free / 2**20:,.0f} MiB are free. {kept / 2**20:,.0f} MiB are kept; free some "
-        "space and run again to go on from there, or set NANOCHAT_BASE_DIR to a larger disk"
-    )
-
-
-def _read_note(note: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(note.read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-def _size_and_version(answer: Any) -> tuple[int | None, str | None]:
-    """Size of the whole file and what tells its versions apart, from the headers of a full or partial answer.
-
-    A weak ETag promises nothing about single bytes (RFC 9110, 8.8.1), so the date of change is better then.
+    Safe to call from several threads and processes for the same path: one downloads, the others wait. ``path`` appears
+    when the file is complete and its checksum has been compared. Raises FetchError.
     """
-    etag = answer.headers.get("ETag")
-    version = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
-    content_range = answer.headers.get("Content-Range")
-    if content_range:
-        total = content_range.rpartition("/")[2]
-        return int(total) if total.isdigit() else None, version
-    length = answer.headers.get("Content-Length") or ""
-    return int(length) if length.isdigit() else None, version
+    if wanted.is_at(path):
+        return path
+    place = _HUB_BASE.fullmatch(base)
+    if place is None:
+        return fetch_url(f"{base}/{urllib.parse.quote(wanted.name)}", path, wanted)
+    repo, revision, folder = place[1], urllib.parse.unquote(place[2]), urllib.parse.unquote(place[3] or "")
+    name = f"{folder}/{wanted.name}" if folder else wanted.name
+
+    library = _library()
+
+    def get(staging: Path) -> Path:
+        options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "endpoint": endpoint()}
+        return Path(library.hf_hub_download(repo, name, local_dir=staging, **options))
+
+    return _land(f"{name} of {repo} ({revision})", path, wanted, get)
+
+
+def fetch_url(url: str, path: Path, wanted: Shard | None = None) -> Path:
+    """The same for a file at any address, with a checksum where one is known."""
+    wanted = wanted or Shard(path.name)
+    if wanted.is_at(path):
+        return path
+
+    def get(staging: Path) -> Path:
+        with _open(url) as answer, open(staging / path.name, "wb") as file:
+            shutil.copyfileobj(answer, file, 2**20)
+            expected = answer.headers.get("Content-Length")
+            if expected and file.tell() != int(expected):
+                raise OSError(f"the answer ended after {file.tell()} of {expected} bytes")
+        return staging / path.name
+
+    return _land(url, path, wanted, get)
+
+
+def fetch_text(url: str) -> str:
+    """The text of a small file. Raises FetchError."""
+    refuse_offline(url)
+
+    def get() -> str:
+        with _open(url) as answer:
+            return answer.read().decode()
+
+    return _persist(url, get)
+
+
+def _open(url: str) -> Any:
+    request = urllib.request.Request(url, headers={"User-Agent": "nanochat_jax", "Accept-Encoding": "identity"})
+    # urllib keeps the proxies of its first call for ever unless an opener is made anew.
+    return urllib.request.build_opener().open(request, timeout=_TIMEOUT_S)
+
+
+def _land(what: str, path: Path, wanted: Shard, get: Callable[[Path], Path]) -> Path:
+    """Gives the file that ``get`` makes in a folder of its own the name ``path`` once it has been compared."""
+    refuse_offline(f"{path.name} (wanted in {path.parent})")
+    staging = path.parent / STAGING / path.name
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    with paths.lock_file(staging.with_name(path.name + ".lock")):
+        if wanted.is_at(path):  # another thread or process was first
+            return path
+        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+        staging.mkdir()
+        try:
+            made = _persist(what, lambda: get(staging))
+            compare(made, wanted)
+            os.replace(made, path)
+            paths.sync_directory(path.parent)
+        except OSError as error:
+            if paths.is_full(error):
+                raise paths.no_space(path, error, wanted.size) from error
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def compare(path: Path, wanted: Shard) -> None:
+    """Raises FetchError, and removes the file, unless it has the size and checksum of ``wanted`` (where known)."""
+    found: list[tuple[str, Any, Any]] = [("size", path.stat().st_size, wanted.size)]
+    if wanted.sha256:
+        found.append(("SHA-256", paths.sha256_file(path), wanted.sha256))
+    elif wanted.git_sha1:
+        found.append(("git blob hash", git_blob_hash(path), wanted.git_sha1))
+    for what, is_, should_be in found:
+        if should_be not in (None, is_):
+            path.unlink()
+            raise FetchError(
+                f"{wanted.name}: its {what} is {is_} where {should_be} is expected, so it was removed: damaged on the "
+                f"way, or the data set has changed (then delete {LIST_NAME}); check HF_ENDPOINT and your proxy, "
+                "run again"
+            )
+
+
+def git_blob_hash(path: Path) -> str:
+    """What git calls a file's contents: the SHA-1 of "blob <size>", a zero byte and the contents."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _persist(what: str, action: Callable[[], Result]) -> Result:
+    """The action's result, after some attempts where the server is in trouble. Raises FetchError in one line."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except Exception as error:  # whatever a library raises belongs to the one who asked for the file
+            if isinstance(error, FetchError) or (isinstance(error, OSError) and paths.is_full(error)):
+                raise
+            status, reason = _status(error), _reason(error)
+            if attempt == ATTEMPTS or not _may_pass(error, status):
+                raise FetchError(f"cannot download {what}: {reason}") from error
+            logger.info("%s: %s; trying again", what, reason)
+            time.sleep(2 ** (attempt - 1))
+    raise AssertionError("not reached")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error, or what caused it, speaks of."""
+    for cause in _chain(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None) or getattr(cause, "code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def _may_pass(error: Exception, status: int | None) -> bool:
+    if status is not None:
+        return status in _PASSING
+    # Of a file that it cannot locate the library has asked five times.
+    transport = isinstance(error, OSError | http.client.HTTPException) or type(error).__module__.startswith("httpx")
+    return transport and not isinstance(error, FileNotFoundError)
+
+
+def _reason(error: Exception) -> str:
+    status = _status(error)
+    if status in (401, 403):
+        return f"access denied, or there is no such data set (HTTP {status}); set HF_TOKEN to a token that may read it"
+    if status == 404:
+        return "there is no such file (HTTP 404); check its name, folder and revision, and HF_ENDPOINT"
+    if status is not None:
+        return f"HTTP {status}; run again later, what is complete is kept"
+    *_, root = _chain(error)
+    words = " ".join((str(root) or type(root).__name__).split())
+    return f"{words[:300]}; check your connection, HF_ENDPOINT and your proxy, and run again to resume"

@@ -1,6 +1,6 @@
 """Batches from rows, as a pure function of the step: (seed, step, global batch) decide a batch, nothing else.
 
-So a run goes on exactly where it stopped, without reading anything again, and 1, 2 or 8 processes see the same global
+So a run resumes exactly where it stopped, without reading anything again, and 1, 2 or 8 processes see the same global
 batch, each its own slice of it.
 """
 
@@ -12,9 +12,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from nanochat_jax.data.growing import BlockOrder
-from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.data.row_store import RowsError, RowSet
 from nanochat_jax.utils.errors import UserError
 
 # Read-ahead of whole batches. Rows are memory-mapped and cheap; more threads would only fight with the host's work.
@@ -29,7 +27,7 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Rows(Protocol):
-    """What a loader reads: T, a length, rows of T+1 ids, and a mask per row or None (see ``data/row_set.py``)."""
+    """What a loader reads: T, a length, rows of T+1 ids, and a mask per row or None (see ``data/row_store.py``)."""
 
     T: int
 
@@ -40,10 +38,37 @@ class Rows(Protocol):
     def mask(self, index: int) -> np.ndarray | None: ...
 
 
+class BlockOrder:
+    """Position in the endless stream of training rows -> row number, rows being shuffled within *blocks* only.
+
+    That is as good as a shuffle of all rows only if the documents themselves come in random order, as those of the
+    default data set and of ``dev/repackage_data.py`` do. A block is one file of rows (64 MiB, about 33 M tokens at two
+    bytes), so that a batch reads from one file at a time. Every epoch shuffles every block anew. The generator is
+    numpy's frozen one, so that an upgrade never changes the order of a run.
+    """
+
+    def __init__(self, rows: int, block: int, seed: int):
+        self._rows, self._block, self._seed = rows, block, seed & 0xFFFFFFFF
+        self._latest: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def __getitem__(self, position: int) -> int:
+        epoch, position = divmod(position, self._rows)
+        block, place = divmod(position, self._block)
+        return block * self._block + int(self._shuffled(epoch, block)[place])
+
+    def _shuffled(self, epoch: int, block: int) -> np.ndarray:
+        latest = self._latest
+        if latest is None or latest[0] != (epoch, block):
+            size = min(self._block, self._rows - block * self._block)
+            generator = np.random.RandomState([self._seed, epoch, block])
+            self._latest = latest = (epoch, block), generator.permutation(size).astype(np.int32)
+        return latest[1]
+
+
 class RowLoader:
     """Shuffled (anew in every epoch) or ordered batches of ``global_batch`` rows, for ever.
 
-    Rows that say so are shuffled within blocks (``data/growing.py``), all others together.
+    Rows that say so (``RowSet.block``) are shuffled within blocks, all others together.
     """
 
     def __init__(self, rows: Rows, global_batch: int, seed: int = 0, shuffle: bool = True):
@@ -54,7 +79,7 @@ class RowLoader:
         self.rows, self.global_batch = rows, global_batch
         # position in the endless stream -> row number
         if shuffle and isinstance(rows, RowSet) and rows.block is not None:
-            self._order: Any = BlockOrder(rows, seed)
+            self._order: Any = BlockOrder(len(rows), rows.block, seed)
         else:
             order = grain.MapDataset.range(len(rows)).seed(seed)
             self._order = (order.shuffle() if shuffle else order).repeat()
@@ -97,7 +122,7 @@ class BatchIterator(Iterator[Batch]):
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BUFFERED)
         self._iterator: Any = iter(batches.to_iter_dataset(options))
         self._damage: RowsError | None = None
-        if type(loader.rows) is RowSet:  # rows that are still being made are as new as can be
+        if isinstance(loader.rows, RowSet):
             threading.Thread(target=self._verify, args=(loader.rows,), name="verify-rows", daemon=True).start()
 
     def _verify(self, rows: RowSet) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.data.documents import CallableDocuments, Documents, FileDocuments
-from nanochat_jax.data.download import shards_dir
+from nanochat_jax.data.documents import CallableDocuments, Documents, FileDocuments, ShardDocuments
+from nanochat_jax.data.hub import shards_dir
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import ShardList, shards_for
-from nanochat_jax.data.streamed import ShardDocuments
 
 # Characters of demo text: about three times what the demo's training uses, so that a longer run does not repeat much.
 DEMO_CHARS = {"train": 24_000_000, "val": 1_000_000}
@@ -31,7 +30,7 @@ def text_source(
 ) -> TextSource:
     """`data`, a file or folder; or the embedded demo data; or, with neither, the shards in the base directory.
 
-    A folder with a list of shards (``shards.json``) is the whole data set of that list: what is not there is fetched
+    A folder with a list of shards (``shards.json``) is the full data set of that list: what is not there is downloaded
     when it is needed, ahead of need for about `tokens` training tokens. Raises DataError saying how to get text when
     there is none.
     """
@@ -44,12 +43,12 @@ def text_source(
         expected = None if tokens is None else shards_for(tokens)
         stream = ShardDocuments(root, listing, "train", text_column, expected)
         val = ShardDocuments(root, listing, "val", text_column)
-        absent = f", {stream.absent()} shards being fetched meanwhile" if stream.absent() else ""
+        absent = f", {stream.absent()} shards to be downloaded" if stream.absent() else ""
         return TextSource(stream, val, f"text of {root} (held out: {listing.val}{absent})")
     if not data and not any(root.glob("*.parquet")):
         raise DataError(
             f"there is no text in {root}. Give your own with --data=PATH, download shards with "
-            "`python -m nanochat_jax.data.download -n 8`, or use --demo"
+            "`python -m nanochat_jax.data.hub -n 8`, or use --demo"
         )
     train, val = FileDocuments(root, "train", text_column), FileDocuments(root, "val", text_column)
     return TextSource(train, val, f"text of {root} (held out: {train.held_out()})")

@@ -18,8 +18,7 @@ from typing import Any
 
 import yaml
 
-from nanochat_jax.data.fetch import fetch_file
-from nanochat_jax.data.web import FetchError
+from nanochat_jax.data.fetch import FetchError, fetch_url
 from nanochat_jax.evals.core_prompts import FIELDS, Item
 from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.paths import base_dir, lock_file, sha256_file, sha256_hex, write_atomic
@@ -105,10 +104,10 @@ def _fetched(expected: str | None) -> Path:
     with lock_file(path.with_name(path.name + ".lock")):
         if not path.is_file():
             try:
-                fetch_file(URL, path)
+                fetch_url(URL, path)
             except FetchError as error:
                 raise BundleError(
-                    f"the CORE bundle is not in {path} and cannot be fetched ({error}). Put {URL} there, or its "
+                    f"the CORE bundle is not in {path} and cannot be downloaded ({error}). Put {URL} there, or its "
                     f"unpacked folder at {path.with_suffix('')}"
                 ) from None
             note.unlink(missing_ok=True)

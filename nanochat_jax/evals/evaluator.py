@@ -10,7 +10,7 @@ import numpy as np
 
 import tasks
 from nanochat_jax.data.build_rows import build_rows
-from nanochat_jax.data.conversations import build_conversation_rows
+from nanochat_jax.data.conversation_rows import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import text_source

@@ -1,13 +1,11 @@
 """Pretraining: its flags, its rows, its evaluation. The loop is `train.fit`."""
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from nanochat_jax.data.build_rows import build_rows
-from nanochat_jax.data.growing import training_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
@@ -113,24 +111,23 @@ def _train(settings: BaseSettings, folder: Path, tokenizer: Tokenizer, plan: Bas
         evaluations=(Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, settings.eval_every),),
         sample=greedy_sampler(config, tokenizer, text_prompts(tokenizer), TEXT_TOKENS),
     )
-    with contextlib.closing(train_rows):
-        return train(recipe, folder, mesh)
+    return train(recipe, folder, mesh)
 
 
 _DECIDED = ("target_flops", "target_param_data_ratio", "data", "text_column")
 
 
 def make_rows(source: TextSource, tokenizer: Tokenizer, plan: BasePlan, eval_tokens: int) -> tuple[RowSet, RowSet]:
-    """Training rows for the whole horizon (or all there are: the run then passes over them again) and held-out rows.
+    """Training rows for the full horizon (or all there are: the run then passes over them again) and held-out rows.
 
-    Where text is still being fetched, training rows go on being made while they are used (data/growing.py).
+    Text that is still to be downloaded is tokenized shard by shard as it comes.
     """
     T = plan.max_seq_len
     needed = plan.num_iterations * (plan.total_batch_size // T)
     with RowsProgress("held-out rows", -(-eval_tokens // T)) as progress:
         val = build_rows(source.val, tokenizer, T, split="val", max_tokens=eval_tokens, progress=progress)
     with RowsProgress("training rows", needed) as progress:
-        train = training_rows(source.train, tokenizer, T, needed, progress)
+        train = build_rows(source.train, tokenizer, T, max_rows=needed, progress=progress)
     epochs = needed / len(train)
     again = f"; the run passes over them {epochs:.1f} times" if epochs > 1 else ""
     print(f"data: {source.description}: {len(train):,} training rows of {T} tokens, {len(val):,} held out{again}")

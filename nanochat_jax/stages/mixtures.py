@@ -8,7 +8,7 @@ from typing import Any
 
 import tasks
 from nanochat_jax.data.chat_files import describe_samples, load_chat_file
-from nanochat_jax.data.conversations import Conversations
+from nanochat_jax.data.conversation_rows import Conversations
 from nanochat_jax.stages.pipeline import Parent
 from nanochat_jax.stages.supervised import ChatStageSettings
 from nanochat_jax.utils.paths import base_dir

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.data.conversations import Conversations, build_conversation_rows
+from nanochat_jax.data.conversation_rows import Conversations, build_conversation_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler

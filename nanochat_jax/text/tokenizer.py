@@ -6,21 +6,22 @@ Special strings inside ordinary text are never recognised: they are encoded as t
 
 import base64
 import codecs
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import tiktoken
+import tiktoken.load
 
 from nanochat_jax.text import chat_format as rendering
-from nanochat_jax.text.stock_encodings import stock_encoding
 from nanochat_jax.utils.errors import UserError
-from nanochat_jax.utils.paths import tokenizer_dir, write_atomic
+from nanochat_jax.utils.paths import OFFLINE_VARIABLE, offline, tokenizer_dir, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,27 @@ HOW_TO_TRAIN = "train one: python -m scripts.tok_train --data PATH (or --demo)"
 
 class TokenizerError(UserError, ValueError):
     """A tokenizer file that cannot be used; the message names the file and the remedy."""
+
+
+class EncodingUnavailable(UserError, ConnectionError):
+    """A stock encoding that is neither in tiktoken's cache nor reachable."""
+
+
+@contextlib.contextmanager
+def _no_socket_if_offline() -> Iterator[None]:
+    """In offline mode tiktoken finds its stock encodings in its cache or not at all."""
+    original = tiktoken.load.read_file
+
+    def read_file(blobpath: str) -> bytes:
+        if offline() and "://" in blobpath:
+            raise ConnectionError(f"{OFFLINE_VARIABLE} is set")
+        return original(blobpath)
+
+    tiktoken.load.read_file = read_file
+    try:
+        yield
+    finally:
+        tiktoken.load.read_file = original
 
 
 class Tokenizer:
@@ -166,10 +188,16 @@ class Tokenizer:
         Raises TokenizerError for an unknown name and ConnectionError when the encoding is neither in tiktoken's cache
         nor reachable (or ``NANOCHAT_OFFLINE`` is set).
         """
+        if name not in tiktoken.list_encoding_names():
+            raise TokenizerError(f"tiktoken knows no encoding {name!r}; try gpt2 or cl100k_base")
         try:
-            encoding = stock_encoding(name)
-        except ValueError as error:
-            raise TokenizerError(f"tiktoken knows no encoding {name!r}; try gpt2 or cl100k_base") from error
+            with _no_socket_if_offline():
+                encoding = tiktoken.get_encoding(name)
+        except OSError as error:
+            raise EncodingUnavailable(
+                f"the encoding {name} is not in tiktoken's cache and cannot be downloaded ({error}); load it once with "
+                "a network, or point TIKTOKEN_CACHE_DIR to a copy of the cache"
+            ) from error
         ranks = sorted(encoding._mergeable_ranks.items(), key=lambda pair: pair[1])
         if [rank for _, rank in ranks] != list(range(len(ranks))):
             raise TokenizerError(f"the encoding {name} has gaps in its ids and cannot be used here")

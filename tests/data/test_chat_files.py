@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nanochat_jax.data.chat_files import SHAPES, describe_samples, load_chat_file, to_conversation
-from nanochat_jax.data.conversations import build_conversation_rows
+from nanochat_jax.data.conversation_rows import build_conversation_rows
 from tests.tokenizer_fixtures import golden_tokenizer
 
 TOKENIZER = golden_tokenizer()

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_jax.data import conversations as module
-from nanochat_jax.data import row_files
-from nanochat_jax.data.conversations import build_conversation_rows, render_many
+from nanochat_jax.data import conversation_rows as module
+from nanochat_jax.data import row_store
+from nanochat_jax.data.conversation_rows import build_conversation_rows, render_many
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.packing import BestFit, Rendered
-from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.data.row_store import RowsError, RowSet
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
@@ -66,7 +65,7 @@ def usable(conversation):
 
 
 def contents(directory):
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != row_files.LOCK}
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != row_store.LOCK}
 
 
 def listed_rows(found):
@@ -411,10 +410,10 @@ def test_killed_at_the_end_gives_the_same_bytes(tmp_path, small_batches, monkeyp
     items = [made(i) for i in range(120)]
     options = {"split": "train", "rows_per_shard": 6, **options}
     whole = build_conversation_rows(Listed(items), TOKENIZER, 40, out_dir=tmp_path / "whole", **options)
-    real, real_close = row_files.write_atomic, row_files.RowWriter._close_shard
+    real, real_close = row_store.write_atomic, row_store.RowWriter._close_shard
 
     def write_atomic(path, data):
-        if where == "before the manifest" and Path(path).name == row_files.MANIFEST:
+        if where == "before the manifest" and Path(path).name == row_store.MANIFEST:
             raise KeyboardInterrupt
         real(path, data)
 
@@ -427,10 +426,10 @@ def test_killed_at_the_end_gives_the_same_bytes(tmp_path, small_batches, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(row_files, "write_atomic", write_atomic)
-        patch.setattr(row_files.RowWriter, "_close_shard", close_shard)
+        patch.setattr(row_store, "write_atomic", write_atomic)
+        patch.setattr(row_store.RowWriter, "_close_shard", close_shard)
         if where == "before finish":
-            patch.setattr(row_files.RowWriter, "finish", interrupt)
+            patch.setattr(row_store.RowWriter, "finish", interrupt)
         build_conversation_rows(Listed(items), TOKENIZER, 40, out_dir=tmp_path / "again", **options)
     [unfinished] = (tmp_path / "again").iterdir()
     assert len(json.loads((unfinished / "progress.json").read_text())["shards"]) >= 2

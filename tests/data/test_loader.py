@@ -10,8 +10,7 @@ import pytest
 from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.documents import CallableDocuments
 from nanochat_jax.data.loader import RowLoader, val_batches
-from nanochat_jax.data.row_files import RowsError
-from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.data.row_store import RowsError, RowSet
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 GOLDEN = golden("loader_v1")

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax.data import repackage as module
+from dev import repackage as module
+from dev.repackage import BASE_BYTES, LEAST_BYTES, repackage
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.data.repackage import BASE_BYTES, LEAST_BYTES, repackage
 from nanochat_jax.data.shards import ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.utils.paths import sha256_file
@@ -173,7 +173,7 @@ def test_stopped_anywhere_and_again(corpus, tmp_path, monkeypatch, stop):
 CHILD = textwrap.dedent("""
     import os, sys
     os.fsync = lambda handle: None
-    from nanochat_jax.data import repackage as module
+    from dev import repackage as module
     module._READ_DOCUMENTS = 5
     module._text_bytes = lambda path, column: 10**9
     print("ready", flush=True)

@@ -17,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.data import build_rows as rows
-from nanochat_jax.data import row_files
+from nanochat_jax.data import row_store
 from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.documents import CallableDocuments, FileDocuments
-from nanochat_jax.data.row_files import RowsError, RowWriter
-from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.data.row_store import RowsError, RowSet, RowWriter
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests import children
 from tests.tokenizer_fixtures import golden_tokenizer
@@ -44,7 +43,7 @@ def slow_stream(texts, tokenizer):
 
 
 def contents(directory):
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != row_files.LOCK}
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != row_store.LOCK}
 
 
 @pytest.fixture(autouse=True)
@@ -311,10 +310,10 @@ def test_progress_that_does_not_fit_is_started_over(tmp_path, small_batches, cap
 def test_full_disk_is_told_and_loses_nothing(tmp_path, small_batches, monkeypatch):
     tokenizer = golden_tokenizer()
     whole = build_rows(numbered(60), tokenizer, 8, tmp_path / "whole", rows_per_shard=6)
-    usage = row_files.shutil.disk_usage(tmp_path)
+    usage = row_store.shutil.disk_usage(tmp_path)
     answers = itertools.chain([10**12] * 6, itertools.repeat(1000))
     with monkeypatch.context() as patch:
-        patch.setattr(row_files.shutil, "disk_usage", lambda path: usage._replace(free=next(answers)))
+        patch.setattr(row_store.shutil, "disk_usage", lambda path: usage._replace(free=next(answers)))
         with pytest.raises(RowsError, match=r"rows_00003.npy: .* MiB free. 18 rows are safe.*NANOCHAT_BASE_DIR"):
             build_rows(numbered(60), tokenizer, 8, tmp_path / "full", rows_per_shard=6)
     with monkeypatch.context() as patch:  # the disk fills up while a file is being written
@@ -322,7 +321,7 @@ def test_full_disk_is_told_and_loses_nothing(tmp_path, small_batches, monkeypatc
 
         def fsync(handle):
             if next(calls) == 4:
-                raise OSError(row_files.errno.ENOSPC, "No space left on device")
+                raise OSError(row_store.errno.ENOSPC, "No space left on device")
 
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(RowsError, match="no space"):

@@ -165,7 +165,7 @@ def test_a_file_that_changed_after_it_was_fetched(server):
 def test_offline_says_where_to_put_it(server, monkeypatch):
     _, hits, base = server
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
-    with pytest.raises(BundleError, match=rf"{base}/eval_bundle.zip and cannot be fetched .*unpacked folder at"):
+    with pytest.raises(BundleError, match=rf"{base}/eval_bundle.zip and cannot be downloaded .*unpacked folder at"):
         open_bundle()
     assert not hits
 

@@ -4,18 +4,19 @@ import gzip
 import json
 import socket
 import threading
+import urllib.parse
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import tasks
+from nanochat_jax.data.fetch import FetchError, OfflineError
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.data.web import FetchError, OfflineError
-from tasks import hub, spelling
+from tasks import spelling
 from tasks.hub import Source, fetch_rows, find_local, load_rows, task_data_dir
 from tasks.records import Rows
-from tests.web_server import WebServer
+from tests.web_server import HubServer, no_real_network
 
 GSM8K = Source("openai/gsm8k", "main", ("question", "answer"), ("gsm8k",))
 ROWS = [{"question": f"q{i}", "answer": f"a #### {i}"} for i in range(7)]
@@ -33,9 +34,7 @@ def write(path, rows):
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path, monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "NANOCHAT_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    no_real_network(monkeypatch)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
@@ -160,16 +159,17 @@ def test_fingerprints_follow_the_content(tmp_path):
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-class Hub(WebServer):
+REPO, REVISION = "openai/gsm8k", "refs/convert/parquet"
+
+
+class Hub(HubServer):
     """A hub on this machine."""
 
-    def publish(self, split, parts, tmp_path):
-        """Rows of GSM8K's main subset as so many files."""
-        paths = [f"/files/{split}/{i}.parquet" for i in range(len(parts))]
-        for path, rows in zip(paths, parts, strict=True):
-            self.files[path] = write(tmp_path / "published.parquet", rows).read_bytes()
-        self.publish_json(f"/api/datasets/openai/gsm8k/parquet/main/{split}", [self.url + path for path in paths])
-        return paths
+    def publish_split(self, split, parts, tmp_path):
+        """Rows of GSM8K's main subset as so many files; returns their addresses."""
+        files = {f"{i:04d}.parquet": write(tmp_path / "p.parquet", rows).read_bytes() for i, rows in enumerate(parts)}
+        self.publish(REPO, files, f"main/{split}", REVISION)
+        return [f"/datasets/{REPO}/resolve/{REVISION}/main/{split}/{name}" for name in files]
 
 
 @pytest.fixture
@@ -185,10 +185,10 @@ def fetched(split="train"):
 
 
 def test_fetching_a_split(server, tmp_path, monkeypatch):
-    paths = server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
+    paths = server.publish_split("train", [ROWS[:3], ROWS[3:]], tmp_path)
     rows = load_rows(GSM8K, "train")
     assert [rows[i] for i in range(7)] == ROWS
-    assert [path for path, _ in server.requests] == ["/api/datasets/openai/gsm8k/parquet/main/train", *paths]
+    assert server.downloads() == ["0000.parquet", "0001.parquet"]
     manifest = json.loads((fetched() / "manifest.json").read_text())
     assert [(entry["name"], entry["rows"]) for entry in manifest["files"]] == [
         ("00000.parquet", 3),
@@ -210,85 +210,51 @@ def test_fetching_a_split(server, tmp_path, monkeypatch):
     assert tasks.load("GSM8K", "train", task_data_dir()).fingerprint() == task.fingerprint()
 
 
-def test_the_token_goes_to_the_endpoint_only(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    other = Hub()
-    try:
-        server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
-        other.files["/elsewhere.parquet"] = server.files["/files/train/1.parquet"]
-        listing = [server.url + "/files/train/0.parquet", other.url + "/elsewhere.parquet"]
-        server.files["/api/datasets/openai/gsm8k/parquet/main/train"] = json.dumps(listing).encode()
-        assert len(load_rows(GSM8K, "train")) == 7
-        assert [headers.get("Authorization") for _, headers in server.requests] == ["Bearer secret"] * 2
-        assert [headers.get("Authorization") for _, headers in other.requests] == [None]
-    finally:
-        other.close()
-
-
-def test_an_interrupted_fetch_goes_on(server, tmp_path):
-    paths = server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
+def test_an_interrupted_download_keeps_complete_files(server, tmp_path):
+    paths = server.publish_split("train", [ROWS[:3], ROWS[3:]], tmp_path)
     second = server.files.pop(paths[1])
-    with pytest.raises(FetchError, match="train split of openai/gsm8k .main. cannot be fetched: .*404.*--task_data="):
-        fetch_rows(GSM8K, "train", wait=0)
+    with pytest.raises(FetchError, match="train split of openai/gsm8k .main. cannot be .*404.*--task_data="):
+        fetch_rows(GSM8K, "train")
     assert not (fetched() / "manifest.json").exists()
     with pytest.raises(DataError, match="is an unfinished download"):
         load_rows(GSM8K, "train", task_data_dir())  # never a part of a split as if it were all of it
     server.files[paths[1]] = second
-    server.plan = [{}, {"cut": 500}]
+    server.plan = [{}, {"cut": 500}, {"status": 503}]
     server.requests.clear()
-    assert fetch_rows(GSM8K, "train", wait=0) == [fetched() / "00000.parquet", fetched() / "00001.parquet"]
-    assert [path for path, _ in server.requests][1:] == [paths[1]] * 2, "the first file was fetched again"
-    assert server.requests[-1][1]["Range"] == "bytes=500-"
+    assert fetch_rows(GSM8K, "train") == [fetched() / "00000.parquet", fetched() / "00001.parquet"]
+    assert set(server.downloads()) == {"0001.parquet"}, "the first file was downloaded again"
     assert (fetched() / "00001.parquet").read_bytes() == second
 
 
-def test_a_split_that_changes_between_attempts_is_fetched_anew(server, tmp_path):
-    paths = server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
-    server.plan = [{}, {}, {"status": 404}]
+def test_a_split_that_changes_between_attempts_is_downloaded_anew(server, tmp_path):
+    paths = server.publish_split("train", [ROWS[:3], ROWS[3:]], tmp_path)
+    del server.files[paths[1]]
     with pytest.raises(FetchError, match="404"):
-        fetch_rows(GSM8K, "train", wait=0)
+        fetch_rows(GSM8K, "train")
     assert (fetched() / "00000.parquet").is_file()
-    server.publish("train", [ROWS[:2], ROWS[2:5], ROWS[5:]], tmp_path)
+    server.publish_split("train", [ROWS[:2], ROWS[2:5], ROWS[5:]], tmp_path)
     rows = load_rows(GSM8K, "train")
-    assert [rows[i] for i in range(7)] == ROWS and server.paths().count(paths[0]) == 2
+    assert [rows[i] for i in range(7)] == ROWS and server.downloads().count("0000.parquet") == 2
 
 
-@pytest.mark.parametrize(
-    "odd", [{"cut": 100}, {"reset": 300}, {"status": 429}, {"ranges": False, "cut": 50}, {"length": 9999}]
-)
-def test_a_server_in_trouble(server, tmp_path, monkeypatch, odd):
-    monkeypatch.setattr("nanochat_jax.data.web._sleep", lambda seconds, stop: None)
-    server.publish("train", [ROWS[:3], ROWS[3:]], tmp_path)
-    server.plan = [{"status": 503}, {"cut": 3}, {}, odd, odd, {"status": 500}]
-    rows = load_rows(GSM8K, "train")
-    assert [rows[i] for i in range(7)] == ROWS
-
-
-@pytest.mark.parametrize(
-    "path, answer, reason",
-    [
-        ("/api/datasets/openai/gsm8k/parquet/main/train", b"[]", "no list of addresses"),
-        ("/api/datasets/openai/gsm8k/parquet/main/train", b'{"error": "gone"}', "no list of addresses: .*gone"),
-        ("/api/datasets/openai/gsm8k/parquet/main/train", b"<html>", r"sent no JSON .a web page.; check HF_ENDPOINT"),
-        (
-            "/files/train/0.parquet",
-            b"<html>please log in</html>",
-            "0.parquet: what the server sent is no parquet file but a web page; check HF_ENDPOINT",
-        ),
-    ],
-)
-def test_answers_that_are_something_else(server, tmp_path, path, answer, reason):
-    server.publish("train", [ROWS], tmp_path)
-    good, server.files[path] = server.files[path], answer
-    with pytest.raises(FetchError, match=reason):
-        fetch_rows(GSM8K, "train", wait=0)
-    assert not (fetched() / "manifest.json").exists()
-    server.files[path] = good
+def test_answers_that_are_something_else(server, tmp_path):
+    (path,) = server.publish_split("train", [ROWS], tmp_path)
+    listing = "/api/datasets/openai/gsm8k/tree/refs/convert/parquet/main/train"
+    for place, answer, reason in (
+        (listing, b"[]", "no parquet file in main/train"),
+        (listing, b"<html>", "HF_ENDPOINT and your proxy"),
+        (path, b"<html>please log in</html>", "0000.parquet: its size is 26"),
+    ):
+        good, server.files[place] = server.files[place], answer
+        with pytest.raises(FetchError, match=f"train split of openai/gsm8k.*{reason}.*--task_data"):
+            fetch_rows(GSM8K, "train")
+        assert not (fetched() / "manifest.json").exists()
+        server.files[place] = good
     assert len(load_rows(GSM8K, "train")) == 7  # the bad answer is not kept
 
 
 def test_a_damaged_copy_is_noticed(server, tmp_path):
-    server.publish("train", [ROWS], tmp_path)
+    server.publish_split("train", [ROWS], tmp_path)
     (path,) = fetch_rows(GSM8K, "train")
     good = path.read_bytes()
     path.write_bytes(good[:-1])
@@ -299,7 +265,7 @@ def test_a_damaged_copy_is_noticed(server, tmp_path):
         load_rows(GSM8K, "train")
     position = good.index(b"q3")
     path.write_bytes(good[:position] + b"Q" + good[position + 1 :])  # same size, still parquet
-    with pytest.raises(DataError, match="00000.parquet is damaged; delete .*train to have it fetched again"):
+    with pytest.raises(DataError, match="00000.parquet is damaged; delete .*train to have it downloaded again"):
         load_rows(GSM8K, "train")
     path.unlink()
     with pytest.raises(DataError, match="00000.parquet is gone; delete"):
@@ -310,21 +276,21 @@ def test_a_damaged_copy_is_noticed(server, tmp_path):
 
 
 def test_several_processes_fetch_once(server, tmp_path):
-    server.publish("train", [ROWS], tmp_path)
+    server.publish_split("train", [ROWS], tmp_path)
     found = []
     threads = [threading.Thread(target=lambda: found.append(len(load_rows(GSM8K, "train")))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [7] * 4 and len(server.requests) == 2
+    assert found == [7] * 4 and server.downloads() == ["0000.parquet"]
 
 
 def test_offline_says_how_to_get_the_data(server, tmp_path, monkeypatch):
-    server.publish("train", [ROWS], tmp_path)
+    server.publish_split("train", [ROWS], tmp_path)
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
     monkeypatch.setattr(socket, "socket", None)  # whoever makes one fails otherwise than by OfflineError
-    with pytest.raises(OfflineError, match="NANOCHAT_OFFLINE is set and the train split of openai/gsm8k.*--task_data"):
+    with pytest.raises(OfflineError, match="train split of openai/gsm8k.*NANOCHAT_OFFLINE.*--task_data"):
         load_rows(GSM8K, "train")
     assert not server.requests and not fetched().exists()
 
@@ -333,28 +299,14 @@ def test_every_source_asks_for_the_right_address(server):
     for name, split in zip(tasks.NAMES[:6], ("train", "test", "train", "train", "test", "test"), strict=True):
         with pytest.raises(FetchError, match="404"):
             tasks.load(name, split)
-    assert [path.removeprefix("/api/datasets/") for path, _ in server.requests] == [
-        "allenai/ai2_arc/parquet/ARC-Easy/train",
-        "allenai/ai2_arc/parquet/ARC-Challenge/test",
-        "cais/mmlu/parquet/all/auxiliary_train",
-        "openai/gsm8k/parquet/main/train",
-        "openai/openai_humaneval/parquet/openai_humaneval/test",
-        "HuggingFaceTB/smol-smoltalk/parquet/default/test",
+    assert [path.removeprefix("/api/datasets/") for path in map(urllib.parse.unquote, server.paths())] == [
+        "allenai/ai2_arc/tree/refs/convert/parquet/ARC-Easy/train",
+        "allenai/ai2_arc/tree/refs/convert/parquet/ARC-Challenge/test",
+        "cais/mmlu/tree/refs/convert/parquet/all/auxiliary_train",
+        "openai/gsm8k/tree/refs/convert/parquet/main/train",
+        "openai/openai_humaneval/tree/refs/convert/parquet/openai_humaneval/test",
+        "HuggingFaceTB/smol-smoltalk/tree/refs/convert/parquet/default/test",
     ]
-
-
-def test_the_default_endpoint(monkeypatch):
-    monkeypatch.delenv("HF_ENDPOINT")
-    asked = []
-
-    def refuse(url, *_):
-        asked.append(url)
-        raise FetchError("no")
-
-    monkeypatch.setattr(hub, "fetch_json", refuse)
-    with pytest.raises(FetchError):
-        load_rows(GSM8K, "test")
-    assert asked == ["https://huggingface.co/api/datasets/openai/gsm8k/parquet/main/test"]
 
 
 def test_words_are_fetched_once(server, monkeypatch):

@@ -131,7 +131,7 @@ def test_a_broken_pipe_that_is_not_the_output_is_a_bug():
 # --- every command ----------------------------------------------------------------------------------------------------
 
 SCRIPTS = {p.stem: f"scripts.{p.stem}" for p in sorted((ROOT / "scripts").glob("*.py")) if p.stem != "__init__"}
-COMMANDS = {**SCRIPTS, "bench_inference": "benchmarks.bench_inference", "download": "nanochat_jax.data.download"}
+COMMANDS = {**SCRIPTS, "bench_inference": "benchmarks.bench_inference", "download": "nanochat_jax.data.hub"}
 
 # command, arguments ({} is the folder of the test), words of the one line. Nothing is on the disk.
 MISSING = [
@@ -187,7 +187,7 @@ FIRST = {
     "export": (["--to=hf", "x"], "nanochat_jax.convert.export.export"),
     "tok_train": ([], "nanochat_jax.stages.tokenizer.train_tokenizer"),
     "tok_eval": ([], "nanochat_jax.evals.compression.evaluate"),
-    "download": ([], "nanochat_jax.data.download._list_of"),
+    "download": ([], "nanochat_jax.data.hub.find_list"),
 }
 
 

@@ -1,8 +1,8 @@
 """Conversations to token rows, once, in one of two packings.
 
 ``stream`` (midtraining): all rendered conversations one after another, every token supervised, cut into rows of T+1
-tokens as in ``data/rows.py``. ``best_fit`` (finetuning): whole conversations side by side in rows of T+1 tokens, with a
-loss mask; what is left of a row is padded with bos, which is never supervised.
+tokens as in ``data/build_rows.py``. ``best_fit`` (finetuning): unsplit conversations side by side in rows of T+1
+tokens, with a loss mask; what is left of a row is padded with bos, which is never supervised.
 
 Both make one pass over the conversations in their order. The reference goes round: it fills its last batch with the
 first conversations again. Here a stream's incomplete last row is left out (and with ``batch_rows`` the incomplete last
@@ -22,16 +22,17 @@ import numpy as np
 
 from nanochat_jax.data.build_rows import Progress, read_ahead
 from nanochat_jax.data.packing import BestFit, Rendered, Source, Stream, Tally
-from nanochat_jax.data.row_files import (
+from nanochat_jax.data.row_store import (
     MANIFEST,
     ROWS_FORMAT,
     ROWS_VERSION,
     SHARD_BYTES,
     RowsError,
+    RowSet,
     RowWriter,
+    identity_key,
     row_dtype,
 )
-from nanochat_jax.data.row_store import RowSet, identity_key
 from nanochat_jax.text import chat_format as rendering
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.errors import InputError
@@ -145,9 +146,10 @@ def build_conversation_rows(
     last blocks it. Conversations that cannot be used are left out, counted and reported: wrong roles, empty contents,
     in best fit also those without a supervised token (after the cut).
 
-    Rows made before from the same are opened as they are and an interrupted build goes on, as in ``data/rows.py``. The
-    manifest tells ``conversations`` (used), ``skipped``, ``truncated``, ``problems`` (the first few, as [index,
-    reason]), ``tokens`` (targets), ``supervised_tokens``, ``padding``. ``progress(rows, tokens, conversations)``.
+    Rows made before from the same are opened as they are and an interrupted build resumes, as in
+    ``data/build_rows.py``. The manifest tells ``conversations`` (used), ``skipped``, ``truncated``, ``problems`` (the
+    first few, as [index, reason]), ``tokens`` (targets), ``supervised_tokens``, ``padding``. ``progress(rows, tokens,
+    conversations)``.
 
     Raises RowsError when no conversation can be used, when they do not fill one row, or when there is no space.
     """

@@ -15,6 +15,7 @@ shard.
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -29,11 +30,11 @@ import pyarrow.parquet as pq
 
 from nanochat_jax.data.documents import TextStats, file_identity, find_files
 from nanochat_jax.data.readers import BadLine, DataError, decode_utf8, read_documents
-from nanochat_jax.data.shards import Shard, ShardList, shard_name
+from nanochat_jax.data.shards import SHARD_CHARS, Shard, ShardList, shard_name
 from nanochat_jax.utils.errors import DISK_FULL
 from nanochat_jax.utils.paths import atomic_writer, lock_file, sha256_file, write_atomic
 
-ROW_GROUP, SHARD_CHARS, VAL_SHARE = 1024, 250_000_000, 0.01
+ROW_GROUP, VAL_SHARE = 1024, 0.01
 ZSTD_LEVEL = 3
 # What Python, numpy and arrow take before the first document, and the least that is left for documents.
 BASE_BYTES, LEAST_BYTES = 256 * 2**20, 64 * 2**20
@@ -215,7 +216,7 @@ class _Job:
                         at += count
                         self.progress(path.name, 0.5 + 0.5 * at / state["documents"])
                 shards.append(Shard(path.name, path.stat().st_size, sha256_file(path)))
-                state["shards"] = [vars(shard) for shard in shards]
+                state["shards"] = [dataclasses.asdict(shard) for shard in shards]
                 write_atomic(self.out / _STATE, json.dumps(state))
                 for bucket in np.flatnonzero(starts[1:] <= end):  # nobody needs these any more
                     (spill / f"{bucket:04d}").unlink(missing_ok=True)
