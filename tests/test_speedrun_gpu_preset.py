@@ -1,6 +1,5 @@
 """The d20 preset run for real on a CPU, as far as pretraining, with tiny flags and shards from a slow local hub."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax.data.shards import DEFAULT_REPO
+from nanochat_jax.data.hub import DEFAULT_REPO
 from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.runs import checkpoint, metrics
 from tests import children
-from tests.web_server import WebServer
+from tests.web_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_SHARDS, FIRST, STEPS = 14, 8, 60
@@ -53,33 +52,27 @@ def shards(tmp_path_factory) -> dict[str, bytes]:
     return found
 
 
-class Hub(WebServer):
+class Hub(HubServer):
     """A hub whose shards after the first ones come once `release` is set."""
 
-    def __init__(self):
+    def __init__(self, shards: dict[str, bytes]):
         super().__init__()
-        self.release = threading.Event()
+        self.publish(DEFAULT_REPO, shards)
+        self.release, self.later = threading.Event(), set(sorted(shards)[FIRST:-1])
+
+    def _answer(self, handler):
+        if handler.path.rpartition("/")[2] in self.later:
+            self.release.wait()
+        super()._answer(handler)
+
+    def asked(self) -> int:
+        """How often one of the later shards was asked for."""
+        return sum(path.rpartition("/")[2] in self.later for path, _ in self.heads)
 
 
 @pytest.fixture
 def hub(shards):
-    """The list of files with checksums, and the files."""
-    server = Hub()
-    entries = [
-        {"type": "file", "path": name, "size": len(data), "lfs": {"oid": hashlib.sha256(data).hexdigest()}}
-        for name, data in shards.items()
-    ]
-    server.publish_json(f"/api/datasets/{DEFAULT_REPO}/tree/main", entries)
-    server.files.update(shards)
-    real = server._answer
-
-    def answer(handler):
-        if handler.path.rpartition("/")[2] in sorted(shards)[FIRST:-1]:
-            server.requests.append((handler.path, {}))
-            server.release.wait()
-        real(handler)
-
-    server._answer = answer
+    server = Hub(shards)
     yield server
     server.release.set()
     server.close()
@@ -115,19 +108,17 @@ def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 2
 
 
 @pytest.mark.slow
-def test_download_hands_over_to_training_and_further_runs_go_on(speedrun, hub, shards, tmp_path, monkeypatch):
+def test_pretraining_downloads_what_it_lacks_and_further_runs_resume(speedrun, hub, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     run, folder = tmp_path / "base" / "runs" / "d20-base", tmp_path / "base" / "data" / "fineweb_edu"
     logs = [tmp_path / f"{i}.log" for i in range(3)]
 
-    def asked() -> int:
-        return sum(path.rpartition("/")[2] in sorted(shards)[FIRST:-1] for path, _ in hub.requests)
-
     process = speedrun(logs[0])
     wait_for(lambda: "device: " in logs[0].read_text(), process, logs[0])
-    before = asked()  # by the download beside the tokenizer, which has been ended
-    assert before and {p.name for p in folder.glob("*.parquet")} == {*sorted(shards)[:FIRST], max(shards)}
-    wait_for(lambda: asked() > before, process, logs[0])  # training waits for what is not there yet
+    assert {p.name for p in folder.glob("*.parquet")} == {*sorted(shards)[:FIRST], max(shards)}
+    wait_for(lambda: any(tmp_path.glob("base/rows/val-*/manifest.json")), process, logs[0])
+    wait_for(hub.asked, process, logs[0])
+    time.sleep(1)  # rows wait for what is not there yet
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)  # to the script alone
     assert process.wait(30) == 143 and time.monotonic() - began < 5
