@@ -90,12 +90,11 @@ def cannot_express(target: str, config: GPTConfig, tokenizer: Tokenizer) -> str 
 def write(folder: Path, target: str, model: Model) -> None:
     """Fills a folder: weights, configuration, tokenizer, manifest."""
     config, tokenizer, meta = model.config, model.tokenizer, model.meta
-    arrays = params_to_reference(config, model.params)
+    arrays = params_to_reference(config, model.params, "hugging_face" if target == "hf" else "reference")
     if target == "reference":
         reference.write(folder, config, arrays, tokenizer, meta)
     else:
-        named = {huggingface.hf_name(k): v for k, v in arrays.items()} if target == "hf" else arrays
-        huggingface.write_tensors(folder, named)
+        huggingface.write_tensors(folder, arrays)
         _json(folder / "tokenizer.json", tokenizer_json.to_json(tokenizer), indent=None)
         for name, content in huggingface.tokenizer_files(config, tokenizer, meta["stage"]).items():
             _json(folder / name, content)

@@ -24,21 +24,6 @@ MODEL_TYPE, ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30
 
-_PARTS = {
-    "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-}  # fmt: skip
-
-
-def hf_name(name: str) -> str:
-    """'transformer.h.0.attn.c_q.weight' -> 'model.layers.0.self_attn.q_proj.weight'."""
-    if name == "transformer.wte.weight":
-        return "model.embed_tokens.weight"
-    if name == "lm_head.weight":
-        return name
-    layer, _, part = name.removeprefix("transformer.h.").removesuffix(".weight").partition(".")
-    return f"model.layers.{layer}.{_PARTS[part]}.weight"
-
 
 # --- out -------------------------------------------------------------------------------------------------------------
 

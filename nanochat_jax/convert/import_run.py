@@ -6,7 +6,7 @@ python -m scripts.import_checkpoint PATH     a model_*.pt of the reference, its 
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from nanochat_jax.convert import (
 from nanochat_jax.convert import reference as reference_files
 from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, num_params
+from nanochat_jax.model.parameters import Naming
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors, flags, paths
@@ -48,7 +49,7 @@ class ImportSettings:
 
 @dataclass
 class Found:
-    """A model that was read: arrays by the file's own names, which `rename` makes of the reference's."""
+    """A model that was read: arrays by the names of `naming`."""
 
     kind: str
     config: GPTConfig
@@ -57,7 +58,7 @@ class Found:
     stage: str
     step: int
     files: list[Path]
-    rename: Callable[[str], str] = str
+    naming: Naming = "reference"
     notes: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)  # what the files say of the training
     settings: dict[str, Any] = field(default_factory=dict)  # our own, where it was ours
@@ -127,9 +128,9 @@ def _huggingface(path: Path, settings: ImportSettings, manifest: dict[str, Any])
         notes.append(
             f"taken as a {stage} model, as it has {'a' if chat else 'no'} chat template (--stage says otherwise)"
         )
-    rename, meta = huggingface.hf_name, {"config.json": content, **_told(manifest)}
+    meta = {"config.json": content, **_told(manifest)}
     return Found(
-        "hf", config, arrays, tokenizer, stage, manifest.get("step", 0), files, rename, notes, meta,
+        "hf", config, arrays, tokenizer, stage, manifest.get("step", 0), files, "hugging_face", notes, meta,
         manifest.get("settings", {}),
     )  # fmt: skip
 
@@ -191,7 +192,7 @@ def import_checkpoint(settings: ImportSettings) -> Path:
 
 def _params(found: Found) -> Params:
     try:
-        return params_reference.params_from_reference(found.config, found.arrays, found.rename)
+        return params_reference.params_from_reference(found.config, found.arrays, found.naming)
     except ValueError as error:
         raise InterchangeError(f"{found.files[0]}: {error}") from error
 

@@ -10,8 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.model.gpt import GPTConfig, Params, hidden_states
-from nanochat_jax.model.tensor_parallel import WHOLE, Parallel
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import hidden_states
+from nanochat_jax.model.parameters import Params
+from nanochat_jax.model.tensor_parallel import UNSHARDED, Parallel
 from nanochat_jax.utils.errors import InputError
 
 
@@ -40,11 +42,11 @@ def weighted_nll(
     inputs: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    parallel: Parallel = WHOLE,
+    parallel: Parallel = UNSHARDED,
 ) -> jax.Array:
     """sum(weights * nll) in nats, float32 scalar; inputs, targets, weights (B, T). `parallel`: see there."""
     hidden = parallel.enter(hidden_states(config, params, inputs, parallel))
-    kernel = parallel.whole(params["lm_head"]["kernel"], ("lm_head", "kernel"), hidden.dtype).astype(hidden.dtype)
+    kernel = parallel.unsharded(params["lm_head"]["kernel"], "lm_head/kernel", hidden.dtype).astype(hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), weights.reshape(-1)
     return fused_weighted_nll(*flat, config.softcap, parallel.tensor)
 
@@ -97,7 +99,7 @@ def fused_weighted_nll(hidden, kernel, targets, weights, softcap, tensor=None):
 
     hidden (N, C) and kernel (C, V) of one dtype, targets (N,) int (anything where the weight is 0), weights (N,)
     float32. Differentiable in hidden and kernel; weights and targets are data. `tensor` names the mesh axis over which
-    the kernel is cut along the vocabulary, if it is (inside `jax.shard_map`); the gradient of hidden is then this
+    the kernel is sharded along the vocabulary, if it is (inside `jax.shard_map`); the gradient of hidden is then this
     device's share. ValueError for a softcap above 60.
     """
     return (weights * _chunked_nll(hidden, kernel, targets, softcap, tensor)).sum()

@@ -1,7 +1,7 @@
-"""What one device adds to the forward pass when the parameters are cut over `fsdp` or `tensor` (see `sharding.py`).
+"""One device's part in the forward pass when parameters are sharded over `fsdp` or `tensor` (see `sharding.py`).
 
-The model calls these hooks around its layers; with the default, `WHOLE`, none of them does anything. They run inside
-`jax.shard_map` without replication tracking, so each says itself what its gradient is.
+The model calls these hooks around its layers; with the default, `UNSHARDED`, none of them does anything. They run
+inside `jax.shard_map` without replication tracking, so each defines its own gradient.
 """
 
 import functools
@@ -14,21 +14,22 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Parallel:
-    """tensor, fsdp: the names of the mesh axes, None where nothing is cut.
+    """How this device takes part: tensor, fsdp: the names of the mesh axes, None where nothing is sharded.
 
-    parts, axes: with fsdp, this device's part of every parameter, and the axis along which the parts are put together;
-    both are trees like the parameters. The parameters that the model itself is given are then stand-ins of whole shape,
-    which nothing reads: they are there to be differentiated, since the gradient of a whole matrix is wanted, not of a
-    part (that would mean a reduction in every micro-step).
+    shards, dimensions: with fsdp, this device's shard of every parameter, and the dimension along which the shards are
+    gathered (None: this one is not sharded over fsdp); both are trees like the parameters. The parameters that the
+    model itself is given are then stand-ins of full shape, whose values nothing reads: they are there to be
+    differentiated, since the gradient of a full matrix is wanted, not of a shard (that would mean a reduction in every
+    micro-step).
     """
 
     tensor: str | None = None
     fsdp: str | None = None
-    parts: Any = None
-    axes: Any = None
+    shards: Any = None
+    dimensions: Any = None
 
     def enter(self, x: jax.Array) -> jax.Array:
-        """Before column-parallel kernels: every device goes on with its columns, so gradients of x are summed."""
+        """Before column-parallel kernels: every device computes its own columns, so gradients of x are summed."""
         return x if self.tensor is None else _enter(x, self.tensor)
 
     def leave(self, x: jax.Array) -> jax.Array:
@@ -36,17 +37,21 @@ class Parallel:
         return x if self.tensor is None else _leave(x, self.tensor)
 
     def offset(self, size: int):
-        """Where this device's `size` entries of an axis cut over `tensor` begin."""
+        """Where this device's `size` entries of a dimension sharded over `tensor` begin."""
         return 0 if self.tensor is None else jax.lax.axis_index(self.tensor) * size
 
-    def whole(self, stand_ins: Any, path: tuple[str, ...], dtype) -> Any:
-        """The parameters under `path`: gathered over `fsdp` in the dtype they are used in; untouched without it."""
+    def unsharded(self, stand_ins: Any, path: str, dtype) -> Any:
+        """The parameters at or below `path`: gathered over `fsdp` in the dtype they are used in, if it shards them."""
         if self.fsdp is None:
             return stand_ins
-        parts, axes = self.parts, self.axes
-        for key in path:
-            parts, axes = parts[key], axes[key]
-        return jax.tree.map(lambda s, p, a: _gather(s, p.astype(dtype), self.fsdp, a), stand_ins, parts, axes)
+        shards, dimensions = self.shards, self.dimensions
+        for key in path.split("/"):
+            shards, dimensions = shards[key], dimensions[key]
+
+        def gather(stand_in, shard, dimension):
+            return stand_in if dimension is None else _gather(stand_in, shard.astype(dtype), self.fsdp, dimension)
+
+        return jax.tree.map(gather, stand_ins, shards, dimensions)
 
     def look_up(self, table: jax.Array, ids: jax.Array) -> jax.Array:
         """Rows of a table (V or V / tensor, C) for ids (B, T)."""
@@ -57,7 +62,9 @@ class Parallel:
         rows = jnp.take(table, jnp.where(mine, local, 0), axis=0)
         return self.leave(jnp.where(mine[..., None], rows, 0))
 
-    def my_kv_heads(self, n_head: int, n_kv_head: int, local_heads: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    def local_kv_heads(
+        self, n_head: int, n_kv_head: int, local_heads: int, *arrays: jax.Array
+    ) -> tuple[jax.Array, ...]:
         """Keys and values (B, T, heads, D) for this device's query heads.
 
         Where every device computes all key/value heads because their number does not divide, each query head gets a
@@ -69,7 +76,7 @@ class Parallel:
         return tuple(jnp.take(a, heads // (n_head // n_kv_head), axis=2) for a in arrays)
 
 
-WHOLE = Parallel()
+UNSHARDED = Parallel()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -89,23 +96,23 @@ _leave.defvjp(lambda x, axis: (jax.lax.psum(x, axis), None), lambda axis, _, d: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _gather(stand_in, part, name, axis):
-    return jax.lax.all_gather(part, name, axis=axis, tiled=True)
+def _gather(stand_in, shard, name, dimension):
+    return jax.lax.all_gather(shard, name, axis=dimension, tiled=True)
 
 
-def _gather_fwd(stand_in, part, name, axis):
-    return _gather(stand_in, part, name, axis), (jnp.zeros((), stand_in.dtype), part)
+def _gather_fwd(stand_in, shard, name, dimension):
+    return _gather(stand_in, shard, name, dimension), (jnp.zeros((), stand_in.dtype), shard)
 
 
-def _gather_bwd(name, axis, residuals, d):
-    like, part = residuals
-    return d.astype(like.dtype), jnp.zeros_like(part)
+def _gather_bwd(name, dimension, residuals, d):
+    like, shard = residuals
+    return d.astype(like.dtype), jnp.zeros_like(shard)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def keep_all_but_gathered(primitive, *_, call_jaxpr=None, **__) -> bool:
-    """A `jax.checkpoint` policy: gathered parameters are gathered again in the backward pass, the rest is kept."""
+    """A `jax.checkpoint` policy: gathered parameters are gathered again in the backward pass, the rest is saved."""
     inner = call_jaxpr.eqns if call_jaxpr is not None else ()  # `_gather` comes as one call, with its body
     return not any(equation.primitive.name == "all_gather" for equation in inner)

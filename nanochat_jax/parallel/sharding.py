@@ -1,44 +1,30 @@
-"""Which array lives where: the mesh and the one table of partition rules. No `PartitionSpec` is written elsewhere.
+"""Where arrays live: the mesh, and which mesh axis shards which dimension. No `PartitionSpec` is written elsewhere.
 
-The mesh has three axes. Rows of a batch are dealt over `data` and `fsdp`. Parameters, laid out by layer, are the same
-along `data`, cut over `fsdp` (gathered where a layer needs them) and over `tensor` (heads, hidden units of the MLP,
+The mesh has three axes. Rows of a batch are sharded over `data` and `fsdp`. Parameters, laid out by layer, are the same
+along `data`, sharded over `fsdp` (gathered where a layer needs them) and over `tensor` (heads, hidden units of the MLP,
 vocabulary: as in Megatron-LM, arXiv:1909.08053). Gradients and optimizer state, laid out by treatment
-(`optim.group`), are always cut over all devices: stacks between whole matrices, so that Newton-Schulz needs nothing
-from elsewhere, embeddings along the width (ZeRO, arXiv:1910.02054). `dealing.py` moves arrays between the two layouts.
+(`optim.group`), are sharded over all devices: stacks between full matrices, so that Newton-Schulz needs nothing from
+elsewhere, embeddings along the width (ZeRO, arXiv:1910.02054). `training/zero.py` moves arrays between the two layouts.
 """
 
-import re
+import math
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.model.gpt import GPTConfig, abstract
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.parameters import Parameter, map_leaves
 from nanochat_jax.utils.errors import InputError
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)  # outermost first: neighbours share the most talkative axis
 ROW_AXES = (DATA, FSDP)  # different rows; devices along TENSOR share theirs
 
-# Parameter (without layer number and "kernel"): (axis cut over FSDP, axis cut over TENSOR). Column-parallel kernels are
-# cut along their outputs, row-parallel ones along their inputs, so a sum over TENSOR follows only the latter.
-PARAMETERS = {
-    "wte": (1, 0),
-    "lm_head": (0, 1),
-    "attn/c_q": (0, 1),
-    "attn/c_k": (0, 1),
-    "attn/c_v": (0, 1),
-    "attn/c_proj": (1, 0),
-    "mlp/c_fc": (0, 1),
-    "mlp/c_proj": (1, 0),
-}
-
-# Group: the mesh axes that cut each of its axes. Within the width, FSDP comes before DATA: a parameter's part is then
-# the gathered slices of a whole line of DATA.
-GROUPS = {
-    "embedding": (TENSOR, (FSDP, DATA)),
-    "unembedding": ((FSDP, DATA), TENSOR),
-    "matrices": (AXES, None, None),
-}
+# Logical axis of the table of parameters -> the mesh axis that shards it; those not named here are never sharded.
+# Column-parallel kernels are sharded over TENSOR along their outputs, row-parallel ones along their inputs, so that a
+# sum over TENSOR follows only the latter.
+MESH_AXES = {"width": FSDP, "vocab": TENSOR, "heads": TENSOR, "kv_heads": TENSOR, "hidden": TENSOR}
+OF_KV_HEADS = {"kv_heads"}  # logical axes along the key/value heads, whose number need not divide (`kv_heads_divide`)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,12 +46,12 @@ def make_mesh(devices: list | None = None, fsdp: int = 1, tensor: int = 1) -> Me
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a training batch are cut: devices along `tensor` share theirs."""
+    """Into how many shards the rows of a training batch are divided: devices along `tensor` share theirs."""
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
 def check(config: GPTConfig, mesh: Mesh) -> None:
-    """Raises ValueError, naming the flag, if the model cannot be cut for this mesh."""
+    """Raises ValueError, naming the flag, if the model cannot be sharded over this mesh."""
     tensor, rows = mesh.shape[TENSOR], row_shards(mesh)
     for what, size in (("heads", config.n_head), ("vocabulary entries", config.vocab_size)):
         if size % tensor:
@@ -81,30 +67,42 @@ def check(config: GPTConfig, mesh: Mesh) -> None:
 # parameters and batches
 
 
-def parameter_axes(config: GPTConfig, mesh: Mesh, name: str) -> tuple[int, int | None]:
-    """(axis cut over FSDP, axis cut over TENSOR) of the parameter with this path, such as "h/0/attn/c_q/kernel".
+def dimension(kind: Parameter, mesh_axis: str) -> int | None:
+    """The dimension of a parameter that `mesh_axis` is to shard; None: it has none such."""
+    return next((i for i, axis in enumerate(kind.axes) if MESH_AXES.get(str(axis)) == mesh_axis), None)
 
-    Keys and values are whole everywhere (None) if their heads do not divide.
+
+def kv_heads_divide(config: GPTConfig, mesh: Mesh) -> bool:
+    """Whether key/value heads can be sharded over TENSOR. Where not, every device computes all of them for its own
+    query heads: parameters of theirs are full everywhere, and each device has a part of the sum that is their gradient.
     """
-    key = re.sub(r"^h/\d+/|/(kernel|embedding)$", "", name)
-    fsdp, tensor = PARAMETERS[key]
-    whole = key in ("attn/c_k", "attn/c_v") and config.n_kv_head % mesh.shape[TENSOR] != 0
-    return fsdp, None if whole else tensor
+    return config.n_kv_head % mesh.shape[TENSOR] == 0
 
 
-def path_name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def sums_over_tensor(config: GPTConfig, mesh: Mesh, kind: Parameter) -> bool:
+    """Whether the gradient of a parameter is the sum of those of the devices along TENSOR (see `kv_heads_divide`)."""
+    return not OF_KV_HEADS.isdisjoint(kind.axes) and not kv_heads_divide(config, mesh)
+
+
+def mesh_axes(config: GPTConfig, mesh: Mesh, kind: Parameter) -> list[str | None]:
+    """The mesh axis that shards each dimension of a parameter, None where none does."""
+    axes = [MESH_AXES.get(str(axis)) for axis in kind.axes]
+    return [None if a == TENSOR and sums_over_tensor(config, mesh, kind) else a for a in axes]
 
 
 def parameter_specs(config: GPTConfig, mesh: Mesh):
     """A PartitionSpec for every parameter, in the model's tree."""
 
-    def spec(path, leaf):
-        fsdp, tensor = parameter_axes(config, mesh, path_name(path))
-        axes = [TENSOR if i == tensor else FSDP if i == fsdp else None for i in range(2)]
+    def spec(leaf):
+        axes = mesh_axes(config, mesh, leaf.kind)
         return PartitionSpec(*[axis if axis and mesh.shape[axis] > 1 else None for axis in axes])
 
-    return jax.tree_util.tree_map_with_path(spec, abstract(config))
+    return map_leaves(config, spec)
+
+
+def fsdp_dimensions(config: GPTConfig):
+    """The dimension of every parameter that FSDP shards, None where there is none, in the model's tree."""
+    return map_leaves(config, lambda leaf: dimension(leaf.kind, FSDP))
 
 
 def replicated_spec() -> PartitionSpec:
@@ -112,7 +110,7 @@ def replicated_spec() -> PartitionSpec:
 
 
 def rows_spec() -> PartitionSpec:
-    """The first axis, whatever follows, is dealt to all devices."""
+    """The first dimension, whatever follows, is sharded over all devices."""
     return PartitionSpec(AXES)
 
 
@@ -123,40 +121,38 @@ def rows_over_data_spec() -> PartitionSpec:
 
 
 def batch_spec(ndim: int = 3) -> PartitionSpec:
-    """Outside training (every device holds the whole model): rows of (..., rows, T) arrays go to all devices."""
+    """Outside training (every device holds the full model): rows of (..., rows, T) arrays, sharded over all devices."""
     return PartitionSpec(*[None] * (ndim - 2), AXES, None)
 
 
 def training_batch_spec() -> PartitionSpec:
-    """Rows of (accumulation, rows, T) arrays."""
+    """Rows of (accumulation, rows, T) arrays, sharded over the devices that have different rows."""
     return PartitionSpec(None, ROW_AXES, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# groups: gradients and optimizer state
+# gradients and optimizer state
 
 
-def group_name(path, leaf) -> str | None:
-    """Which group a leaf of grouped parameters, gradients or optimizer state belongs to; None for step counts.
-
-    The embeddings are found by their name anywhere in the path, the stacks by having three axes.
-    """
-    named = next((key for key in path_name(path).split("/") if key in ("embedding", "unembedding")), None)
-    return named or ("matrices" if len(leaf.shape) == 3 else None)
+def stack_spec() -> PartitionSpec:
+    """Full matrices, different ones on every device."""
+    return PartitionSpec(AXES, None, None)
 
 
-def grouped_specs(tree):
-    """A PartitionSpec for every leaf of a grouped tree; leaves outside the groups (step counts) are replicated."""
+def adamw_spec(config: GPTConfig, mesh: Mesh, kind: Parameter) -> PartitionSpec:
+    """The dimension that FSDP shards is sharded over DATA too, so over all devices with different rows; a parameter
+    without one is replicated. FSDP comes first: a parameter's shard is then the gathered slices of a line of DATA."""
+    return PartitionSpec(*[(FSDP, DATA) if axis == FSDP else axis for axis in mesh_axes(config, mesh, kind)])
 
-    def spec(path, leaf):
-        name = group_name(path, leaf)
-        return PartitionSpec() if name is None else PartitionSpec(*GROUPS[name])
 
-    return jax.tree_util.tree_map_with_path(spec, tree)
+def replicas(mesh: Mesh, spec: PartitionSpec) -> int:
+    """On how many devices each entry of an array of this PartitionSpec lives."""
+    entries = [(entry,) if isinstance(entry, str) else entry for entry in spec if entry is not None]
+    return mesh.size // math.prod(mesh.shape[axis] for entry in entries for axis in entry)
 
 
 def storage_specs(tree, mesh: Mesh):
-    """For grouped trees without padding, as checkpoints store them: cut along any axis that divides by all devices."""
+    """For grouped trees without padding, as checkpoints store them: sharded along any dimension that divides."""
 
     def spec(leaf):
         axis = next((i for i, size in enumerate(leaf.shape) if size % mesh.size == 0), None)
@@ -167,4 +163,9 @@ def storage_specs(tree, mesh: Mesh):
 
 def named(mesh: Mesh, specs):
     """NamedShardings for a tree of PartitionSpecs."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=is_spec)
+
+
+def is_spec(value) -> bool:
+    """Whether this is a PartitionSpec, for trees of them."""
+    return isinstance(value, PartitionSpec)

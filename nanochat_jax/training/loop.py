@@ -248,7 +248,7 @@ class _Loop:
                 self.compiled = _compile(job, self.state, placed, limits, self.progress)
             if job.rollout is None:
                 self.clock.restart()
-        given = limits if self.pending is None else _limits_if_kept(self.pending.numbers["kept"], limits)
+        given = limits if self.pending is None else _limits_if_accepted(self.pending.numbers["accepted"], limits)
         self.state, numbers = self.compiled(self.state, *placed, given)
         if self._settle():  # then this step was held back: the same again
             self.state, numbers = self.compiled(self.state, *placed, limits)
@@ -261,10 +261,10 @@ class _Loop:
             self.clock.restart()
             return False
         job, step = self.job, pending.step
-        loss, grad_norm, kept = (float(pending.numbers[k]) for k in ("loss", "grad_norm", "kept"))
+        loss, grad_norm, accepted = (float(pending.numbers[k]) for k in ("loss", "grad_norm", "accepted"))
         seconds, waited = self.clock.lap()
         self.watchdog.step_done()
-        if not kept:
+        if not accepted:
             self._skip(pending, loss, grad_norm)
             return True
         self.skips = 0
@@ -336,9 +336,9 @@ class _Loop:
 
 
 @jax.jit
-def _limits_if_kept(kept: jax.Array, limits: jax.Array) -> jax.Array:
-    """Limits that nothing passes if the step before was not kept."""
-    return jnp.where(kept > 0, limits, anomalies.HELD)
+def _limits_if_accepted(accepted: jax.Array, limits: jax.Array) -> jax.Array:
+    """Limits that nothing passes if the step before was not accepted."""
+    return jnp.where(accepted > 0, limits, anomalies.HELD)
 
 
 def stop_requested(stop: Stop, step: int) -> str:

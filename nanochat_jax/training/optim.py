@@ -1,11 +1,12 @@
-"""Which parameter is trained how: groups, the combined optimizer, gradient clipping.
+"""How parameters are trained: the optimizer groups, the combined optimizer, gradient clipping.
 
-The optimizer sees the parameters regrouped by *treatment* instead of by layer: two embeddings for AdamW and one stack
-per matrix shape for Muon. Stacks make Newton-Schulz one batched matmul per shape, and sharding a stack over its leading
-axis makes the whole optimizer step free of communication.
+The optimizer sees the parameters regrouped by *treatment* instead of by layer: the groups that the table of parameters
+names for AdamW (both embeddings) and, for Muon, one stack per matrix shape. Stacks make Newton-Schulz one batched
+matmul per shape, and sharding a stack over its leading axis makes the optimizer step free of communication.
 """
 
 import functools
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanochat_jax.model.gpt import GPTConfig, Params, abstract
+from nanochat_jax.model import parameters
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.parameters import MATRICES, Leaf, Params
 from nanochat_jax.training import schedules
 from nanochat_jax.training.muon import MuonState, muon
 from nanochat_jax.utils.errors import InputError
 
 Groups = dict[str, Any]
 
-# Order of a block's matrices inside the stacks, after the layer's number. Fixed, since checkpoints hold stacks.
-BLOCK_ORDER = ("attn/c_q", "attn/c_k", "attn/c_v", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
 REFERENCE_WIDTH = 768  # the width at which the AdamW learning rates below were tuned
 
 
@@ -64,7 +65,7 @@ class OptimHyper:
 
 
 class OptimState(NamedTuple):
-    """Arrays only. `adam` covers {"embedding", "unembedding"}, `muon` the stacks; both count the updates done."""
+    """Arrays only. `adam` covers the groups of AdamW, `muon` the stacks; both count the updates done."""
 
     adam: optax.ScaleByAdamState
     muon: MuonState
@@ -74,75 +75,63 @@ class OptimState(NamedTuple):
 # regrouping
 
 
-def _matrix_paths(blocks: Params) -> list[tuple[str, str, str]]:
-    """(layer, part, name) of every kernel under params["h"], layers in numeric order, names in BLOCK_ORDER."""
-    expected = [tuple(name.split("/")) for name in BLOCK_ORDER]
-    paths = []
-    for layer in sorted(blocks, key=int):
-        found = {(part, name) for part in blocks[layer] for name in blocks[layer][part]}
-        if found != set(expected):
-            raise ValueError(f"block h/{layer} must hold exactly {BLOCK_ORDER}, found {sorted(map('/'.join, found))}")
-        paths += [(layer, part, name) for part, name in expected]
-    return paths
+def stack_name(leaf: Leaf) -> str:
+    """The stack that holds a matrix of Muon's: "256x1024" for kernels (256, 1024)."""
+    return f"{leaf.shape[0]}x{leaf.shape[1]}"
 
 
-def _stack_name(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]}x{shape[1]}"
+def stack_members(config: GPTConfig) -> dict[str, list[Leaf]]:
+    """The matrices of every stack in order: by layer, then as in the table of parameters."""
+    members: dict[str, list[Leaf]] = defaultdict(list)
+    for leaf in parameters.leaves(config):
+        if leaf.kind.group == MATRICES:
+            members[stack_name(leaf)].append(leaf)
+    return dict(members)
 
 
-def group(params: Params, like: Params | None = None) -> Groups:
+def adamw_members(config: GPTConfig) -> dict[str, Any]:
+    """The arrays of every other group: one, or {"0": ..., "1": ...} by layer where the row is one of the layers."""
+    groups: dict[str, Any] = {}
+    for leaf in parameters.leaves(config):
+        if leaf.kind.group == MATRICES:
+            continue
+        if leaf.layer is None:
+            groups[leaf.kind.group] = leaf
+        else:
+            groups.setdefault(leaf.kind.group, {})[str(leaf.layer)] = leaf
+    return groups
+
+
+def group(config: GPTConfig, params: Params) -> Groups:
     """Parameters (or gradients, or moments) of the model's tree, by treatment:
 
-    {"embedding": (V, C), "unembedding": (C, V), "matrices": {"256x1024": (n, in, out), ...}}. A stack holds all block
-    kernels of one (in, out) shape, ordered by layer, then by BLOCK_ORDER. Pure; runs under jit and `jax.eval_shape`.
-    Where `params` holds only parts of matrices, `like` is the same tree with the whole shapes, which name the stacks.
-    Raises ValueError for a block with missing or unknown matrices.
+    {"embedding": (V, C), "unembedding": (C, V), "matrices": {"256x1024": (n, in, out), ...}}. A stack holds all kernels
+    of one (in, out) shape, as `stack_members` orders them; where `params` holds shards of matrices, stacks have the
+    names of the full shapes. Pure; runs under jit and `jax.eval_shape`. Raises ValueError for missing or unknown paths.
     """
-    shapes = params if like is None else like
-    stacks: dict[str, list[jax.Array]] = {}
-    for layer, part, name in _matrix_paths(params["h"]):
-        stack = _stack_name(shapes["h"][layer][part][name]["kernel"].shape)
-        stacks.setdefault(stack, []).append(params["h"][layer][part][name]["kernel"])
-    return {
-        "embedding": params["wte"]["embedding"],
-        "unembedding": params["lm_head"]["kernel"],
-        "matrices": {shape: jnp.stack(kernels) for shape, kernels in stacks.items()},
-    }
+    values = parameters.flat(config, params)
+    groups = jax.tree.map(lambda leaf: values[leaf.path], adamw_members(config))
+    stacks = {name: [values[leaf.path] for leaf in stack] for name, stack in stack_members(config).items()}
+    return {**groups, MATRICES: {name: jnp.stack(kernels) for name, kernels in stacks.items()}}
 
 
 def ungroup(config: GPTConfig, groups: Groups) -> Params:
     """The inverse of `group`; padding at the end of a stack is ignored."""
-    shapes = abstract(config)
-    taken: dict[str, int] = {}
-    blocks: Params = {}
-    for layer, part, name in _matrix_paths(shapes["h"]):
-        stack = _stack_name(shapes["h"][layer][part][name]["kernel"].shape)
-        index = taken.get(stack, 0)
-        taken[stack] = index + 1
-        blocks.setdefault(layer, {}).setdefault(part, {})[name] = {"kernel": groups["matrices"][stack][index]}
-    return {
-        "wte": {"embedding": groups["embedding"]},
-        "h": blocks,
-        "lm_head": {"kernel": groups["unembedding"]},
-    }
-
-
-def stack_members(config: GPTConfig) -> dict[str, list[str]]:
-    """The paths of every stack's matrices, in order: {"256x1024": ["h/0/mlp/c_fc/kernel", "h/1/mlp/c_fc/kernel"]}."""
-    shapes = abstract(config)["h"]
-    members: dict[str, list[str]] = {}
-    for layer, part, name in _matrix_paths(shapes):
-        stack = _stack_name(shapes[layer][part][name]["kernel"].shape)
-        members.setdefault(stack, []).append(f"h/{layer}/{part}/{name}/kernel")
-    return members
+    values: dict[str, Any] = {}
+    for name, stack in stack_members(config).items():
+        values.update((leaf.path, groups[MATRICES][name][i]) for i, leaf in enumerate(stack))
+    members = adamw_members(config)
+    adamw = {name: groups[name] for name in members}
+    jax.tree.map(lambda leaf, value: values.update({leaf.path: value}), members, adamw)
+    return parameters.nested(values.items())
 
 
 def pad_stacks(groups: Groups, multiple: int) -> Groups:
     """Stacks padded with zero matrices to a multiple (the device count); Muon keeps zero matrices zero."""
     if multiple < 1:
         raise ValueError(f"stacks are padded to a multiple of the device count, which must be >= 1, got {multiple}")
-    pad = {k: jnp.pad(s, ((0, -s.shape[0] % multiple), (0, 0), (0, 0))) for k, s in groups["matrices"].items()}
-    return {**groups, "matrices": pad}
+    pad = {k: jnp.pad(s, ((0, -s.shape[0] % multiple), (0, 0), (0, 0))) for k, s in groups[MATRICES].items()}
+    return {**groups, MATRICES: pad}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,14 +143,32 @@ def width_scale(n_embd: int) -> float:
     return (n_embd / REFERENCE_WIDTH) ** -0.5
 
 
-def initial_learning_rates(hyper: OptimHyper, n_embd: int) -> dict[str, float]:
-    """Learning rate of each group before the schedule: keys "embedding", "unembedding", "matrices"."""
-    scale = width_scale(n_embd) * hyper.init_lr_frac
+@dataclass(frozen=True)
+class AdamWSettings:
+    """Of one group: learning rate at width 768 before `init_lr_frac` and the schedule, decays of both moments, epsilon,
+    decoupled weight decay."""
+
+    lr: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+
+
+def adamw_settings(hyper: OptimHyper) -> dict[str, AdamWSettings]:
+    """The settings of every AdamW group of the table of parameters."""
+    shared = hyper.adam_b1, hyper.adam_b2, hyper.adam_eps, hyper.weight_decay
     return {
-        "embedding": hyper.embedding_lr * scale,
-        "unembedding": hyper.unembedding_lr * scale,
-        "matrices": hyper.matrix_lr * hyper.init_lr_frac,
+        "embedding": AdamWSettings(hyper.embedding_lr, *shared),
+        "unembedding": AdamWSettings(hyper.unembedding_lr, *shared),
     }
+
+
+def initial_learning_rates(hyper: OptimHyper, n_embd: int) -> dict[str, float]:
+    """Learning rate of each group before the schedule: those of AdamW by name, and "matrices"."""
+    scale = width_scale(n_embd) * hyper.init_lr_frac
+    rates = {name: settings.lr * scale for name, settings in adamw_settings(hyper).items()}
+    return {**rates, MATRICES: hyper.matrix_lr * hyper.init_lr_frac}
 
 
 def lr_schedule(hyper: OptimHyper, schedule: int | schedules.Schedule) -> schedules.Schedule:
@@ -177,17 +184,18 @@ def momentum_schedule(hyper: OptimHyper) -> schedules.Schedule:
 
 
 def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd: int) -> optax.GradientTransformation:
-    """AdamW for both embeddings and Muon for the matrices, over the tree that `group` (and `pad_stacks`) returns.
+    """AdamW for the embeddings and Muon for the matrices, over the tree that `group` (and `pad_stacks`) returns.
 
     schedule: the number of iterations (then warm-up and warm-down come from `hyper`) or a multiplier as a function of
-    the step. Everything that changes over time is a function of the counts in the state, so a restored state goes on
-    exactly where it stopped. `update` needs the embeddings for their decay: update(grads, state, groups).
+    the step. Everything that changes over time is a function of the counts in the state, so a restored state resumes
+    exactly where it stopped. `update` needs the AdamW groups for their decay: update(grads, state, groups). The state
+    is an OptimState, see `like_groups`.
     """
     multiplier = lr_schedule(hyper, schedule)
-    rates = initial_learning_rates(hyper, n_embd)
-    adam = optax.scale_by_adam(hyper.adam_b1, hyper.adam_b2, hyper.adam_eps, mu_dtype=jnp.float32)
+    rates, settings = initial_learning_rates(hyper, n_embd), adamw_settings(hyper)
+    adam = {name: optax.scale_by_adam(one.b1, one.b2, one.eps, mu_dtype=jnp.float32) for name, one in settings.items()}
     matrices = muon(
-        lambda count: rates["matrices"] * multiplier(count),
+        lambda count: rates[MATRICES] * multiplier(count),
         momentum_schedule(hyper),
         ns_steps=hyper.ns_steps,
         ns_dtype=None if hyper.ns_dtype == "auto" else hyper.ns_dtype,
@@ -195,52 +203,73 @@ def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd
     )
 
     def init(groups: Groups) -> OptimState:
-        adam_state: Any = adam.init(_embeddings(groups))
-        muon_state: Any = matrices.init(groups["matrices"])
-        return OptimState(adam=adam_state, muon=muon_state)
+        def moments() -> Groups:
+            return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), _of_adamw(groups))
+
+        muon_state: Any = matrices.init(groups[MATRICES])
+        return OptimState(optax.ScaleByAdamState(jnp.zeros((), jnp.int32), moments(), moments()), muon_state)
 
     def update(grads: Groups, state: OptimState, groups: Groups | None = None):
         if groups is None:
             raise ValueError("the optimizer needs the parameters: call update(grads, state, groups)")
-        factor = jnp.asarray(multiplier(state.adam.count), jnp.float32)
-        direction: Any
-        adam_state: Any
-        muon_state: Any
-        direction, adam_state = adam.update(_embeddings(grads), state.adam)
+        count, mu, nu = state.adam
+        factor = jnp.asarray(multiplier(count), jnp.float32)
         updates: Groups = {}
-        for name, step in direction.items():
-            if hyper.weight_decay:
-                step = step + hyper.weight_decay * groups[name]
-            updates[name] = -(rates[name] * factor) * step
-        updates["matrices"], muon_state = matrices.update(grads["matrices"], state.muon)
-        return updates, OptimState(adam=adam_state, muon=muon_state)
+        moments: dict[str, Any] = {}
+        for name, gradient in _of_adamw(grads).items():
+            state_of_one: Any = optax.ScaleByAdamState(count, mu[name], nu[name])
+            direction, moments[name] = adam[name].update(gradient, state_of_one)
+            if decay := settings[name].weight_decay:
+                direction = jax.tree.map(lambda d, p, decay=decay: d + decay * p, direction, groups[name])
+            updates[name] = jax.tree.map(lambda d, rate=rates[name]: -(rate * factor) * d, direction)
+        muon_state: Any
+        updates[MATRICES], muon_state = matrices.update(grads[MATRICES], state.muon)
+        adam_state = optax.ScaleByAdamState(
+            jnp.asarray(optax.safe_increment(count)),
+            {name: one.mu for name, one in moments.items()},
+            {name: one.nu for name, one in moments.items()},
+        )
+        return updates, OptimState(adam_state, muon_state)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _embeddings(groups: Groups) -> Groups:
-    return {"embedding": groups["embedding"], "unembedding": groups["unembedding"]}
+def like_groups(groups: Groups, count: Any) -> OptimState:
+    """What belongs to each array of an optimizer state, given what belongs to the groups' arrays and to a count."""
+    adamw: Any = _of_adamw(groups)
+    return OptimState(optax.ScaleByAdamState(count, adamw, adamw), MuonState(count, groups[MATRICES]))
+
+
+def _of_adamw(groups: Groups) -> Groups:
+    return {name: value for name, value in groups.items() if name != MATRICES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # clipping
 
 
-def global_norm(tree: Any, axes: tuple[str, ...] = ()) -> jax.Array:
-    """sqrt of the sum of squares over all leaves, float32 scalar; `axes`: mesh axes over which each leaf is cut, inside
-    `jax.shard_map`."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(jax.lax.psum(functools.reduce(jnp.add, squares), axes))
+def global_norm(tree: Any, axes: tuple[str, ...] = (), replicas: Any = None) -> jax.Array:
+    """sqrt of the sum of squares over all leaves, float32 scalar.
+
+    axes: inside `jax.shard_map`, the mesh axes over which the leaves are sharded; replicas: a tree of numbers, on how
+    many of these devices each entry of a leaf lives (default: 1).
+    """
+    squares = jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.float32))), tree)
+    if replicas is not None:
+        squares = jax.tree.map(lambda square, n: square if n == 1 else square / n, squares, replicas)
+    return jnp.sqrt(jax.lax.psum(functools.reduce(jnp.add, jax.tree.leaves(squares)), axes))
 
 
-def clip_by_global_norm(grads: Any, max_norm: float, axes: tuple[str, ...] = ()) -> tuple[Any, jax.Array]:
+def clip_by_global_norm(
+    grads: Any, max_norm: float, axes: tuple[str, ...] = (), replicas: Any = None
+) -> tuple[Any, jax.Array]:
     """(gradients scaled by min(1, max_norm / (norm + 1e-6)), norm before clipping). max_norm <= 0 leaves them alone.
 
-    Works on any tree, grouped or not, padded or not, and under automatic sharding (the norm is then global); `axes` as
-    in `global_norm`. The 1e-6 is the reference's. A non-finite norm makes non-finite gradients: the caller sees it in
-    the returned norm.
+    Works on any tree, grouped or not, padded or not, and under automatic sharding (the norm is then global); `axes` and
+    `replicas` as in `global_norm`. The 1e-6 is the reference's. A non-finite norm makes non-finite gradients: the
+    caller sees it in the returned norm.
     """
-    norm = global_norm(grads, axes)
+    norm = global_norm(grads, axes, replicas)
     if max_norm <= 0:
         return grads, norm
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))

@@ -1,8 +1,8 @@
 """One optimizer step as a pure function, and the state it moves.
 
-The whole step is written per device (`jax.shard_map`): gradients are accumulated locally over all micro-batches and
-reduced once (reduce-scatter), the optimizer works on each device's slice, and its updates are gathered once. Written
-the automatic way, XLA would all-reduce every gradient in every micro-step.
+The step is written per device (`jax.shard_map`): gradients are accumulated locally over all micro-batches and reduced
+once (reduce-scatter), the optimizer works on each device's slice, and its updates are gathered once. With automatic
+sharding XLA would all-reduce every gradient in every micro-step.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from nanochat_jax.model.gpt import GPTConfig, Params, abstract, init
+from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.loss import target_weights, weighted_nll
+from nanochat_jax.model.parameters import Params, abstract, init
 from nanochat_jax.model.tensor_parallel import Parallel
 from nanochat_jax.parallel import sharding
-from nanochat_jax.training.optim import clip_by_global_norm, group
-from nanochat_jax.training.zero import Dealer, padded_groups
+from nanochat_jax.training.optim import clip_by_global_norm, group, like_groups
+from nanochat_jax.training.zero import Zero, group_replicas, group_specs, padded_groups
 
 
 @jax.tree_util.register_dataclass
@@ -32,10 +33,9 @@ class TrainState:
     step: jax.Array
 
 
-def state_specs(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """How every array of the training state is cut, as a TrainState of PartitionSpecs."""
-    groups = jax.eval_shape(lambda p: padded_groups(p, mesh), abstract(config))
-    opt_state = sharding.grouped_specs(jax.eval_shape(optimizer.init, groups))
+def state_specs(config: GPTConfig, mesh: Mesh) -> Any:
+    """How every array of the training state is sharded, as a TrainState of PartitionSpecs."""
+    opt_state = like_groups(group_specs(config, mesh), sharding.replicated_spec())
     return TrainState(sharding.parameter_specs(config, mesh), opt_state, sharding.replicated_spec())  # pyright: ignore[reportArgumentType]
 
 
@@ -55,9 +55,9 @@ def state_of(config: GPTConfig, params: Params, optimizer: optax.GradientTransfo
 def _make_state(params_from, config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
     def make(source):
         params = params_from(source)
-        return TrainState(params, optimizer.init(padded_groups(params, mesh)), jnp.zeros((), jnp.int32))
+        return TrainState(params, optimizer.init(padded_groups(config, params, mesh)), jnp.zeros((), jnp.int32))
 
-    return jax.jit(make, out_shardings=sharding.named(mesh, state_specs(config, optimizer, mesh)))
+    return jax.jit(make, out_shardings=sharding.named(mesh, state_specs(config, mesh)))
 
 
 def make_train_step(
@@ -71,68 +71,78 @@ def make_train_step(
     """A jitted (state, inputs, targets, weights) -> (state, metrics) that donates the state.
 
     Batches are (A, B, T): A micro-batches of B rows in all, B a multiple of `sharding.row_shards(mesh)`; target -1 is
-    ignored. The loss is sum(weights * nll) / sum(weights) over the whole (A, B, T) batch, whatever its split; without
+    ignored. The loss is sum(weights * nll) / sum(weights) over the full (A, B, T) batch, however it is divided; without
     `normalize` it is sum(weights * nll): advantages, which may add up to nothing, bring their own denominator. The
     gradient is clipped by its global norm after averaging (the reference clips per rank, before). Metrics: loss,
-    grad_norm, weight (sum of the weights), kept, all float32 scalars. ValueError if the model cannot be cut for this
-    mesh.
+    grad_norm, weight (sum of the weights), accepted, all float32 scalars. ValueError if the model cannot be sharded
+    over this mesh.
 
     A step whose loss or gradient norm is not finite changes neither parameters nor moments, only the counts; its
-    metric `kept` is 0. With `guarded` the step takes one more argument, the largest (loss, grad_norm) that is kept,
-    float32 (2,); where they are -inf the step is held: not even the counts change, so that it can be done again.
+    metric `accepted` is 0. With `guarded` the step takes one more argument, the largest (loss, grad_norm) that is
+    accepted, float32 (2,); where they are -inf the step is held: not even the counts change, so that it can be
+    repeated.
     """
     sharding.check(config, mesh)
-    dealer = Dealer(config, mesh)
+    zero, replicas = Zero(config, mesh), group_replicas(config, mesh)
 
     def per_device(state: TrainState, inputs, targets, weights, limits=None):
+        # 1. the denominator, counted over all devices before anything is divided by it. The weights are divided, not
+        #    the sum of losses afterwards: that would be one more pass over the head's gradient
         weights = target_weights(targets, weights)
         total_weight = jax.lax.psum(weights.sum(), sharding.ROW_AXES)
         denominator = jnp.where((total_weight == 0) | (not normalize), 1.0, total_weight)
-        # weights, not the sum afterwards: that would be one more pass over the head's gradient
+
+        # 2. loss and gradients of this device's rows, summed over the micro-batches
         loss, grads = _local_gradients(config, mesh, state.params, state.step, inputs, targets, weights / denominator)
-        grads, grad_norm = clip_by_global_norm(dealer.deal(grads), grad_clip, sharding.AXES)
+
+        # 3. gradients summed over the devices and scattered, then clipped by their global norm
+        grads = zero.scatter_gradients(grads)
+        grads, grad_norm = clip_by_global_norm(grads, grad_clip, sharding.AXES, replicas)
         loss = jax.lax.psum(loss, sharding.ROW_AXES)
+
+        # 4. is the step accepted? held: it is not even counted
         limits = jnp.full((2,), jnp.inf) if limits is None else limits
-        kept = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limits[0]) & (grad_norm <= limits[1])
+        accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limits[0]) & (grad_norm <= limits[1])
         held = limits[0] == -jnp.inf
 
         def choose(new, old):
-            return jnp.where(~held if jnp.issubdtype(new.dtype, jnp.integer) else kept, new, old)
+            return jnp.where(~held if jnp.issubdtype(new.dtype, jnp.integer) else accepted, new, old)
 
+        # 5. the optimizer, on this device's slices; a rejected update is zeroed here, before it is gathered, which
+        #    needs no second copy of the parameters
         updates: Any
-        updates, opt_state = optimizer.update(grads, state.opt_state, dealer.embeddings(state.params))
+        updates, opt_state = optimizer.update(grads, state.opt_state, zero.adamw_slices(state.params))
         opt_state = jax.tree.map(choose, opt_state, state.opt_state)
-        # on each device's slice, before they are collected: nothing more to keep in memory
-        updates = jax.tree.map(lambda u: jnp.where(kept, u, 0), updates)
-        params = jax.tree.map(jnp.add, state.params, dealer.collect(updates))
-        metrics = {"loss": loss, "grad_norm": grad_norm, "weight": total_weight, "kept": kept.astype(jnp.float32)}
+        updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
+
+        # 6. updates gathered and added to the parameters
+        params = jax.tree.map(jnp.add, state.params, zero.gather_updates(updates))
+        numbers = {"loss": loss, "grad_norm": grad_norm, "weight": total_weight}
+        metrics = {**numbers, "accepted": accepted.astype(jnp.float32)}
         return TrainState(params, opt_state, choose(state.step + 1, state.step)), metrics
 
-    state, whole, rows = (
-        state_specs(config, optimizer, mesh),
-        sharding.replicated_spec(),
-        sharding.training_batch_spec(),
-    )
-    limits = [whole] if guarded else []
+    state, rows = state_specs(config, mesh), sharding.training_batch_spec()
+    replicated = sharding.replicated_spec()
+    limits = [replicated] if guarded else []
     step = jax.shard_map(
         per_device,
         mesh=mesh,
         in_specs=(state, rows, rows, rows, *limits),
-        out_specs=(state, whole),
+        out_specs=(state, replicated),
         check_vma=False,  # per device on purpose: with tracking, grad() would reduce in every micro-step
     )
     placed, batch = sharding.named(mesh, state), sharding.named(mesh, rows)
     return jax.jit(
         step,
         in_shardings=(placed, batch, batch, batch, *sharding.named(mesh, limits)),
-        out_shardings=(placed, sharding.named(mesh, whole)),
+        out_shardings=(placed, sharding.named(mesh, replicated)),
         donate_argnums=0,
     )
 
 
 def _local_gradients(config: GPTConfig, mesh: Mesh, params: Params, step, inputs, targets, weights):
-    """(loss, gradients) of this device's rows, summed over its micro-batches (A, B, T): no reduction, whole matrices
-    (but for `tensor`'s cut)."""
+    """(loss, gradients) of this device's rows, summed over its micro-batches (A, B, T): no reduction; matrices are full
+    over `fsdp`, sharded over `tensor`."""
     parallel, differentiated = _parallel(config, mesh, params)
 
     def micro(x, y, w):
@@ -159,15 +169,13 @@ def _parallel(config: GPTConfig, mesh: Mesh, params: Params) -> tuple[Parallel, 
     tensor = sharding.TENSOR if mesh.shape[sharding.TENSOR] > 1 else None
     if fsdp == 1:
         return Parallel(tensor), params
-    axes = jax.tree_util.tree_map_with_path(
-        lambda path, _: sharding.parameter_axes(config, mesh, sharding.path_name(path))[0], params
-    )
-    stand_ins = jax.tree.map(
-        lambda p, axis: jnp.zeros([size * (fsdp if i == axis else 1) for i, size in enumerate(p.shape)], p.dtype),
-        params,
-        axes,
-    )
-    return Parallel(tensor, sharding.FSDP, params, axes), stand_ins
+    dimensions = sharding.fsdp_dimensions(config)
+
+    def stand_in(shard, dimension):
+        full = [size * (fsdp if i == dimension else 1) for i, size in enumerate(shard.shape)]
+        return shard if dimension is None else jnp.zeros(full, shard.dtype)
+
+    return Parallel(tensor, sharding.FSDP, params, dimensions), jax.tree.map(stand_in, params, dimensions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,9 +187,9 @@ def abstract_state(
 ) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: as training holds it, or unpadded as a checkpoint stores it."""
     shape = abstract(config)
-    groups = jax.eval_shape(lambda p: padded_groups(p, mesh) if padded else group(p), shape)
+    groups = jax.eval_shape(lambda p: padded_groups(config, p, mesh) if padded else group(config, p), shape)
     state = TrainState(shape, jax.eval_shape(optimizer.init, groups), jax.ShapeDtypeStruct((), jnp.int32))  # pyright: ignore[reportArgumentType]
-    specs = state_specs(config, optimizer, mesh)
+    specs = state_specs(config, mesh)
     if not padded:
         specs = TrainState(specs.params, sharding.storage_specs(state.opt_state, mesh), specs.step)
     return jax.tree.map(
@@ -190,12 +198,12 @@ def abstract_state(
 
 
 def strip_padding(state: TrainState, target: TrainState) -> TrainState:
-    """The state cut to the unpadded shapes of `target`."""
+    """The state without the padding: sliced to the shapes of `target`."""
     return jax.tree.map(lambda a, t: a if a.shape == t.shape else a[tuple(slice(s) for s in t.shape)], state, target)
 
 
 def restore_padding(state: TrainState, target: TrainState) -> TrainState:
-    """The inverse: zero matrices added up to the shapes of `target`, placed by its shardings."""
+    """The inverse: zeros added up to the shapes of `target`, placed by its shardings."""
 
     def pad(tree):
         def one(a, t):

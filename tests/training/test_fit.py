@@ -23,10 +23,10 @@ def toy_step(state: TrainState, x, y, w, limits):
     gradient = jnp.mean(x * w)
     params = {"a": state.params["a"] * 0.9 + gradient}
     loss = jnp.sum(params["a"])
-    kept = jnp.isfinite(gradient) & (loss <= limits[0]) & (gradient <= limits[1])
-    params = {"a": jnp.where(kept, params["a"], state.params["a"])}
+    accepted = jnp.isfinite(gradient) & (loss <= limits[0]) & (gradient <= limits[1])
+    params = {"a": jnp.where(accepted, params["a"], state.params["a"])}
     step = jnp.where(limits[0] == -jnp.inf, state.step, state.step + 1)
-    numbers = {"loss": loss, "grad_norm": gradient, "kept": kept.astype(jnp.float32)}
+    numbers = {"loss": loss, "grad_norm": gradient, "accepted": accepted.astype(jnp.float32)}
     return TrainState(params, state.opt_state, step), numbers
 
 

@@ -49,7 +49,7 @@ def params():
 
 def test_group_order_is_by_number_of_layer_then_by_name(params):
     """Twelve layers: as strings "10" would come before "2"."""
-    groups = optim.group(params)
+    groups = optim.group(CONFIG, params)
     assert set(groups) == {"embedding", "unembedding", "matrices"}
     assert {k: v.shape for k, v in groups["matrices"].items()} == {
         "16x16": (24, 16, 16),
@@ -70,7 +70,7 @@ def test_group_order_is_by_number_of_layer_then_by_name(params):
 
 @pytest.mark.parametrize("multiple", [1, 5, 8])
 def test_ungroup_is_the_inverse_with_and_without_padding(params, multiple):
-    groups = optim.group(params)
+    groups = optim.group(CONFIG, params)
     padded = optim.pad_stacks(groups, multiple)
     for name, stack in padded["matrices"].items():
         size = groups["matrices"][name].shape[0]
@@ -80,20 +80,21 @@ def test_ungroup_is_the_inverse_with_and_without_padding(params, multiple):
 
 
 def test_grouping_works_on_shapes_alone():
-    shapes = jax.eval_shape(lambda p: optim.pad_stacks(optim.group(p), 8), abstract(CONFIG))
+    shapes = jax.eval_shape(lambda p: optim.pad_stacks(optim.group(CONFIG, p), 8), abstract(CONFIG))
     assert shapes["matrices"]["16x64"].shape == (16, 16, 64)
-    sizes = {name: len(paths) for name, paths in optim.stack_members(CONFIG).items()}
+    sizes = {name: len(stack) for name, stack in optim.stack_members(CONFIG).items()}
     assert sizes == {"16x16": 24, "16x8": 24, "16x64": 12, "64x16": 12}
     back = jax.eval_shape(lambda g: optim.ungroup(CONFIG, g), shapes)
     assert jax.tree.map(lambda x: x.shape, back) == jax.tree.map(lambda x: x.shape, abstract(CONFIG))
 
 
 def test_unknown_matrix_is_an_error(params):
-    extra = {**params, "h": {"0": {"attn": {**params["h"]["0"]["attn"], "gate": {}}, "mlp": params["h"]["0"]["mlp"]}}}
-    with pytest.raises(ValueError, match="attn/gate"):
-        optim.group(extra)
+    attn = {**params["h"]["0"]["attn"], "gate": {"kernel": jnp.zeros((1, 1))}}
+    extra = {**params, "h": {**params["h"], "0": {"attn": attn, "mlp": params["h"]["0"]["mlp"]}}}
+    with pytest.raises(ValueError, match="h/0/attn/gate/kernel"):
+        optim.group(CONFIG, extra)
     with pytest.raises(ValueError, match="device count"):
-        optim.pad_stacks(optim.group(params), 0)
+        optim.pad_stacks(optim.group(CONFIG, params), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_adamw_against_float64():
 
 
 def test_zero_gradient_is_a_zero_update():
-    groups = optim.group(toy_params(SMALL))
+    groups = optim.group(SMALL, toy_params(SMALL))
     transform = optim.make_optimizer(optim.OptimHyper(), 10, CONFIG.n_embd)
     updates, _ = jax.jit(transform.update)(jax.tree.map(jnp.zeros_like, groups), transform.init(groups), groups)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
@@ -190,7 +191,7 @@ def test_schedule_is_a_length_or_a_function():
 
 def test_learning_rate_scales_every_group():
     """Half the multiplier, half the update, in each of the three groups."""
-    groups = optim.group(toy_params(SMALL))
+    groups = optim.group(SMALL, toy_params(SMALL))
     grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), groups)
     full, half = (optim.make_optimizer(optim.OptimHyper(), lambda t, f=f: f, CONFIG.n_embd) for f in (1.0, 0.5))
     a, _ = jax.jit(full.update)(grads, full.init(groups), groups)
@@ -200,7 +201,7 @@ def test_learning_rate_scales_every_group():
 
 
 def test_state_is_plain_arrays_and_resumes_exactly():
-    groups = optim.pad_stacks(optim.group(toy_params(SMALL)), 8)
+    groups = optim.pad_stacks(optim.group(SMALL, toy_params(SMALL)), 8)
     transform = optim.make_optimizer(optim.OptimHyper(momentum_warmup=3, warmdown_ratio=0.5), 6, CONFIG.n_embd)
     update = jax.jit(transform.update)
     state = transform.init(groups)
@@ -217,15 +218,15 @@ def test_state_is_plain_arrays_and_resumes_exactly():
             groups = optax.apply_updates(groups, updates)
         return groups, state
 
-    whole = run(groups, state, range(6))
+    uninterrupted = run(groups, state, range(6))
     half = run(groups, state, range(3))
     on_disk = [np.asarray(leaf) for leaf in jax.tree.leaves(half)]
     resumed = jax.tree.unflatten(jax.tree.structure(half), [jnp.asarray(leaf) for leaf in on_disk])
-    jax.tree.map(np.testing.assert_array_equal, run(*resumed, range(3, 6)), whole)
+    jax.tree.map(np.testing.assert_array_equal, run(*resumed, range(3, 6)), uninterrupted)
 
 
 def test_update_needs_parameters():
-    groups = optim.group(toy_params(SMALL))
+    groups = optim.group(SMALL, toy_params(SMALL))
     transform = optim.make_optimizer(optim.OptimHyper(), 10, CONFIG.n_embd)
     with pytest.raises(ValueError, match="needs the parameters"):
         transform.update(groups, transform.init(groups))
@@ -271,7 +272,7 @@ def test_sharded_norm_and_update_equal_the_single_device_ones():
     """Padded stacks over eight devices, embeddings over their rows: same norm, same updates."""
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     config = GPTConfig(sequence_len=8, vocab_size=24, n_layer=2, n_head=4, n_kv_head=4, n_embd=16)
-    groups = optim.pad_stacks(optim.group(toy_params(config)), 8)
+    groups = optim.pad_stacks(optim.group(config, toy_params(config)), 8)
     transform = optim.make_optimizer(optim.OptimHyper(ns_dtype="float32"), 10, config.n_embd)
 
     @jax.jit

@@ -54,7 +54,7 @@ def _compiled(config: GPTConfig, hyper: optim.OptimHyper, n: int, clip: float, p
             loss, grad = jax.value_and_grad(lambda p, i=micro: next_token_loss(config, p, x[i], y[i]))(params)
             losses.append(loss)
             grads = grad if grads is None else jax.tree.map(jnp.add, grads, grad)
-        grads = optim.pad_stacks(optim.group(jax.tree.map(lambda g: g / x.shape[0], grads)), pad)
+        grads = optim.pad_stacks(optim.group(config, jax.tree.map(lambda g: g / x.shape[0], grads)), pad)
         grads, norm = optim.clip_by_global_norm(grads, clip)
         updates, state = optimizer.update(grads, state, groups)
         return optax.apply_updates(groups, updates), state, jnp.stack(losses), norm
@@ -71,7 +71,7 @@ def train(data, init, mode, pad=1, noise=None):
     start = below(data, f"{init}/init/")
     if noise is not None:
         start = {name: value * (1 + 1e-7 * noise.normal(size=value.shape)) for name, value in start.items()}
-    groups = optim.pad_stacks(optim.group(params_from_reference(config, start)), pad)
+    groups = optim.pad_stacks(optim.group(config, params_from_reference(config, start)), pad)
     state = optimizer.init(groups)
     losses, norms, snapshots = [], [], []
     for x, y in zip(data["batch/x"], data["batch/y"], strict=True):
@@ -183,7 +183,7 @@ def test_padded_stacks_train_the_same(data):
     *_, plain_losses, plain_norms, _ = train(data, "rand", "fp32")
     np.testing.assert_allclose(losses, plain_losses, rtol=0, atol=1e-4)
     np.testing.assert_allclose(norms, plain_norms, rtol=1e-4)
-    for name, paths in optim.stack_members(config).items():
-        size = len(paths)
+    for name, stack in optim.stack_members(config).items():
+        size = len(stack)
         assert groups["matrices"][name].shape[0] % 5 == 0
         assert not np.any(groups["matrices"][name][size:]) and not np.any(state.muon.momentum[name][size:])
