@@ -38,8 +38,9 @@ JAX = {"flax", "grain", "jax", "jaxlib", "optax", "orbax"}
 OF_TASKS = ("utils", "text", "demo_world", "data.hub", "data.readers")
 UNPICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 READS_PICKLES = "nanochat_jax.convert.pt_files"
-# Stages and tasks load one of their own by name, the check of an export loads whatever libraries there are.
-BY_NAME = {"nanochat_jax.stages.main", "nanochat_jax.convert.verify", "tasks"}
+# Stages and tasks load one of their own by name, the check of an export loads whatever libraries there are, the package
+# itself its public names when they are first used.
+BY_NAME = {"nanochat_jax", "nanochat_jax.stages.main", "nanochat_jax.convert.verify", "tasks"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def reached(sources: Sources, edges: dict[str, set[str]], start: str) -> Iterato
     while waiting:
         name = waiting.pop()
         parents = {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}  # their __init__ runs first
-        for target in (edges[name] | parents & sources.keys()) - seen:
+        # not the package itself, which imports nothing before it is asked for a name
+        for target in (edges[name] | parents & sources.keys()) - seen - {"nanochat_jax"}:
             seen.add(target)
             waiting.append(target)
             yield target, name

@@ -118,8 +118,12 @@ def group(config: GPTConfig, params: Params) -> Groups:
 def ungroup(config: GPTConfig, groups: Groups) -> Params:
     """The inverse of `group`; padding at the end of a stack is ignored."""
     values: dict[str, Any] = {}
-    for name, stack in stack_members(config).items():
-        values.update((leaf.path, groups[MATRICES][name][i]) for i, leaf in enumerate(stack))
+    taken: dict[str, int] = defaultdict(int)
+    for leaf in parameters.leaves(config):
+        if leaf.kind.group == MATRICES:
+            name = stack_name(leaf)
+            values[leaf.path] = groups[MATRICES][name][taken[name]]
+            taken[name] += 1
     members = adamw_members(config)
     adamw = {name: groups[name] for name in members}
     jax.tree.map(lambda leaf, value: values.update({leaf.path: value}), members, adamw)
@@ -193,7 +197,9 @@ def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd
     """
     multiplier = lr_schedule(hyper, schedule)
     rates, settings = initial_learning_rates(hyper, n_embd), adamw_settings(hyper)
-    adam = {name: optax.scale_by_adam(one.b1, one.b2, one.eps, mu_dtype=jnp.float32) for name, one in settings.items()}
+    alike: dict[tuple[float, float, float], list[str]] = defaultdict(list)  # groups updated together
+    for name, one in settings.items():
+        alike[one.b1, one.b2, one.eps].append(name)
     matrices = muon(
         lambda count: rates[MATRICES] * multiplier(count),
         momentum_schedule(hyper),
@@ -212,26 +218,36 @@ def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd
     def update(grads: Groups, state: OptimState, groups: Groups | None = None):
         if groups is None:
             raise ValueError("the optimizer needs the parameters: call update(grads, state, groups)")
-        count, mu, nu = state.adam
-        factor = jnp.asarray(multiplier(count), jnp.float32)
+        factor = jnp.asarray(multiplier(state.adam.count), jnp.float32)
+        direction, adam_state = _adam_direction(alike, _of_adamw(grads), state.adam)
         updates: Groups = {}
-        moments: dict[str, Any] = {}
-        for name, gradient in _of_adamw(grads).items():
-            state_of_one: Any = optax.ScaleByAdamState(count, mu[name], nu[name])
-            direction, moments[name] = adam[name].update(gradient, state_of_one)
+        for name, step in direction.items():
             if decay := settings[name].weight_decay:
-                direction = jax.tree.map(lambda d, p, decay=decay: d + decay * p, direction, groups[name])
-            updates[name] = jax.tree.map(lambda d, rate=rates[name]: -(rate * factor) * d, direction)
+                step = jax.tree.map(lambda d, p, decay=decay: d + decay * p, step, groups[name])
+            updates[name] = jax.tree.map(lambda d, rate=rates[name]: -(rate * factor) * d, step)
         muon_state: Any
         updates[MATRICES], muon_state = matrices.update(grads[MATRICES], state.muon)
-        adam_state = optax.ScaleByAdamState(
-            jnp.asarray(optax.safe_increment(count)),
-            {name: one.mu for name, one in moments.items()},
-            {name: one.nu for name, one in moments.items()},
-        )
         return updates, OptimState(adam_state, muon_state)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _adam_direction(
+    alike: dict[tuple[float, float, float], list[str]], grads: Groups, state: optax.ScaleByAdamState
+) -> tuple[Groups, optax.ScaleByAdamState]:
+    """(Adam's direction, new state). alike: (b1, b2, eps) -> the groups that they are for."""
+    direction: Any = {}
+    mu: Any = {}
+    nu: Any = {}
+    count: Any = state.count
+    for (b1, b2, eps), names in alike.items():
+        mine, old_mu, old_nu = ({n: tree[n] for n in names if n in tree} for tree in (grads, state.mu, state.nu))
+        transform = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
+        done: Any
+        new: Any
+        done, new = transform.update(mine, optax.ScaleByAdamState(state.count, old_mu, old_nu))
+        direction, mu, nu, count = direction | done, mu | new.mu, nu | new.nu, new.count
+    return direction, optax.ScaleByAdamState(count, mu, nu)
 
 
 def like_groups(groups: Groups, count: Any) -> OptimState:

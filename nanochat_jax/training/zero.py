@@ -108,8 +108,10 @@ class Zero:
         dimension = sharding.dimension(leaf.kind, FSDP)
         if dimension is None:
             return array
-        unpadded = leaf.shape[dimension] // self._size(FSDP)
-        return jax.lax.slice_in_dim(self._gather(array, (DATA,), dimension), 0, unpadded, axis=dimension)
+        array, unpadded = self._gather(array, (DATA,), dimension), leaf.shape[dimension] // self._size(FSDP)
+        if array.shape[dimension] == unpadded:
+            return array
+        return jax.lax.slice_in_dim(array, 0, unpadded, axis=dimension)
 
     # ---- one stack of Muon's
 
