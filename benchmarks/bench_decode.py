@@ -8,15 +8,16 @@ PyTorch on a machine of this kind, 2 cores) stand beside them.
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import random_params
-from nanochat_jax.inference import decode
+from nanochat_jax.inference import model_runner
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
 from nanochat_jax.utils import flags
 from nanochat_jax.utils.flags import flag
@@ -45,7 +46,8 @@ class Settings:
 def through_engine(engine: Engine, rows: int, s: Settings) -> float:
     """Tokens per second of `rows` requests, from the first decoded call's end to the last token."""
     prompt = list(range(1, 17))
-    requests = [engine.submit(prompt, s.tokens, s.temperature, s.top_k, seed=r) for r in range(rows)]
+    params = SamplingParams(s.tokens, s.temperature, s.top_k)
+    requests = [engine.submit(prompt, replace(params, seed=r)) for r in range(rows)]
     while not all(r.tokens for r in requests):
         engine.step()
     done = sum(len(r.tokens) for r in requests)
@@ -57,31 +59,31 @@ def through_engine(engine: Engine, rows: int, s: Settings) -> float:
 
 def bare(engine: Engine, rows: int, s: Settings) -> float:
     """Tokens per second of the compiled decode program, called again on the same inputs."""
-    room = engine.steps_per_call
-    control = np.zeros((rows, decode.N_COLUMNS + room), np.int32)
-    control[:, decode.POSITION] = 16
-    control[:, decode.TEMPERATURE] = decode.float_bits(s.temperature)
-    control[:, decode.TOP_K] = s.top_k
-    control[:, decode.TOP_P] = decode.float_bits(1.0)
-    control[:, decode.REMAINING] = decode.ENDLESS
-    control, shared = jnp.asarray(control), jnp.array([[room, rows, -1, -1, -1]], jnp.int32)
-    chosen, programs = jnp.arange(rows, dtype=jnp.int32), engine._programs
+    steps = engine.steps_per_call
+    per_row = np.zeros((rows, model_runner.N_COLUMNS + steps), np.int32)
+    per_row[:, model_runner.POSITION] = 16
+    per_row[:, model_runner.TEMPERATURE] = model_runner.float_bits(s.temperature)
+    per_row[:, model_runner.TOP_K] = s.top_k
+    per_row[:, model_runner.TOP_P] = model_runner.float_bits(1.0)
+    per_row[:, model_runner.REMAINING] = model_runner.ENDLESS
+    per_row, control = jnp.asarray(per_row), jnp.array([[steps, rows, -1, -1, -1]], jnp.int32)
+    row_slots, runner = jnp.arange(rows, dtype=jnp.int32), engine._runner
     begin = time.perf_counter()
-    calls = max(1, s.tokens // room)
+    calls = max(1, s.tokens // steps)
     for _ in range(calls):
-        out, programs.storage = decode.decode(
+        out, runner.storage = model_runner.decode(
             engine.model,
             engine.config,
-            programs.params,
-            programs.storage,
-            chosen,
+            runner.params,
+            runner.storage,
+            row_slots,
+            per_row,
             control,
-            shared,
             visible=128,
-            room=room,
+            max_new_steps=steps,
         )
         out.block_until_ready()
-    return rows * calls * room / (time.perf_counter() - begin)
+    return rows * calls * steps / (time.perf_counter() - begin)
 
 
 def main(s: Settings) -> None:

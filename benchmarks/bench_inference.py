@@ -13,12 +13,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import random_params
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig, num_params
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.errors import InputError
@@ -157,10 +158,8 @@ class Meter:
         s, engine = self.settings, self.engine
         prompt = self._rng.integers(0, engine.config.vocab_size, prompt_tokens).tolist()
         began = time.perf_counter()
-        requests = [
-            engine.submit(prompt, decode_tokens, s.temperature, s.top_k, seed=1, stream=stream)
-            for stream in range(rows)
-        ]
+        params = SamplingParams(decode_tokens, s.temperature, s.top_k, seed=1)
+        requests = [engine.submit(prompt, replace(params, sample_index=i)) for i in range(rows)]
         while not all(request.tokens for request in requests):
             engine.step()
         ttft, calls = time.perf_counter() - began, []

@@ -37,6 +37,7 @@ from typing import Any
 
 from benchmarks.common import random_params
 from benchmarks.streams import Connection, Stream, alone, body, stream
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.utils import flags, paths
 from nanochat_jax.utils.flags import flag
 
@@ -299,7 +300,8 @@ class Bare:
         asked = body(number, tokens)
         prompt = [self.tokenizer.bos_id, *self.tokenizer.encode_text(asked["prompt"])]
         began = time.perf_counter()
-        request = self.engine.submit(prompt, tokens, asked["temperature"], 50, asked["seed"])
+        params = SamplingParams(tokens, asked["temperature"], top_k=50, seed=asked["seed"])
+        request = self.engine.submit(prompt, params)
         first = None
         while request.finished is None:
             self.engine.step()

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import httpx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import openai
@@ -17,9 +16,9 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.main import make_server
-from nanochat_jax.serve.service import Defaults, Service
 from nanochat_jax.serve.worker import ServedModel, Worker
 from nanochat_jax.text import chat_format
+from tests.fakes import FakeModel, fake_params
 from tests.tokenizer_fixtures import golden_tokenizer
 
 CHAT = ServedModel("tiny", "sft", 7, 1_700_000_000, True)
@@ -28,50 +27,30 @@ CAPACITY = 128
 HI: Any = [{"role": "user", "content": "Hello"}]
 
 
-class Toy:
-    """A model that compiles in no time: it looks at the last token only, or says a script from position `first` on."""
-
-    @staticmethod
-    def params(seed=0, script=None, first=0):
-        return _toy_params(seed, tuple(script or ()), first, script is not None)
-
-    @staticmethod
-    def forward_cached(config, params, ids, cache):
-        logits = params["table"][ids % params["table"].shape[0]]
-        if ids.shape[1] == 1:
-            wanted = params["script"][jnp.maximum(cache.position - params["first"], 0)]
-            told = 1e4 * jax.nn.one_hot(wanted, config.vocab_size)[:, None]
-            logits = jnp.where(params["told"], told, logits)
-        return logits, cache
-
-    @staticmethod
-    def unembed(config, params, hidden):
-        return hidden
-
-
 @functools.cache
-def _table(seed, vocab):
-    table = 2.0 * np.random.default_rng(seed).standard_normal((64, vocab), np.float32)
-    table[:, list(golden_tokenizer().special_tokens.values())] -= 5.0  # answers that rarely end
-    return jnp.asarray(table)
+def _table(seed: int):
+    table = 2.0 * np.random.default_rng(seed).standard_normal((64, golden_tokenizer().vocab_size), np.float32)
+    table[:, list(golden_tokenizer().special_tokens.values())] -= 5.0  # completions that rarely end
+    return table
 
 
-def _toy_params(seed, script, first, told):
+def toy_params(seed: int = 0, script=None, first: int = 0) -> Any:
+    """A `FakeModel` that answers at random, or says a script from position `first` on; all of the same shapes."""
     line = np.full(CAPACITY, golden_tokenizer().encode_special(chat_format.ASSISTANT_END), np.int32)
-    line[: len(script)] = script
-    table = _table(seed, golden_tokenizer().vocab_size)
-    return {"table": table, "script": jnp.asarray(line), "first": jnp.int32(first), "told": jnp.asarray(told)}
+    line[: len(script or ())] = script or ()
+    params = fake_params(table=_table(seed), script=line, first=first)
+    return {**params, "follows_script": jnp.asarray(script is not None)}
 
 
 def toy_engine(slots: int = 4, tokenizer=None, pause: float = 0.0, **options) -> Engine:
-    """A `Toy` that answers at random until it is told what to say (`Running.tell`). pause: seconds before each step."""
+    """A `FakeModel` that answers at random until it is told what to say (`tell`). pause: seconds before a step."""
     tokenizer = tokenizer or golden_tokenizer()
     config = gpt.GPTConfig(
         sequence_len=CAPACITY, vocab_size=golden_tokenizer().vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=8,
         compute_dtype="float32",
     )  # fmt: skip
-    settings: dict[str, Any] = {"slots": slots, "steps_per_call": 4, "model": Toy, **options}
-    engine = Engine(config, Toy.params(), tokenizer, **settings)
+    settings: dict[str, Any] = {"slots": slots, "steps_per_call": 4, "model": FakeModel, **options}
+    engine = Engine(config, toy_params(), tokenizer, **settings)
     if pause:
         step = engine.step
         engine.step = lambda *arguments: (time.sleep(pause), step(*arguments))[1]
@@ -81,8 +60,8 @@ def toy_engine(slots: int = 4, tokenizer=None, pause: float = 0.0, **options) ->
 class Running:
     """A server that runs. tell: make a scripted model say these tokens to `messages` or to a prompt of `n` tokens."""
 
-    def __init__(self, service: Service, app, server, port: int):
-        self.service, self.worker, self.app, self.server, self.port = service, service.worker, app, server, port
+    def __init__(self, worker: Worker, app, server, port: int):
+        self.worker, self.app, self.server, self.port = worker, app, server, port
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=30)
 
@@ -96,8 +75,8 @@ class Running:
         from nanochat_jax.text.detokenizer import chat_prompt
 
         if n is None:
-            n = len(chat_prompt(messages or HI, self.service.tokenizer))
-        self.worker.replace(Toy.params(script=tokens, first=n - 1), self.worker.model)
+            n = len(chat_prompt(messages or HI, self.worker.tokenizer))
+        self.worker.replace(toy_params(script=tokens, first=n - 1), self.worker.model)
         self.until(lambda: not self.worker.swapping)
 
     def until(self, condition, seconds: float = 10) -> None:
@@ -108,23 +87,20 @@ class Running:
 
     def idle(self) -> None:
         """Waits until nothing runs, and checks that nothing is left behind."""
-        self.until(lambda: self.worker.engine.live == 0 and not self.worker._jobs)
-        self.until(lambda: not self.worker.engine._table.busy)
+        self.until(lambda: self.worker.engine.live == 0 and not self.worker._running)
+        self.until(lambda: not self.worker.engine._scheduler.busy)
 
 
 @contextlib.contextmanager
-def serving(
-    engine: Engine, model: ServedModel = CHAT, queue: int = 64, key=None, origin=None, defaults=None, **options
-):
+def serving(engine: Engine, model: ServedModel = CHAT, queue: int = 64, key=None, origin=None, **options):
     """A `Running` server; stopped at the end, which must be clean."""
-    worker = Worker(engine, model, queue)
-    service = Service(worker, engine.tokenizer, defaults or Defaults(), **options)  # type: ignore[arg-type]
-    app = create_app(service, key, origin)
+    worker = Worker(engine, model, queue, **options)
+    app = create_app(worker, key, origin)
     server = make_server(app, worker)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    running = Running(service, app, server, listener.getsockname()[1])
+    running = Running(worker, app, server, listener.getsockname()[1])
     try:
         running.until(lambda: server.started)
         yield running

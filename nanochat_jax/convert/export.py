@@ -23,6 +23,7 @@ from nanochat_jax.convert.model_card import model_card
 from nanochat_jax.convert.params_reference import params_to_reference
 from nanochat_jax.hardware import devices
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.runs import checkpoint
@@ -193,10 +194,8 @@ def _chats(model: Model) -> list[list[dict[str, Any]]]:
 def _greedy(config: GPTConfig, params: Params, prompts: list[list[int]]) -> list[list[int]]:
     capacity = min(10 * config.sequence_len, max(map(len, prompts)) + GREEDY_TOKENS)
     engine = Engine(config, params, None, slots=len(prompts), capacity=capacity)
-    requests = [engine.submit(p, GREEDY_TOKENS, temperature=0.0) for p in prompts]
-    while engine.live:
-        engine.step()
-    return [request.tokens for request in requests]
+    completions = engine.generate(prompts, SamplingParams(GREEDY_TOKENS, temperature=0.0))
+    return [completion.tokens for completion in completions]
 
 
 def _judge(found: dict[str, Any], target: str, folder: Path) -> None:

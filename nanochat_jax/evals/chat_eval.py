@@ -1,4 +1,4 @@
-"""Chat evaluations: the likeliest letter of a multiple-choice question, and judged answers to open ones.
+"""Chat evaluations: the most likely letter of a multiple-choice question, and judged answers to open ones.
 
 All problems of a task go to the model together: letters through length-sorted forward passes, answers through the
 slots of the engine, which stay full until the last problems. Prompts, predicted letters and greedy completions are the
@@ -11,7 +11,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 
 from nanochat_jax.evals import results, stats
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.request import Request, question_seed
+from nanochat_jax.inference.request import Completion, SamplingParams, question_seed
 from nanochat_jax.model import gpt
 from nanochat_jax.utils.errors import InputError
 from tasks.sandbox import SandboxUnavailable
@@ -49,7 +50,7 @@ def evaluate_categorical(
     max_problems: int | None = None,
     progress: Progress | None = None,
 ) -> results.Result:
-    """Accuracy of the letter that the model finds likeliest right after the prompt; the first one on ties.
+    """Accuracy of the letter that the model finds most likely right after the prompt; the first one on ties.
 
     task: a sequence of conversations with "letters", and `evaluate(conversation, letter)`. Nothing is generated.
     Raises ValueError for an empty task or a letter that is not one token.
@@ -135,7 +136,8 @@ def evaluate_generative(
     settings = generative_settings(task, max_problems=max_problems, **sampling)
     try:
         task.evaluate(conversations[0], "")  # can it judge here? Better asked before anything is generated
-        samples, cut_prompts = _answers(engine, tokenizer, task, conversations, progress=progress, **sampling)
+        params = SamplingParams(max_new_tokens, temperature, top_k, seed=seed)
+        samples, cut_prompts = _answers(engine, tokenizer, task, conversations, num_samples, params, progress)
     except SandboxUnavailable as error:
         return {"task": task.name, "kind": "generative", "settings": settings, "skipped": str(error)}
     items = []
@@ -145,8 +147,8 @@ def evaluate_generative(
                 "id": _item_id(i, conversations[i]),
                 "correct": int(any(sample.correct for sample in group)),
                 "n_correct": sum(sample.correct for sample in group),
-                "unfinished": sum(sample.unfinished for sample in group),
-                "completion": group[0].text,
+                "unfinished": sum(sample.completion.finish_reason == "length" for sample in group),
+                "completion": group[0].completion.text,
             }
         )
     counts = np.array([item["n_correct"] for item in items])
@@ -156,7 +158,7 @@ def evaluate_generative(
         "pass_at_k_interval": {k: list(stats.bootstrap_interval(values)) for k, values in passes.items()},
         "unfinished": sum(item["unfinished"] for item in items) / (n * num_samples),
         "cut_prompts": cut_prompts,
-        "new_tokens": sum(sample.n_tokens for group in samples for sample in group),
+        "new_tokens": sum(len(sample.completion.tokens) for group in samples for sample in group),
     }
     seconds = time.monotonic() - began
     return results.scored(task.name, "generative", items, _baseline(task), settings, seconds, **more)
@@ -167,75 +169,67 @@ def generative_settings(task: Any, **settings) -> dict[str, Any]:
     return {**settings, "data": _fingerprint(task)}
 
 
+@dataclass(frozen=True)
 class _Sample:
-    """One answer, while and after it is made."""
+    """One judged answer."""
 
-    def __init__(self, request: Request):
-        self.request = request
-        self.text, self.correct = "", False
-
-    @property
-    def unfinished(self) -> bool:
-        return self.request.finished == "length"
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.request.tokens)
-
-    def judge(self, tokenizer: Any, task: Any, conversation: dict) -> bool:
-        ended = self.request.finished == "end"
-        self.text = tokenizer.decode(self.request.tokens[:-1] if ended else self.request.tokens)
-        self.correct = bool(task.evaluate(conversation, self.text))
-        return self.correct
+    completion: Completion
+    correct: bool
 
 
 def _answers(
-    engine: Engine, tokenizer, task, conversations, *, num_samples, max_new_tokens, temperature, top_k, seed, progress
+    engine: Engine, tokenizer, task, conversations, num_samples: int, params: SamplingParams, progress: Progress | None
 ) -> tuple[list[list[_Sample]], int]:
     """(samples of each problem, judged; prompts cut): everything is queued, the slots work it off."""
     n, cut_prompts = len(conversations), 0
+    longest = params.max_tokens or engine.capacity
     prompts = []
     for conversation in conversations:
         ids = tokenizer.render_for_completion(conversation)
-        prompts.append(_fitting(ids, engine.capacity, max_new_tokens))
+        prompts.append(_fitting(ids, engine.capacity, longest))
         cut_prompts += len(prompts[-1]) < len(ids)
-    groups: list[list[_Sample]] = [[] for _ in range(n)]
-    owner: dict[Request, tuple[int, _Sample]] = {}
+    asked, each = [], []
     # Rows of about the same length side by side: a decode call looks at as many positions as its longest row has.
     for i in sorted(range(n), key=lambda i: -len(prompts[i])):
-        room = min(max_new_tokens, engine.capacity - len(prompts[i]) + 1)
-        for stream in range(num_samples):
-            request = engine.submit(prompts[i], room, temperature, top_k, question_seed(seed, i), stream=stream)
-            groups[i].append(_Sample(request))
-            owner[request] = i, groups[i][-1]
-    waiting, open_samples, passed, done = len(owner), [num_samples] * n, [False] * n, 0
-    judging: dict[Future, int] = {}
+        fits = min(longest, engine.capacity - len(prompts[i]) + 1)
+        for sample in range(num_samples):
+            asked.append(i)
+            each.append(replace(params, max_tokens=fits, seed=question_seed(params.seed, i), sample_index=sample))
+
+    judging: dict[Future, int] = {}  # answers that are being judged
+    correct = [False] * len(asked)
+    open_samples, passed, done = [num_samples] * n, [False] * n, 0
+
+    def book(judged: list[Future]) -> None:
+        nonlocal done
+        for future in judged:
+            index = judging.pop(future)
+            correct[index] = bool(future.result())
+            passed[asked[index]] |= correct[index]
+            open_samples[asked[index]] -= 1
+            done += open_samples[asked[index]] == 0
+        if progress and judged and done:
+            progress(done, n, sum(p for p, rest in zip(passed, open_samples, strict=True) if not rest) / done)
+
+    def judge(index: int, completion: Completion) -> None:
+        judging[pool.submit(task.evaluate, conversations[asked[index]], completion.text)] = index
+        book([future for future in judging if future.done()])
+
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="judge")
     try:
-        while waiting or judging:
-            for event in engine.step() if waiting else ():
-                if event.finished:
-                    i, sample = owner[event.request]
-                    judging[pool.submit(sample.judge, tokenizer, task, conversations[i])] = i
-                    waiting -= 1
-            # Nothing left to decode: wait for a judge instead of asking again and again.
-            ready = [f for f in judging if f.done()] or ([] if waiting else [next(iter(judging))])
-            for future in ready:
-                i = judging.pop(future)
-                passed[i] |= future.result()
-                open_samples[i] -= 1
-                done += open_samples[i] == 0
-            if progress and ready and done:
-                progress(done, n, sum(p for p, rest in zip(passed, open_samples, strict=True) if not rest) / done)
+        completions = engine.generate([prompts[i] for i in asked], each, on_finished=judge)
+        for future in as_completed(list(judging)):
+            book([future])
     finally:
-        for request in owner:
-            engine.cancel(request)
         pool.shutdown(cancel_futures=True)
+    groups: list[list[_Sample]] = [[] for _ in range(n)]
+    for i, completion, right in zip(asked, completions, correct, strict=True):
+        groups[i].append(_Sample(completion, right))
     return groups, cut_prompts
 
 
 def _fitting(ids: list[int], capacity: int, max_new_tokens: int) -> list[int]:
-    """A prompt that leaves room for an answer: max_new_tokens, or half a slot. The first token (bos) and the end stay.
+    """A prompt that leaves space for an answer: max_new_tokens, or half a slot. The first token (bos) and the end stay.
 
     The reference has no slots and lets such prompts run. `eval_engine` makes slots long enough, so it takes a prompt
     near the model's rotary range to get here.

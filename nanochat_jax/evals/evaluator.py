@@ -31,6 +31,7 @@ from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.parallel import sharding
 from nanochat_jax.text.tokenizer import Tokenizer
@@ -219,10 +220,7 @@ class Evaluator:
             texts, prompts = samples.QUESTIONS, samples.chat_prompts(self.tokenizer)
         longest, new = max(map(len, prompts)), settings["max_new_tokens"]
         engine = eval_engine(self.config, self.params, self.tokenizer, longest, new, rows=len(prompts))
-        requests = [engine.submit(prompt, new, temperature=0.0) for prompt in prompts]
-        while engine.live:
-            engine.step()
-        answers = [self.tokenizer.decode(r.tokens[:-1] if r.finished == "end" else r.tokens) for r in requests]
+        completions = engine.generate(prompts, SamplingParams(new, temperature=0.0))
         return {
             "task": "samples",
             "kind": "samples",
@@ -230,8 +228,8 @@ class Evaluator:
             "n": len(prompts),
             "seconds": round(time.monotonic() - began, 3),
             "items": [
-                {"id": str(i), "prompt": p, "completion": a}
-                for i, (p, a) in enumerate(zip(texts, answers, strict=True))
+                {"id": str(i), "prompt": text, "completion": completion.text}
+                for i, (text, completion) in enumerate(zip(texts, completions, strict=True))
             ],
         }
 

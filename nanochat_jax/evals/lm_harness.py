@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text import chat_format
@@ -117,27 +118,23 @@ class NanochatLM(LM):
         """Continuations up to the first stop string (left out), an end token, or the length; several at a time."""
         if self._engine is None:
             self._engine = Engine(self.config, self._params, self.tokenizer, slots=SLOTS, capacity=self.max_length)
-        engine, started = self._engine, []
+        prompts, params = [], []
         for request in requests:
             arguments: Any = request.args
             prompt, wanted = arguments[0], dict(arguments[1])
             longest = max(1, min(int(wanted.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1))
-            ids = self.encode(prompt)[-(self.max_length - longest + 1) :]
-            temperature = float(wanted.get("temperature", 0.0)) if wanted.get("do_sample", True) else 0.0
-            row = engine.submit(
-                ids, longest, temperature, int(wanted.get("top_k", 0)), top_p=float(wanted.get("top_p", 1.0))
-            )
             stops = wanted.get("until") or []
-            started.append((row, [stops] if isinstance(stops, str) else list(stops)))
-        while engine.live:
-            engine.step()
-            for row, stops in started:
-                if row.finished is None and stops and any(stop in self._text(row) for stop in stops):
-                    engine.cancel(row)
-        return [_before(self._text(row), stops) for row, stops in started]
-
-    def _text(self, row: Any) -> str:
-        return self.tokenizer.decode(row.tokens[:-1] if row.finished == "end" else row.tokens)
+            prompts.append(self.encode(prompt)[-(self.max_length - longest + 1) :])
+            params.append(
+                SamplingParams(
+                    max_tokens=longest,
+                    temperature=float(wanted.get("temperature", 0.0)) if wanted.get("do_sample", True) else 0.0,
+                    top_k=int(wanted.get("top_k", 0)),
+                    top_p=float(wanted.get("top_p", 1.0)),
+                    stop=tuple(stop for stop in ([stops] if isinstance(stops, str) else stops) if stop),
+                )
+            )
+        return [completion.text for completion in self._engine.generate(prompts, params)]
 
     # --- chat -------------------------------------------------------------------------------------------------------
 
@@ -164,11 +161,6 @@ class NanochatLM(LM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
         return {"model": self.name, "tokenizer": self.tokenizer.hash}
-
-
-def _before(text: str, stops: Sequence[str]) -> str:
-    cuts = [text.index(stop) for stop in stops if stop and stop in text]
-    return text[: min(cuts)] if cuts else text
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.text.tokenizer import Tokenizer
 
@@ -49,9 +50,7 @@ def greedy_sampler(
             engines.append(Engine(config, params, tokenizer, slots=len(prompts), capacity=capacity))
         engine = engines[0]
         engine.params = params
-        requests = [engine.submit(prompt, max_tokens, temperature=0.0) for prompt in prompts]
-        while engine.live:
-            engine.step()
-        return [tokenizer.decode([*r.prompt[1:], *r.tokens]) for r in requests]
+        completions = engine.generate(prompts, SamplingParams(max_tokens, temperature=0.0))
+        return [tokenizer.decode([*c.prompt[1:], *c.tokens]) for c in completions]
 
     return sample

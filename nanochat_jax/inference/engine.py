@@ -2,8 +2,9 @@
 
 A fixed number of slots share one KV cache. Requests wait in a queue, take a free slot, have their prompt prefilled in
 chunks while other slots go on, then all live slots decode together, several tokens per call of one compiled loop, each
-row with its own position, temperature, top-k, top-p, seed and length. They may join, end and be cancelled between any
-two calls. What a slot holds of an earlier request is used again where a prompt begins with it (`slot_table`).
+row with its own position and `SamplingParams`. They may join, end and be cancelled between any two calls. What a slot
+holds of an earlier request is used again where a prompt begins with it (`scheduler`). The programs that run on the
+device are `model_runner`'s.
 
 The prompt's last token is not prefilled: it is the first token the decode loop is fed. So every row samples its own
 first token (the reference shares one among all samples of a request), and there is one place where tokens are sampled.
@@ -11,7 +12,7 @@ first token (the reference shares one among all samples of a request), and there
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import Any
@@ -19,12 +20,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax.inference import decode
-from nanochat_jax.inference.model_runner import PREFILL_CHUNK, SlotPrograms
-from nanochat_jax.inference.request import Event, Request, SpecialTokens, TextCoder, new_request
-from nanochat_jax.inference.scheduler import SlotTable
+from nanochat_jax.inference import model_runner
+from nanochat_jax.inference.model_runner import PREFILL_CHUNK, ModelRunner
+from nanochat_jax.inference.request import (
+    DEFAULT_PARAMS,
+    Completion,
+    Event,
+    Request,
+    SamplingParams,
+    SpecialTokens,
+    new_request,
+)
+from nanochat_jax.inference.scheduler import Scheduler
 from nanochat_jax.model import gpt
 from nanochat_jax.text.calculator import use_calculator
+from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.errors import InputError
 
 # A decode call ends when this share of its rows has stopped. Ending at the first would let the host in after nearly
@@ -34,11 +44,11 @@ TOOL_GRACE = 0.002  # seconds a call waits for the calculator (20 microseconds o
 
 
 class Engine:
-    """Continuous batching over `slots` rows of `capacity` tokens (prompt and answer together).
+    """Continuous batching over `slots` rows of `capacity` tokens (prompt and completion together).
 
-    `model` is anything with gpt's `forward_cached` and `unembed`. Without a tokenizer there are no end tokens and no
-    calculator; with one that lacks the chat tokens (a stock GPT-2 one) only its bos ends a row. Drive it from one
-    thread: `submit`, `cancel` and `replace_params` may be called from any, `step` and the two `generate` from one at a
+    `model` is anything with gpt's `forward_cached` and `unembed`. Without a tokenizer there are no end tokens, no stop
+    strings and no calculator; with one that lacks the chat tokens (a stock GPT-2 one) only its bos ends a row. Drive it
+    from one thread: `submit`, `cancel` and `replace_params` may be called from any, `step` and `generate` from one at a
     time.
     """
 
@@ -46,7 +56,7 @@ class Engine:
         self,
         config: gpt.GPTConfig,
         params: gpt.Params,
-        tokenizer: TextCoder | None = None,
+        tokenizer: Tokenizer | None = None,
         *,
         slots: int = 8,
         capacity: int | None = None,
@@ -59,9 +69,9 @@ class Engine:
     ):
         """capacity: positions per slot, default sequence_len, at most the rotary range 10 * sequence_len.
         steps_per_call: tokens per compiled call (default: fewer the larger the model, so that streaming stays smooth).
-        logprobs: also give each request the log-probabilities of its tokens. devices: where the slots are dealt to, a
-        multiple of their number (rounded up); default the first device alone. tool: what a tool call runs, from text to
-        an answer or None, on a thread of its own. wait_for_tools: no row goes on before every tool is done, so that
+        logprobs: requests may ask for the log-probabilities of their tokens. devices: what the slots are sharded over,
+        a multiple of their number (rounded up); default the first device alone. tool: what a tool call runs, from text
+        to an answer or None, on a thread of its own. wait_for_tools: no row goes on before every tool is done, so that
         which rows are decoded together depends on no clock: rollouts and evaluations are to repeat to the bit.
         """
         limit = 10 * config.sequence_len
@@ -73,8 +83,8 @@ class Engine:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.steps_per_call = steps_per_call or _default_steps(config)
         self._logprobs = logprobs
-        self._programs = SlotPrograms(model, config, slots, self.capacity, self.steps_per_call, logprobs, devices)
-        self._table = SlotTable(self._programs.slots, self._programs.devices)
+        self._runner = ModelRunner(model, config, slots, self.capacity, self.steps_per_call, logprobs, devices)
+        self._scheduler = Scheduler(self._runner.slots, self._runner.devices)
         self._queue: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
         self._numbers = itertools.count()
@@ -89,7 +99,7 @@ class Engine:
     @property
     def slots(self) -> int:
         """How many requests run at once."""
-        return len(self._table)
+        return len(self._scheduler)
 
     @property
     def params(self) -> gpt.Params:
@@ -104,44 +114,54 @@ class Engine:
 
     def replace_params(self, params: gpt.Params) -> None:
         """New parameters of the same shapes as soon as no slot is busy: running requests end with the old ones, waiting
-        ones wait and are answered by the new ones."""
+        ones get the new ones."""
         self._next_params = params
 
     def _set_params(self, params: gpt.Params) -> None:
         self._params = params
-        self._programs.set_params(params)
-        self._table.forget()
+        self._runner.set_params(params)
+        self._scheduler.forget()
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        tokens: Sequence[int],
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 42,
-        *,
-        top_p: float | None = None,
-        stream: int = 0,
-        run_on: bool = False,
-    ) -> Request:
+    def submit(self, tokens: Sequence[int], params: SamplingParams = DEFAULT_PARAMS) -> Request:
         """Queues a prompt (non-empty ids) and returns its handle at once.
 
-        max_tokens None = to the end of the slot. top_k None or 0 = off, above the vocabulary = the vocabulary. top_p
-        None or 1 = off. seed: any integer (32 bits of it count); stream: which of several samples of one seed. The
-        answer depends on these, not on what else runs. run_on: do not stop at an end token (only set `ended`). Raises
-        ValueError for settings that cannot work, naming the numbers.
+        Results are batch-invariant: they depend on the prompt and `params`, not on what else runs. Raises ValueError
+        for a prompt that cannot work, or `params` that this engine cannot serve, naming the numbers.
         """
+        if params.logprobs and not self._logprobs:
+            raise InputError("logprobs: this engine was built without them")
         request = new_request(
-            tokens, self.config.vocab_size, self.capacity, max_tokens, temperature, top_k, top_p, seed, stream, run_on,
-            next(self._numbers),
-        )  # fmt: skip
-        if max_tokens == 0:
-            request.finished = "length"
-        else:
-            self._queue.append(request)
+            tokens, params, next(self._numbers), self.config.vocab_size, self.capacity, self.tokenizer
+        )
+        self._queue.append(request)
         return request
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] = DEFAULT_PARAMS,
+        on_finished: Callable[[int, Completion], None] = lambda index, completion: None,
+    ) -> list[Completion]:
+        """Completes all prompts, any number of them, and returns the completions in the same order.
+
+        params: for all prompts, or for each its own. on_finished(index, completion) is called as each one ends. Raises
+        ValueError as `submit` does. An exception, of on_finished too, cancels the prompts that are not complete.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        requests: dict[Request, int] = {}
+        try:
+            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+                requests[self.submit(prompt, own)] = index
+            while any(request.finished is None for request in requests):
+                for event in self.step():
+                    if event.finished and event.request in requests:
+                        on_finished(requests[event.request], event.request.completion(self.tokenizer))
+        finally:
+            for request in requests:
+                self.cancel(request)
+        return [request.completion(self.tokenizer) for request in requests]
 
     def cancel(self, request: Request) -> None:
         """Ends a request now; its slot is free from the next step on. No effect on a finished one."""
@@ -151,7 +171,7 @@ class Engine:
     @property
     def live(self) -> int:
         """Requests running or waiting."""
-        return len([r for r in [*self._table.requests, *self._queue] if r is not None and r.finished is None])
+        return len([r for r in [*self._scheduler.requests, *self._queue] if r is not None and r.finished is None])
 
     @property
     def waiting(self) -> int:
@@ -168,17 +188,22 @@ class Engine:
         is about to come.
         """
         meanwhile = _once(meanwhile)
+        # 1. Resume the rows whose tool call is done.
         self._take_answers(meanwhile)
-        self._table.release()
+        # 2. Set the slots of finished requests free.
+        self._scheduler.release()
+        # 3. Assign free slots to waiting requests, with whatever prefix of their prompt is in the cache.
         self._admit()
+        # 4. Prefill: the prompts' next chunks.
         self._prefill()
+        # 5. Decode: one call of the compiled loop over all rows that are ready.
         events = self._decode(meanwhile, min(steps or self.steps_per_call, self.steps_per_call))
         meanwhile()
         return events
 
     def _take_answers(self, meanwhile: Callable[[], None]) -> None:
-        """Goes on with the rows whose tool is done; waits a moment for one if no row can do anything else."""
-        busy = [r for r in self._table.busy if r.finished is None]
+        """Resumes the rows whose tool is done; waits a moment for one if no row can do anything else."""
+        busy = [r for r in self._scheduler.busy if r.finished is None]
         working = [r.tool for r in busy if r.tool is not None]
         if working:
             meanwhile()
@@ -192,35 +217,36 @@ class Engine:
 
     def _admit(self) -> None:
         if self._next_params is not None:
-            if self._table.busy:
+            if self._scheduler.busy:
                 return
             self._set_params(self._next_params)
             self._next_params = None
         while self._queue:
             request = self._queue[0]
             if request.finished is None:
-                seat = self._table.seat(request)
-                if seat is None:
+                assignment = self._scheduler.assign(request)
+                if assignment is None:
                     return
-                request.slot, request.reused = seat.slot, seat.shared
-                if seat.leader is not None and seat.leader.prefilled < seat.shared:
-                    request.leader = seat.leader
+                request.slot, request.reused = assignment.slot, assignment.shared
+                donor = assignment.prefix_donor
+                if donor is not None and donor.prefilled < assignment.shared:
+                    request.prefix_donor = donor
                 else:
-                    self._share(seat.source, request)
+                    self._share(assignment.source, request)
                 if not request.ready:
                     self._prefilling.append(request)
             self._queue.popleft()
 
     def _share(self, source: int, request: Request) -> None:
-        """The beginning of a prompt, from the slot where it was computed."""
+        """The prefix of a prompt, from the slot where it was computed."""
         if source != request.slot:
-            self._programs.copy(source, request.slot, request.reused)
+            self._runner.copy(source, request.slot, request.reused)
         request.prefilled = request.reused
 
     def _prefill(self) -> None:
         """Chunks of prompts, in turn: all that is needed while no row decodes, else one chunk's worth a step."""
         self._prefilling = deque(r for r in self._prefilling if r.finished is None)
-        decoding = any(r.ready for r in self._table.busy)
+        decoding = any(r.ready for r in self._scheduler.busy)
         spent = 0
         while self._prefilling and not (decoding and spent >= PREFILL_CHUNK):
             turn: list[Request] = []
@@ -230,87 +256,97 @@ class Engine:
                     waiting.append(request)
                 elif not request.ready:
                     others = [(r.slot, r.prefilled, r.left) for r in turn]
-                    joins = self._programs.joins(others, request.slot, request.prefilled, request.left)
+                    joins = self._runner.joins(others, request.slot, request.prefilled, request.left)
                     (turn if joins else waiting).append(request)
             if turn:
                 rows = [(r.slot, r.prefilled, r.prompt[r.prefilled : -1]) for r in turn]
-                cost, taken = self._programs.prefill(rows)
+                cost, taken = self._runner.prefill(rows)
                 for request, n in zip(turn, taken, strict=True):
                     request.prefilled += n
                 spent += cost
             self._prefilling = deque([*waiting, *(r for r in turn if not r.ready)])
 
     def _must_wait(self, request: Request) -> bool:
-        """Whether the beginning of a prompt is still being computed in another slot; if it has been, it is copied."""
-        leader = request.leader
-        if leader is None:
+        """Whether the prefix of a prompt is still being computed in another slot; if it has been, it is copied."""
+        donor = request.prefix_donor
+        if donor is None:
             return False
-        still_there = leader.finished is None and self._table.requests[leader.slot] is leader
-        if still_there and leader.prefilled < request.reused:
+        still_there = donor.finished is None and self._scheduler.requests[donor.slot] is donor
+        if still_there and donor.prefilled < request.reused:
             return True
-        request.leader = None
+        request.prefix_donor = None
         if still_there:
-            self._share(leader.slot, request)
+            self._share(donor.slot, request)
         else:
             request.reused = 0
         return False
 
     def _decode(self, meanwhile: Callable[[], None], most: int) -> list[Event]:
-        ready = [r for r in self._table.busy if r.ready and r.finished is None]
+        # 1. The rows that can decode, and slots to make up one of the few batch sizes there are programs for.
+        ready = [r for r in self._scheduler.busy if r.ready and r.finished is None]
         if not ready:
             return []
-        programs = self._programs
-        room, per_device = self.steps_per_call, programs.per_device
-        chosen = programs.choose([r.slot for r in ready])
-        rows = np.zeros((chosen.size, decode.N_COLUMNS + room), np.int32)
-        slots: list[int] = (chosen + per_device * np.arange(programs.devices)[:, None]).ravel().tolist()
+        runner, max_new_steps = self._runner, self.steps_per_call
+        batch = runner.batch([r.slot for r in ready])
+        # 2. What the program is told: a row of numbers for each slot, and when to end.
+        rows = np.zeros((batch.size, model_runner.N_COLUMNS + max_new_steps), np.int32)
+        slots: list[int] = (batch + runner.per_device * np.arange(runner.devices)[:, None]).ravel().tolist()
         for row, slot in zip(rows, slots, strict=True):
-            self._fill_row(row, slot, self._table.requests[slot])
-        shared = np.full((programs.devices, decode.N_SHARED + 2), -1, np.int32)
-        shared[:, decode.STEPS] = min(most, max(r.max_tokens - len(r.tokens) for r in ready))
-        for device in range(programs.devices):
-            running = sum(r.slot // per_device == device for r in ready)
-            shared[device, decode.ENOUGH] = -(-running // ENOUGH_STOPPED)
-        shared[:, decode.TOOL] = self._special.python_end
-        ends = sorted(self._special.ends)[:2]
-        shared[:, decode.N_SHARED : decode.N_SHARED + len(ends)] = ends
-        packed = programs.decode(chosen, rows, shared, max(r.position for r in ready), meanwhile)
+            self._fill_row(row, slot, self._scheduler.requests[slot])
+        control = self._control(ready, most)
+        # 3. The call, several tokens for every row.
+        packed = runner.decode(batch, rows, control, max(r.position for r in ready), meanwhile)
+        # 4. Hand out the new tokens, in the order of submission; requests may have been cancelled meanwhile.
         events = []
         for request in sorted(ready, key=lambda r: r.number):
-            if request.finished is not None:  # cancelled meanwhile
+            if request.finished is not None:
                 continue
-            device, slot = divmod(request.slot, per_device)
-            row = chosen[device].tolist().index(slot)
-            parts = packed[device, :-1].reshape(-1, chosen.shape[1], room)[:, row, : packed[device, -1]]
+            device, slot = divmod(request.slot, runner.per_device)
+            row = batch[device].tolist().index(slot)
+            parts = packed[device, :-1].reshape(-1, batch.shape[1], max_new_steps)[:, row, : packed[device, -1]]
             event = request.receive(parts[0].tolist(), self._special, self._run_tool)
-            if self._logprobs:
+            if request.params.logprobs:
                 request.logprobs += parts[1, : len(event.tokens)].view(np.float32).tolist()
             events.append(event)
         return events
+
+    def _control(self, ready: list[Request], most: int) -> np.ndarray:
+        """When the call ends, and at which tokens rows stop: a row of numbers for each device."""
+        devices = self._runner.devices
+        control = np.full((devices, model_runner.N_CONTROL + 2), -1, np.int32)
+        control[:, model_runner.STEPS] = min(most, max(r.max_tokens - len(r.tokens) for r in ready))
+        for device in range(devices):
+            running = sum(r.slot // self._runner.per_device == device for r in ready)
+            control[device, model_runner.ENOUGH] = -(-running // ENOUGH_STOPPED)
+        control[:, model_runner.TOOL] = self._special.python_end
+        ends = sorted(self._special.ends)[:2]
+        control[:, model_runner.N_CONTROL : model_runner.N_CONTROL + len(ends)] = ends
+        return control
 
     def _run_tool(self, text: str):
         return self._tools.submit(self._tool, text)
 
     def _fill_row(self, row: np.ndarray, slot: int, request: Request | None) -> None:
-        row[decode.REMAINING] = decode.ENDLESS
+        """What the decode program is told of one row (`model_runner` has the columns)."""
+        row[model_runner.REMAINING] = model_runner.ENDLESS
         if request is None or not request.ready or request.finished is not None:
             # decoded along with the others; what that writes must land after what the slot holds
-            row[decode.POSITION] = self._table.held(slot) if request is None else request.position
+            row[model_runner.POSITION] = self._scheduler.held(slot) if request is None else request.position
             return
-        n = len(request.tokens)
-        row[decode.TOKEN] = request.tokens[-1] if n else request.prompt[-1]
-        row[decode.POSITION] = request.position
-        row[decode.COUNT] = n
-        row[decode.SEED] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
-        row[decode.STREAM] = request.stream
-        row[decode.TEMPERATURE] = decode.float_bits(request.temperature)
-        row[decode.TOP_K] = request.top_k
-        row[decode.TOP_P] = decode.float_bits(request.top_p)
-        row[decode.STOPS] = decode.STOP_AT_TOOL | (0 if request.ended else decode.STOP_AT_END)
-        row[decode.REMAINING] = request.max_tokens - n
+        params, n = request.params, len(request.tokens)
+        row[model_runner.TOKEN] = request.tokens[-1] if n else request.prompt[-1]
+        row[model_runner.POSITION] = request.position
+        row[model_runner.COUNT] = n
+        row[model_runner.SEED] = np.uint32(params.seed & 0xFFFFFFFF).view(np.int32)
+        row[model_runner.SAMPLE_INDEX] = params.sample_index
+        row[model_runner.TEMPERATURE] = model_runner.float_bits(params.temperature)
+        row[model_runner.TOP_K] = min(params.top_k, self.config.vocab_size)
+        row[model_runner.TOP_P] = model_runner.float_bits(params.top_p)
+        row[model_runner.STOPS] = model_runner.STOP_AT_TOOL | (0 if request.ended else model_runner.STOP_AT_END)
+        row[model_runner.REMAINING] = request.max_tokens - n
         forced = list(itertools.islice(request.forced, self.steps_per_call))
-        row[decode.N_FORCED] = len(forced)
-        row[decode.N_COLUMNS : decode.N_COLUMNS + len(forced)] = forced
+        row[model_runner.N_FORCED] = len(forced)
+        row[model_runner.N_COLUMNS : model_runner.N_COLUMNS + len(forced)] = forced
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Compiles every program this engine can need, so that nothing is compiled while it serves; returns how many.
@@ -320,81 +356,8 @@ class Engine:
         """
         if self.live:
             raise RuntimeError("warm_up needs an idle engine")
-        self._table.forget()
-        return self._programs.warm_up(progress)
-
-    # --- many samples of one prompt ---------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        tokens: Sequence[int],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 42,
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yields (token_column, token_masks), lists of num_samples ints, one step at a time (reference section 4.3).
-
-        A row that has produced an end token keeps producing columns until all have; ignore them. mask 0 = put there by
-        the calculator. The prompt is prefilled once. Sample i of a seed is the same whatever num_samples is. Raises
-        ValueError where num_samples exceeds the slots, and as `submit`. Closing the iterator cancels the rows.
-        """
-        if not 1 <= num_samples <= self.slots:
-            raise InputError(
-                "generate streams all samples together: num_samples must be between 1 and the engine's "
-                f"{self.slots} slots, got {num_samples}; generate_batch takes any number"
-            )
-        rows = self._submit_samples(tokens, num_samples, max_tokens, temperature, top_k, seed, run_on=True)
-        return self._columns(rows)
-
-    def _columns(self, rows: list[Request]) -> Iterator[tuple[list[int], list[int]]]:
-        ended = [False] * len(rows)
-        column = 0
-        try:
-            while not all(ended) and not (all(r.finished for r in rows) and column >= len(rows[0].tokens)):
-                if min(len(r.tokens) for r in rows) <= column:
-                    self.step()
-                    continue
-                tokens = [r.tokens[column] for r in rows]
-                ended = [done or token in self._special.ends for done, token in zip(ended, tokens, strict=True)]
-                yield tokens, [r.masks[column] for r in rows]
-                column += 1
-        finally:
-            for request in rows:
-                self.cancel(request)
-
-    def generate_batch(
-        self, tokens: Sequence[int], num_samples: int = 1, **settings
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """(results, masks), each num_samples lists: prompt and answer, without the end token; prompt masks are 0.
-
-        Any number of samples: what does not fit the slots waits for one. settings as for `generate`; the answers are
-        the same as there.
-        """
-        if num_samples < 1:
-            raise InputError(f"num_samples must be at least 1, got {num_samples}")
-        rows = self._submit_samples(tokens, num_samples, run_on=False, **settings)
-        try:
-            while any(r.finished is None for r in rows):
-                self.step()
-        finally:
-            for request in rows:
-                self.cancel(request)
-        results, masks = [], []
-        for r in rows:
-            n = len(r.tokens) - (1 if r.finished == "end" else 0)
-            results.append(r.prompt + r.tokens[:n])
-            masks.append([0] * len(r.prompt) + r.masks[:n])
-        return results, masks
-
-    def _submit_samples(
-        self, tokens, num_samples, max_tokens=None, temperature=1.0, top_k=None, seed=42, *, run_on
-    ) -> list[Request]:
-        return [
-            self.submit(tokens, max_tokens, temperature, top_k, seed, stream=stream, run_on=run_on)
-            for stream in range(num_samples)
-        ]
+        self._scheduler.forget()
+        return self._runner.warm_up(progress)
 
 
 def _once(function: Callable[[], None]) -> Callable[[], None]:

@@ -1,17 +1,28 @@
-"""The engine's device side: the slots' storage, the parameters as they are multiplied, and the calls that use them.
+"""The engine's device side: the slots' storage, the weights as they are multiplied, and the compiled programs.
 
-What the host decides comes in as numbers of slots and tokens; what has to be rounded up, so that there are few compiled
-programs, is rounded up here. `decode` has the programs themselves.
+`prefill`, `copy_row` and `decode` are pure functions. Parameters are an argument, the storage is donated, and
+everything about a row travels in one small int32 matrix made by the host for each call, so requests come and go without
+anything on the device changing shape. Static, and so a compilation each: the model, the number of positions made
+visible, the length of a prefill chunk and the number of rows, all rounded up to a few buckets by `ModelRunner`, which
+calls them.
+
+With a mesh, the slots are sharded over its devices and every device runs the program on its own, with no
+communication: it prefills a row of its own, and its decode loop ends when its own rows want it to. What is per device
+has a leading axis of that length; without a mesh that length is 1.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from nanochat_jax.inference import decode
+from nanochat_jax.inference.sampling import sample, uniforms
 from nanochat_jax.model.kv_cache import KVSlots, reads_in_place
 from nanochat_jax.parallel import sharding
 
@@ -20,10 +31,196 @@ SMALLEST_BUCKET = 16
 PROMPTS, SHORT_PROMPT = 4, 64  # one call prefills up to so many prompts that are no longer than this
 SMALLEST_VISIBLE = 64
 
+# columns of the row matrix; forced tokens follow
+TOKEN, POSITION, COUNT, SEED, SAMPLE_INDEX, TEMPERATURE, TOP_K, TOP_P, STOPS, REMAINING, N_FORCED, N_COLUMNS = range(12)
+STOP_AT_END, STOP_AT_TOOL = 1, 2  # bits of STOPS
+ENDLESS = 2**30  # REMAINING of a row that belongs to no request
+# columns of the control matrix; end tokens (-1 = none) follow
+STEPS, ENOUGH, TOOL, N_CONTROL = range(4)
 
-class SlotPrograms:
+
+def prefill(
+    model: Any,
+    config: Any,
+    params: Any,
+    slots: KVSlots,
+    ids: Any,
+    where: Any,
+    visible: int,
+    mesh: Mesh | None = None,
+) -> KVSlots:
+    """Writes keys and values of ids (devices * R, T) into R slots of each device. `slots` is donated.
+
+    where (devices * R, 3) int32, for each row: the slot, numbered on its device, its first free position, and 1; or 0
+    for padding rows, which come last on their device. Rows are computed one after the other, so results are
+    batch-invariant; one call for several still saves what a call costs. Padding at the end of ids lands beyond the
+    length that the caller keeps, and is overwritten later.
+    """
+    keys, values = _compute(model, config, params, slots, ids, where, visible, mesh)
+    return _write(slots, keys, values, where, mesh)
+
+
+def _on_each(mesh: Mesh | None, body, n_replicated: int, n_sharded: int):
+    """`body` on every device of the mesh with its shard: replicated arguments come first, then sharded ones."""
+    if mesh is None:
+        return body
+    replicated, rows = sharding.replicated_spec(), sharding.rows_spec()
+    specs = (replicated,) * n_replicated + (rows,) * n_sharded
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+
+
+# Two programs: in one, XLA would copy the storage of every layer whose write does not depend on the last read of it.
+@functools.partial(jax.jit, static_argnames=("model", "config", "visible", "mesh"))
+def _compute(model, config, params, slots, ids, where, visible, mesh):
+    def body(params, slots, ids, where):
+        def row(i, new):
+            view = slots.view(where[i, 1][None], visible, ids.shape[1], slot=where[i, 0])
+            _, cache = model.forward_cached(config, params, ids[i][None], view)
+            return jax.tree.map(
+                lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (i * len(part), 0, 0)),
+                new,
+                (cache.new_keys, cache.new_values),
+            )
+
+        return jax.lax.fori_loop(0, where[:, 2].sum(), row, slots.buffers(*ids.shape))
+
+    return _on_each(mesh, body, 1, 3)(params, slots, ids, where)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("slots",))
+def _write(slots, keys, values, where, mesh):
+    def body(slots, keys, values, where):
+        def put(i, slots):
+            return slots.write(slots.row(keys, i), slots.row(values, i), where[i, 1][None], where[i, 0])
+
+        return jax.lax.fori_loop(0, where[:, 2].sum(), put, slots)
+
+    return _on_each(mesh, body, 0, 4)(slots, keys, values, where)
+
+
+@functools.partial(jax.jit, static_argnames=("visible", "mesh"), donate_argnames=("slots",))
+def copy_row(slots: KVSlots, source_target: jax.Array, visible: int, mesh: Mesh | None = None) -> KVSlots:
+    """Copies the first `visible` tokens of one slot into another of the same device.
+
+    source_target (devices, 2) int32, slots numbered on their device; twice the same slot changes nothing.
+    """
+
+    def body(slots, pair):
+        return slots.copy_row(pair[0, 0], pair[0, 1], visible)
+
+    return _on_each(mesh, body, 0, 2)(slots, source_target)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "config", "visible", "max_new_steps", "logprobs", "in_place", "mesh"),
+    donate_argnames=("slots",),
+)
+def decode(
+    model: Any,
+    config: Any,
+    params: Any,
+    slots: KVSlots,
+    row_slots: jax.Array,
+    rows: jax.Array,
+    control: jax.Array,
+    visible: int,
+    max_new_steps: int,
+    logprobs: bool = False,
+    in_place: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, KVSlots]:
+    """Up to `max_new_steps` tokens for B rows, one at a time: feed the row's last token, sample (or force) the next.
+
+    row_slots (B,) int32: the slot of each row, numbered on its device, no slot twice. rows (B, N_COLUMNS +
+    max_new_steps) int32 as laid out above (temperature and top_p as float32 bits), the forced tokens last; B is sharded
+    evenly over the devices. control (devices, N_CONTROL + E) int32: steps to do (at most max_new_steps), how many rows
+    must have stopped for the call to end (0: do nothing), the tool token, the end tokens (-1 = none). A row has stopped
+    once it produced a token it is to stop at or has no tokens REMAINING; until the call ends it produces more, which
+    the caller drops.
+
+    Returns, per device, (B * max_new_steps + 1,) int32, the tokens row by row and the number of steps done, one after
+    the other, and the storage. With `logprobs` (2 * B * max_new_steps + 1,): after the tokens come the float32 bits of
+    their log-probabilities under the model (temperature 1, no top-k), row by row.
+    """
+    body = functools.partial(_decode, model, config, visible, max_new_steps, logprobs, in_place)
+    return _on_each(mesh, body, 1, 4)(params, slots, row_slots, rows, control)
+
+
+def _decode(model, config, visible, max_new_steps, logprobs, in_place, params, slots, row_slots, rows, control):
+    """`decode` on one device."""
+    B = rows.shape[0]
+
+    # 1. The control values of this call. Where all slots are decoded they come in order, and nothing is gathered.
+    gathered = None if B == slots.keys[0].shape[0] else row_slots
+    steps, enough, tool, ends = control[0, STEPS], control[0, ENOUGH], control[0, TOOL], control[0, N_CONTROL:]
+    temperature, top_p = (jax.lax.bitcast_convert_type(rows[:, c], jnp.float32) for c in (TEMPERATURE, TOP_P))
+
+    # 2. The random numbers of all steps at once; none where every row is greedy.
+    random = jax.lax.cond(
+        (temperature > 0).any(), lambda: _random(rows, max_new_steps), lambda: jnp.zeros((max_new_steps, B, 2))
+    )
+
+    # 3. Open the cache: old tokens are read-only, new ones go to a buffer. Nothing is read for rows without a request.
+    view = slots.view(rows[:, POSITION], visible, max_new_steps, slots=gathered, in_place=in_place)
+    if view.places is not None:
+        view = replace(view, places=jnp.where(rows[:, REMAINING] == ENDLESS, -1, view.places))
+
+    def going(carry):
+        i, *_, stopped = carry
+        return (i < steps) & (stopped.sum() < enough)
+
+    def step(carry):
+        i, token, cache, out, chances, stopped = carry
+        # 4a. Logits of the next token from the row's last one.
+        hidden, cache = model.forward_cached(config, params, token[:, None], cache)
+        logits = model.unembed(config, params, hidden[:, 0])
+        # 4b. Sample it, or take the one that the calculator's answer forces.
+        token = sample(logits, temperature, rows[:, TOP_K], top_p, random[i])
+        forced = jax.lax.dynamic_index_in_dim(rows, N_COLUMNS + i, axis=1, keepdims=False)
+        token = jnp.where(i < rows[:, N_FORCED], forced, token)
+        # 4c. Write it down, with its log-probability if asked for.
+        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
+        if logprobs:
+            chance = jnp.take_along_axis(logits, token[:, None], axis=1) - jax.nn.logsumexp(logits, axis=1)[:, None]
+            chances = jax.lax.dynamic_update_slice(chances, chance, (0, i))
+        # 4d. Which rows have stopped: an end token, a tool call, or the last token asked for.
+        at_end = (token[:, None] == ends[None]).any(-1) & (rows[:, STOPS] & STOP_AT_END > 0)
+        at_tool = (token == tool) & (rows[:, STOPS] & STOP_AT_TOOL > 0)
+        stopped |= at_end | at_tool | (i + 1 >= rows[:, REMAINING])
+        return i + 1, token, cache.advance(1), out, chances, stopped
+
+    # 4. Decode until enough rows have stopped.
+    start = jnp.zeros((), jnp.int32), rows[:, TOKEN], view
+    outputs = jnp.zeros((B, max_new_steps), jnp.int32), jnp.zeros((B, max_new_steps if logprobs else 0), jnp.float32)
+    done, _, cache, out, chances, _ = jax.lax.while_loop(going, step, (*start, *outputs, jnp.zeros((B,), bool)))
+
+    # 5. One array for the host, and the buffer written behind each row's old tokens.
+    bits = jax.lax.bitcast_convert_type(chances, jnp.int32)
+    return jnp.concatenate([out.ravel(), bits.ravel(), done[None]]), slots.commit(cache, slots=gathered)
+
+
+def _random(rows, max_new_steps):
+    """The random numbers of all steps of a call, (max_new_steps, B, 2)."""
+    count = rows[None, :, COUNT] + jnp.arange(max_new_steps)[:, None]
+    seed, index = (jnp.broadcast_to(rows[None, :, c], count.shape).ravel() for c in (SEED, SAMPLE_INDEX))
+    return uniforms(seed.astype(jnp.uint32), index, count.ravel()).reshape(max_new_steps, -1, 2)
+
+
+def float_bits(value: float) -> int:
+    """A float32's bits as the int32 that carries it in the row matrix."""
+    return int(np.float32(value).view(np.int32))
+
+
+def compiled_programs() -> int:
+    """How many engine programs this process has compiled: constant while an engine that was warmed up serves."""
+    programs: tuple[Any, ...] = _compute, _write, copy_row, decode
+    return sum(program._cache_size() for program in programs)
+
+
+class ModelRunner:
     """`slots` rows of `capacity` tokens, rounded up to a multiple of the devices; slots 0 .. per_device - 1 are on the
-    first device, and so on. `room`: the tokens of one decode call."""
+    first device, and so on. `max_new_steps`: the most tokens of one decode call."""
 
     def __init__(
         self,
@@ -31,7 +228,7 @@ class SlotPrograms:
         config: Any,
         slots: int,
         capacity: int,
-        room: int,
+        max_new_steps: int,
         logprobs: bool,
         devices: Sequence[Any] | None,
     ):
@@ -39,11 +236,11 @@ class SlotPrograms:
         self.devices = self.mesh.size if self.mesh is not None else 1
         self.slots = _round_up(slots, self.devices)
         self.per_device = self.slots // self.devices
-        self.room, self.capacity = room, capacity
+        self.max_new_steps, self.capacity = max_new_steps, capacity
         self._model, self._config, self._logprobs = model, config, logprobs
         # Every slot is a little longer than promised: padding of a prefill chunk and unused columns of a decode call
         # are written too, and XLA would move such a write back over valid tokens rather than let it overhang.
-        self._physical = max(_round_up(capacity, SMALLEST_VISIBLE), capacity + max(room, SMALLEST_BUCKET))
+        self._physical = max(_round_up(capacity, SMALLEST_VISIBLE), capacity + max(max_new_steps, SMALLEST_BUCKET))
         shape = config.n_layer, self.slots, config.n_kv_head, self._physical, config.head_dim, config.dtype
         place = None if self.mesh is None else sharding.named(self.mesh, sharding.rows_over_data_spec())
         self.storage = KVSlots.create(*shape, sharding=place)
@@ -62,7 +259,7 @@ class SlotPrograms:
         """The first tokens of a slot into another one of the same device."""
         pair = np.zeros((self.devices, 2), np.int32)
         pair[target // self.per_device] = source % self.per_device, target % self.per_device
-        self.storage = decode.copy_row(self.storage, pair, visible=self._visible(tokens), mesh=self.mesh)
+        self.storage = copy_row(self.storage, pair, visible=self._visible(tokens), mesh=self.mesh)
 
     def joins(self, turn: Sequence[tuple[int, int, int]], slot: int, begin: int, left: int) -> bool:
         """Whether a prompt may be prefilled in one call with those of `turn`: (slot, how much of it is there, how many
@@ -114,13 +311,13 @@ class SlotPrograms:
         return length * max(filled), taken
 
     def _prefill(self, ids: np.ndarray, where: np.ndarray, visible: int) -> None:
-        self.storage = decode.prefill(
+        self.storage = prefill(
             self._model, self._config, self.params, self.storage, ids, where, visible=visible, mesh=self.mesh
         )
 
-    def choose(self, slots: Sequence[int]) -> np.ndarray:
+    def batch(self, slots: Sequence[int]) -> np.ndarray:
         """The slots that a call decodes, (devices, B) numbered on their device: those wanted, and as many others as
-        make B one of the few sizes there are programs for."""
+        make B one of the few batch sizes there are programs for."""
         wanted: list[list[int]] = [[] for _ in range(self.devices)]
         for slot in slots:
             wanted[slot // self.per_device].append(slot % self.per_device)
@@ -136,21 +333,22 @@ class SlotPrograms:
         return [*sizes, self.per_device]
 
     def decode(
-        self, chosen: np.ndarray, rows: np.ndarray, shared: np.ndarray, longest: int, meanwhile: Callable[[], None]
+        self, batch: np.ndarray, rows: np.ndarray, control: np.ndarray, longest: int, meanwhile: Callable[[], None]
     ) -> np.ndarray:
-        """One call over the chosen slots, of which the longest that matters holds `longest` tokens.
+        """One call over the slots of a `batch`, of which the longest that matters holds `longest` tokens.
 
-        rows and shared as `decode.decode` wants them; returns what that does, one row per device. meanwhile: called
-        while the device is at work.
+        rows and control as the program `decode` takes them; returns what that does, one row per device. meanwhile:
+        called while the device is at work.
         """
-        packed = self._decode(chosen, rows, shared, self._visible_to_rows(longest))
+        packed = self._decode(batch, rows, control, self._visible_to_rows(longest))
         meanwhile()
         return np.asarray(packed).reshape(self.devices, -1)
 
-    def _decode(self, chosen, rows, shared, visible: int) -> jax.Array:
-        packed, self.storage = decode.decode(
-            self._model, self._config, self.params, self.storage, chosen.ravel(), rows, shared,
-            visible=visible, room=self.room, logprobs=self._logprobs, in_place=self._in_place, mesh=self.mesh,
+    def _decode(self, batch, rows, control, visible: int) -> jax.Array:
+        packed, self.storage = decode(
+            self._model, self._config, self.params, self.storage, batch.ravel(), rows, control,
+            visible=visible, max_new_steps=self.max_new_steps, logprobs=self._logprobs, in_place=self._in_place,
+            mesh=self.mesh,
         )  # fmt: skip
         return packed
 
@@ -180,22 +378,22 @@ class SlotPrograms:
         decoded = sorted({self._visible_to_rows(n) for n in range(self.capacity + 1)})
         total, done = len(sizes) + len(decoded) * len(batches) + len(chunks), itertools.count(1)
         progress(0, total)
-        before = decode.compiled_programs()
-        shared = np.zeros((self.devices, decode.N_SHARED + 2), np.int32)
+        before = compiled_programs()
+        control = np.zeros((self.devices, N_CONTROL + 2), np.int32)
         for visible in sizes:
-            self.storage = decode.copy_row(
-                self.storage, np.zeros((self.devices, 2), np.int32), visible=visible, mesh=self.mesh
-            )
+            pairs = np.zeros((self.devices, 2), np.int32)
+            self.storage = copy_row(self.storage, pairs, visible=visible, mesh=self.mesh)
             progress(next(done), total)
         for visible in decoded:
-            for chosen in batches:
-                self._decode(chosen, np.zeros((chosen.size, decode.N_COLUMNS + self.room), np.int32), shared, visible)
+            for batch in batches:
+                rows = np.zeros((batch.size, N_COLUMNS + self.max_new_steps), np.int32)
+                self._decode(batch, rows, control, visible)
                 progress(next(done), total)
         for visible, length in chunks:
-            rows = self.devices * self._at_once(length)
-            self._prefill(np.zeros((rows, length), np.int32), np.zeros((rows, 3), np.int32), visible)
+            n = self.devices * self._at_once(length)
+            self._prefill(np.zeros((n, length), np.int32), np.zeros((n, 3), np.int32), visible)
             progress(next(done), total)
-        return decode.compiled_programs() - before
+        return compiled_programs() - before
 
 
 def _bucket(n: int) -> int:

@@ -1,10 +1,11 @@
 """Drawing the next token: pure, per row, and independent of every other row.
 
-A row's token depends on its logits and its own (temperature, top_k, seed, stream, count) only, never on its slot, its
-neighbours or how many steps run in one call: the key of draw number `count` is fold_in(fold_in(key(seed), stream),
-count). Random numbers are made apart from their use, for all steps of a call at once: a step's own would take XLA on
-CPU three loops, a twentieth of the time that a small model needs for a token. Nothing is static, so no combination of
-settings recompiles, and a batch pays only for what its rows ask for: an all-greedy batch is one maximum.
+A row's token depends on its logits and its own (temperature, top_k, top_p, seed, sample_index, count) only, never on
+its slot, its neighbours or how many steps run in one call: the key of draw number `count` is
+fold_in(fold_in(key(seed), sample_index), count). Random numbers are made apart from their use, for all steps of a call
+at once: a step's own would take XLA on CPU three loops, a twentieth of the time that a small model needs for a token.
+Nothing is static, so no combination of settings recompiles, and a batch pays only for what its rows ask for: an
+all-greedy batch is one maximum.
 
 Written for XLA on CPU as much as for GPUs. There, `argmax` of 8 x 65,536 logits takes 2.4 ms and `top_k` 89 ms (it
 sorts); a maximum and a search for its index take 0.3 ms, and the k-th largest is found by bisecting its bits, or by a
@@ -31,7 +32,7 @@ def sample(
 
     temperature (B,) float32, 0 = the most likely token; top_k (B,) int32, 0 = no limit, more than V = V: the k largest
     logits are kept (the lower id wins a tie), then divided by the temperature (reference behaviour). top_p (B,)
-    float32, 1 = off: of what is left only the likeliest tokens that together have at least this probability (nucleus
+    float32, 1 = off: of what is left only the most likely tokens that together have at least this probability (nucleus
     sampling, arXiv:1904.09751; equally likely ones stay or go together; the best always stays). random (B, 2): see
     `uniforms`.
     """
@@ -57,15 +58,18 @@ def sample(
     return jax.lax.cond(hot.any(), draw, lambda: greedy)
 
 
-def uniforms(seed: jax.Array, stream: jax.Array, count: jax.Array) -> jax.Array:
-    """Two numbers in [0, 1) for each of (N,) draws, (N, 2) float32. seed (N,) uint32, stream and count (N,) int32:
-    stream tells samples of one request apart, count is the number of tokens the row has generated before."""
+def uniforms(seed: jax.Array, sample_index: jax.Array, count: jax.Array) -> jax.Array:
+    """Two numbers in [0, 1) for each of (N,) draws, (N, 2) float32.
 
-    def two(seed, stream, count):
-        key = jax.random.fold_in(jax.random.key(seed, impl=_PRNG), stream)
+    seed (N,) uint32; sample_index (N,) int32 tells samples of one prompt apart; count (N,) int32 is the number of
+    tokens the row has generated before.
+    """
+
+    def two(seed, sample_index, count):
+        key = jax.random.fold_in(jax.random.key(seed, impl=_PRNG), sample_index)
         return jax.random.uniform(jax.random.fold_in(key, count), (2,))
 
-    return jax.vmap(two)(seed, stream, count)
+    return jax.vmap(two)(seed, sample_index, count)
 
 
 def _fold(logits: jax.Array) -> jax.Array:
@@ -126,13 +130,13 @@ def _bisect(folded: jax.Array, k: jax.Array) -> jax.Array:
     lowest = jnp.full(k.shape, jnp.iinfo(jnp.int32).min)
     threshold = jax.lax.fori_loop(0, 32, halve, lowest)[:, None, None]
     above, tied = keys > threshold, keys == threshold
-    room = k - number(above)
+    places = k - number(above)  # that are left for keys equal to the k-th
 
     def first_tied():
         order = jnp.cumsum(tied.reshape(k.shape[0], -1), axis=-1).reshape(tied.shape)
-        return tied & (order <= room[:, None, None])
+        return tied & (order <= places[:, None, None])
 
-    tied = jax.lax.cond((number(tied) > room).any(), first_tied, lambda: tied)
+    tied = jax.lax.cond((number(tied) > places).any(), first_tied, lambda: tied)
     return jnp.where(above | tied, folded, -jnp.inf)
 
 

@@ -1,8 +1,8 @@
-"""Which request sits in which slot of the engine, and what the free slots still remember. No JAX here.
+"""Which request has which slot of the engine, and what the free slots still remember. No JAX here.
 
-A slot that is set free keeps its keys and values until somebody needs it: a conversation that goes on finds its earlier
-turns there, samples of one prompt and prompts with one beginning share it. What is shared is found by comparing token
-ids, so nobody has to ask for it.
+A slot that is set free keeps its keys and values until another request needs it: the next turn of a conversation finds
+the earlier ones there, samples of one prompt and prompts with a common prefix share it. What is shared is found by
+comparing token ids, so no caller has to ask for it.
 """
 
 from collections.abc import Sequence
@@ -12,25 +12,25 @@ import numpy as np
 
 from nanochat_jax.inference.request import Request
 
-# Fewer tokens are not worth a copy, nor a conversation's slot: they are prefilled in one smallest chunk anyway.
-WORTH_SHARING = 16
+# A shorter prefix is not worth a copy, nor a conversation's slot: it is prefilled in one smallest chunk anyway.
+MIN_SHARED_PREFIX = 16
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where a request goes: `slot`; the first `shared` tokens of its prompt are in the slot `source`, now or soon.
+class SlotAssignment:
+    """Where a request goes: `slot`. The first `shared` tokens of its prompt are in the slot `source`, now or soon.
 
-    source equal to slot: nothing to copy. leader: the request that is still filling the source, to be waited for.
+    source equal to slot: nothing to copy. prefix_donor: the request that is still filling the source, to be waited for.
     """
 
     slot: int
     source: int
     shared: int
-    leader: Request | None = None
+    prefix_donor: Request | None = None
 
 
-class SlotTable:
-    """`slots` slots dealt to `devices` devices, the first part of them to the first device, and so on."""
+class Scheduler:
+    """`slots` slots over `devices` devices, the first part of them on the first device, and so on."""
 
     def __init__(self, slots: int, devices: int = 1):
         self.requests: list[Request | None] = [None] * slots
@@ -44,7 +44,7 @@ class SlotTable:
 
     @property
     def busy(self) -> list[Request]:
-        """The requests that sit in slots, finished ones not yet removed among them."""
+        """The requests that have slots, finished ones not yet released among them."""
         return [r for r in self.requests if r is not None]
 
     def held(self, slot: int) -> int:
@@ -52,7 +52,7 @@ class SlotTable:
         return len(self._held[slot])
 
     def forget(self) -> None:
-        """What free slots hold is worth nothing any more: the parameters changed."""
+        """Drops what free slots hold: the parameters it was computed with have changed."""
         self.release()
         self._held = [_EMPTY] * len(self)
 
@@ -65,38 +65,45 @@ class SlotTable:
                 self._clock += 1
                 self._freed[slot] = self._clock
 
-    def seat(self, request: Request) -> Seat | None:
-        """A free slot for the request, the one that saves most work, taken now; None if there is none."""
+    def assign(self, request: Request) -> SlotAssignment | None:
+        """Gives the request the free slot that saves most work; None if none is free."""
         free = [slot for slot, occupant in enumerate(self.requests) if occupant is None]
         if not free:
             return None
-        seat = self._best(request.prompt, free)
-        self.requests[seat.slot] = request
-        self._held[seat.slot] = _EMPTY
-        return seat
+        assignment = self._best(request.prompt, free)
+        self.requests[assignment.slot] = request
+        self._held[assignment.slot] = _EMPTY
+        return assignment
 
-    def _best(self, prompt: Sequence[int], free: list[int]) -> Seat:
+    def _best(self, prompt: Sequence[int], free: list[int]) -> SlotAssignment:
         wanted = np.array(prompt[:-1], np.int64)  # the last token is fed to the decode loop, not prefilled
         load = [0] * (len(self) // self.per_device)
         for slot, occupant in enumerate(self.requests):
             load[slot // self.per_device] += occupant is not None
-        # emptiest device, then slots that remember nothing, then the one forgotten longest
+
+        # 1. Without anything shared: the emptiest device, then slots that hold nothing, then the one freed longest ago.
         fresh = min(free, key=lambda s: (load[s // self.per_device], self.held(s) > 0, self._freed[s], s))
-        shared = [_common(wanted, held) for held in self._held]
+        best = SlotAssignment(fresh, fresh, 0)
+
+        # 2. A free slot that holds the longest common prefix: used in place, or copied from where more than twice as
+        #    much is held, which is another conversation's.
+        shared = [_common_prefix(wanted, held) for held in self._held]
         in_place = max(free, key=lambda s: (shared[s], -s))
-        best = Seat(in_place, in_place, shared[in_place])
-        if best.shared < WORTH_SHARING:
-            best = Seat(fresh, fresh, 0)
-        elif 2 * best.shared < self.held(in_place):  # another conversation with the same beginning: leave it there
-            target = self._beside(in_place, free)
-            best = Seat(in_place if target is None else target, in_place, best.shared)
-        beginning = list(prompt[:WORTH_SHARING])
+        if shared[in_place] >= MIN_SHARED_PREFIX:
+            slot: int | None = in_place
+            if 2 * shared[in_place] < self.held(in_place):
+                slot = self._beside(in_place, free)
+            best = SlotAssignment(in_place if slot is None else slot, in_place, shared[in_place])
+
+        # 3. A running request whose prompt shares a longer one: copied when it has been prefilled.
+        prefix = list(prompt[:MIN_SHARED_PREFIX])
         for slot, occupant in enumerate(self.requests):
-            if occupant is None or occupant.prompt[:WORTH_SHARING] != beginning:
+            if occupant is None or occupant.prompt[:MIN_SHARED_PREFIX] != prefix:
                 continue
-            common = _common(wanted, np.array(occupant.prompt[:-1], np.int64))
-            if common >= WORTH_SHARING and common > best.shared and (target := self._beside(slot, free)) is not None:
-                best = Seat(target, slot, common, occupant)
+            common = _common_prefix(wanted, np.array(occupant.prompt[:-1], np.int64))
+            if common >= MIN_SHARED_PREFIX and common > best.shared:
+                if (target := self._beside(slot, free)) is not None:
+                    best = SlotAssignment(target, slot, common, occupant)
         return best
 
     def _beside(self, source: int, free: list[int]) -> int | None:
@@ -109,9 +116,10 @@ class SlotTable:
 _EMPTY = np.zeros(0, np.int64)
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common beginning; 0 where it is not `WORTH_SHARING` (found out a hundred times a request)."""
-    if len(b) < WORTH_SHARING or a[:WORTH_SHARING].tobytes() != b[:WORTH_SHARING].tobytes():
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common prefix; 0 where it is below `MIN_SHARED_PREFIX` (called a hundred times a request)."""
+    n = MIN_SHARED_PREFIX
+    if len(b) < n or a[:n].tobytes() != b[:n].tobytes():
         return 0
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from nanochat_jax.evals.bpb import loss_sums_fn
-from nanochat_jax.inference import decode
+from nanochat_jax.inference import model_runner
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import KVSlots
@@ -195,20 +195,20 @@ def lower_evaluation(config: GPTConfig, mesh: Mesh, rows: int, T: int):
     )
 
 
-def lower_sampling(config: GPTConfig, device: Any, slots: int, capacity: int, room: int = 16, ends: int = 2):
-    """The decoder's program for one device: `room` tokens in each of the slots, the whole capacity visible."""
+def lower_sampling(config: GPTConfig, device: Any, slots: int, capacity: int, max_new_steps: int = 16, ends: int = 2):
+    """The decoder's program for one device: `max_new_steps` tokens in each of the slots, the whole capacity visible."""
     here = SingleDeviceSharding(device)
 
     def on_device(tree, dtype=None):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=here), tree)
 
-    shape = config.n_layer, slots, config.n_kv_head, capacity + room, config.head_dim
+    shape = config.n_layer, slots, config.n_kv_head, capacity + max_new_steps, config.head_dim
     storage = jax.eval_shape(lambda: KVSlots.create(*shape, config.dtype))
-    chosen = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    rows = jax.ShapeDtypeStruct((slots, decode.N_COLUMNS + room), jnp.int32)
-    shared = jax.ShapeDtypeStruct((1, decode.N_SHARED + ends), jnp.int32)
-    arguments = (on_device(gpt.abstract(config), config.dtype), *map(on_device, (storage, chosen, rows, shared)))
-    return decode.decode.lower(gpt, config, *arguments, visible=capacity, room=room)
+    row_slots = jax.ShapeDtypeStruct((slots,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((slots, model_runner.N_COLUMNS + max_new_steps), jnp.int32)
+    control = jax.ShapeDtypeStruct((1, model_runner.N_CONTROL + ends), jnp.int32)
+    arguments = (on_device(gpt.abstract(config), config.dtype), *map(on_device, (storage, row_slots, rows, control)))
+    return model_runner.decode.lower(gpt, config, *arguments, visible=capacity, max_new_steps=max_new_steps)
 
 
 def check_all(programs: Sequence[tuple[str, Callable[[], Any], int]], limit: int) -> None:

@@ -1,4 +1,4 @@
-"""The web application: every endpoint behind one guard, and every error in the shape its clients expect."""
+"""The web application: every endpoint behind one guard, and every error in OpenAI's shape."""
 
 import contextlib
 import logging
@@ -9,15 +9,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from nanochat_jax.serve import legacy, openai, page, schemas
+from nanochat_jax.serve import openai, page, schemas
 from nanochat_jax.serve import prometheus as exposition
 from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.security import TOO_LARGE, Guard
-from nanochat_jax.serve.service import Service
+from nanochat_jax.serve.worker import Worker
 
 logger = logging.getLogger(__name__)
-
-_LEGACY = ("/chat/completions",)
 
 # Fields of OpenAI's that this server has only in the sense of "not used".
 _UNSUPPORTED = frozenset(
@@ -27,12 +25,11 @@ _UNSUPPORTED = frozenset(
 )
 
 
-def create_app(service: Service, api_key: str | None = None, allow_origin: str | None = None) -> FastAPI:
-    """The application of one served model. Its lifespan starts and stops the service's worker.
+def create_app(worker: Worker, api_key: str | None = None, allow_origin: str | None = None) -> FastAPI:
+    """The application of one served model. Its lifespan starts and stops the worker.
 
     api_key None: no key is needed, and requests must be addressed to this machine (see `security`).
     """
-    worker = service.worker
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -48,18 +45,49 @@ def create_app(service: Service, api_key: str | None = None, allow_origin: str |
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.worker = worker
     refused: dict[int | str, dict[str, Any]] = {
         status: {"model": schemas.Error, "description": text}
         for status, text in {401: "no or a wrong API key", 403: "another host or web site", 413: "too long"}.items()
     }
     app.include_router(openai.router, responses=refused)
-    app.include_router(legacy.router, responses=refused)
     html, policy = page.load()
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return Response(html, media_type="text/html", headers={"Content-Security-Policy": policy})
+
+    @app.get(
+        "/health",
+        response_model=schemas.Health,
+        responses={503: {"model": schemas.Health, "description": "the decode thread has failed or hangs"}, **refused},
+    )
+    async def health() -> Response:
+        """Whether the server works; answered at once whatever the model is doing."""
+        slots, running, healthy = worker.engine.slots, worker.running, worker.healthy
+        state = {
+            "status": "ok" if healthy else "error",
+            "ready": healthy,
+            "num_gpus": len(worker.devices),
+            "available_workers": slots - running,
+            "model": worker.model.name,
+            "step": worker.model.step,
+            "running": running,
+            "waiting": worker.waiting,
+        }
+        return JSONResponse(state, 200 if healthy else 503)
+
+    @app.get("/stats", response_model=schemas.Stats, responses=refused)
+    async def stats() -> dict:
+        """The slots, which the reference calls workers."""
+        slots, running, devices = worker.engine.slots, worker.running, worker.devices
+        per_device = slots // len(devices)
+        return {
+            "total_workers": slots,
+            "available_workers": slots - running,
+            "busy_workers": running,
+            "workers": [{"gpu_id": i // per_device, "device": devices[i // per_device]} for i in range(slots)],
+        }
 
     @app.get(
         "/metrics",
@@ -76,15 +104,10 @@ def create_app(service: Service, api_key: str | None = None, allow_origin: str |
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        found = error.errors()
-        if request.url.path in _LEGACY:
-            return JSONResponse({"detail": [{"loc": list(e["loc"]), "msg": e["msg"]} for e in found]}, 422)
-        return _explain(found).response()
+        return _explain(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        if request.url.path in _LEGACY and error.status_code != 413:
-            return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
         message = {404: "there is nothing at this address", 405: "this address does not take this method"}
         text = message.get(error.status_code, str(error.detail))
         code = TOO_LARGE if error.status_code == 413 else None

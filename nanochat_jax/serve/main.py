@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.serve.security import is_loopback
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.errors import InputError, UserError
@@ -40,11 +41,11 @@ class ServeSettings:
         "the list of processes does not show, as it does flags",
     )
     allow_origin: str | None = flag(None, "a web site (https://example.org) whose pages may call this server")
-    slots: int = flag(8, "answers written at once; more wait")
+    slots: int = flag(8, "completions generated at once; more wait")
     queue: int = flag(64, "requests that may wait; more are told to come back (429)")
-    temperature: float = flag(0.8, "where a request does not say: 0 = always the likeliest token", short="t")
-    top_k: int = flag(50, "where a request does not say: choose among the k likeliest tokens, 0 = all", short="k")
-    max_tokens: int = flag(512, "where a request does not say: the longest answer", short="m")
+    temperature: float = flag(0.8, "where a request does not say: 0 = always the most likely token", short="t")
+    top_k: int = flag(50, "where a request does not say: sample among the k most likely tokens, 0 = all", short="k")
+    max_tokens: int = flag(512, "where a request does not say: the most tokens to generate", short="m")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
     warm_up: bool = flag(True, "compile everything before the first request")
     log_prompts: bool = flag(False, "write what people ask and are answered to the log")
@@ -52,6 +53,10 @@ class ServeSettings:
     def __post_init__(self):
         for problem in _problems(self):
             raise InputError(problem)
+
+    def sampling(self) -> SamplingParams:
+        """What a request gets where it does not say. Raises ValueError, naming the field."""
+        return SamplingParams(self.max_tokens, self.temperature, self.top_k)
 
 
 def _problems(s: ServeSettings):
@@ -65,12 +70,12 @@ def _problems(s: ServeSettings):
         yield f"--slots must be at least 1, got {s.slots}"
     if s.queue < 0:
         yield f"--queue must be at least 0, got {s.queue}"
-    if not 0 <= s.temperature <= 2:
-        yield f"--temperature must lie between 0 and 2, got {s.temperature:g}"
-    if s.top_k < 0:
-        yield f"--top_k must be at least 0 (0 = all tokens), got {s.top_k}"
-    if s.max_tokens < 1:
-        yield f"--max_tokens must be at least 1, got {s.max_tokens}"
+    if s.temperature > 2:
+        yield f"--temperature must be at most 2, as requests' must be, got {s.temperature:g}"
+    try:
+        s.sampling()
+    except ValueError as error:
+        yield f"--{error}"
     if s.api_key is not None and not _is_key(s.api_key):
         yield "--api_key must be ASCII without spaces"
 
@@ -106,7 +111,6 @@ def _serve(settings: ServeSettings) -> int:
     from nanochat_jax.hardware import devices
     from nanochat_jax.runs.checkpoint import chosen, find_run, load_model
     from nanochat_jax.serve.app import create_app
-    from nanochat_jax.serve.service import Defaults, Service
     from nanochat_jax.serve.watch import Watcher, saved_at
     from nanochat_jax.serve.worker import ServedModel, Worker
     from nanochat_jax.text.chat_format import ASSISTANT_START
@@ -118,9 +122,9 @@ def _serve(settings: ServeSettings) -> int:
     chats = meta["stage"] != "base" and ASSISTANT_START in tokenizer.special_tokens
     model = ServedModel(run.name, meta["stage"], meta["step"], saved_at(run, meta["step"]), chats)
     engine = _engine(settings, config, params, tokenizer)
-    worker = Worker(engine, model, settings.queue, [device.device_kind for device in jax.devices()])
-    defaults = Defaults(settings.temperature, settings.top_k, settings.max_tokens)
-    app = create_app(Service(worker, tokenizer, defaults, settings.log_prompts), key, settings.allow_origin)
+    kinds = [device.device_kind for device in jax.devices()]
+    worker = Worker(engine, model, settings.queue, kinds, settings.sampling(), settings.log_prompts)
+    app = create_app(worker, key, settings.allow_origin)
     watcher = Watcher(worker, run, meta) if settings.watch else None
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

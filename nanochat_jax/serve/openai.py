@@ -3,8 +3,8 @@
 What is ours, beyond OpenAI's documentation:
 
 - Request fields `top_k` (0 = all) and `truncate_history` (chat: drop the oldest exchanges of a conversation that does
-  not fit, instead of a 400). `max_tokens` is the longest answer; one that does not fit the context ends with "length"
-  where the context does. `model` may be left out.
+  not fit, instead of a 400). A completion of `max_tokens` that does not fit the context ends with "length" where the
+  context does. `model` may be left out.
 - Calls of the calculator are part of the text, as ``<12+30=42>``. A stream also tells them apart: a chunk whose delta
   (completions: whose choice) has ``"tool": {"call": "12+30"}`` carries ``<12+30`` as its content, the one with
   ``"tool": {"result": "42"}`` carries ``=42>``; a call that got no result is closed by ``>`` at the head of whatever
@@ -12,7 +12,7 @@ What is ours, beyond OpenAI's documentation:
   An assistant message may be sent back as its text or with such a list as its content.
 - `usage.prompt_tokens_details.cached_tokens`: the part of the prompt that was in the cache. `completion_tokens` counts
   every generated token, the end token and the calculator's included.
-- `system_fingerprint` is ``RUN-step-N``: the checkpoint that answered.
+- `system_fingerprint` is ``RUN-step-N``: the checkpoint that wrote the completion.
 - A stream that the server cannot finish ends with ``data: {"error": ...}`` and ``data: [DONE]``.
 """
 
@@ -24,14 +24,20 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from nanochat_jax.serve import schemas
+from nanochat_jax.inference.request import SamplingParams
+from nanochat_jax.serve import prompts, schemas
 from nanochat_jax.serve.api_errors import ApiError
-from nanochat_jax.serve.service import Answer, ClientGone, EventStream, Service, error_event, event, while_connected
-from nanochat_jax.serve.worker import Job, Sampling, ServedModel
-from nanochat_jax.text.detokenizer import ContextOverflow, MessageError, chat_prompt, fit_history
+from nanochat_jax.serve.streaming import (
+    ClientGone,
+    EventStream,
+    GrowingCompletion,
+    error_event,
+    event,
+    while_connected,
+)
+from nanochat_jax.serve.worker import Generation, ServedModel, Worker
 
 router = APIRouter()
-COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is left out, as OpenAI's
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Error, "description": text}
@@ -45,75 +51,71 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _service(request: Request) -> Service:
-    return request.app.state.service
+def _worker(request: Request) -> Worker:
+    return request.app.state.worker
 
 
 @router.post(
     "/v1/chat/completions",
     response_model=None,
     responses={
-        200: {"model": schemas.ChatCompletion, "description": "the answer", "content": schemas.EVENTS},
+        200: {"model": schemas.ChatCompletion, "description": "the completion", "content": schemas.EVENTS},
         **_ERRORS,
     },
 )
 async def chat_completions(body: schemas.ChatRequest, request: Request) -> Response:
     """The assistant's next message."""
-    service = _service(request)
-    _check_model(body.model, service.model)
-    if not service.model.chats:
+    worker = _worker(request)
+    _check_model(body.model, worker.model)
+    if not worker.model.chats:
         raise ApiError(
             400,
-            f"{service.model.name} is a base model: it continues text and holds no conversation. Use /v1/completions, "
+            f"{worker.model.name} is a base model: it continues text and holds no conversation. Use /v1/completions, "
             "or serve a chat model (scripts.serve --stage=sft)",
             param="model",
             code="model_not_chat",
         )
-    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    sampling = service.sampling(limit, body.temperature, body.top_k, body.top_p, body.seed)
-    prompt = await conversation_prompt(
-        service, [m.model_dump(include={"role", "content"}) for m in body.messages], sampling, body.truncate_history
-    )
-    return await _respond(Chat(service, body), request, [prompt], sampling)
+    params = body.sampling(worker.defaults)
+    prompt = await prompts.of_conversation(worker, body, params.max_tokens or worker.engine.capacity)
+    return await _respond(ChatShape(), worker, body, request, [prompt], params)
 
 
 @router.post(
     "/v1/completions",
     response_model=None,
     responses={
-        200: {"model": schemas.Completion, "description": "the continuation", "content": schemas.EVENTS},
+        200: {"model": schemas.TextCompletion, "description": "the continuation", "content": schemas.EVENTS},
         **_ERRORS,
     },
 )
 async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
     """The continuation of a text."""
-    service = _service(request)
-    _check_model(body.model, service.model)
-    limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    sampling = service.sampling(limit, body.temperature, body.top_k, body.top_p, body.seed)
-    prompts = await _text_prompts(service, body.prompt)
-    if len(prompts) * (body.n or 1) > schemas.MAX_CHOICES:
-        message = f"{len(prompts)} prompts with n={body.n} are more than {schemas.MAX_CHOICES} answers at once"
+    worker = _worker(request)
+    _check_model(body.model, worker.model)
+    params = body.sampling(worker.defaults)
+    given = await prompts.of_texts(worker, body)
+    if len(given) * (body.n or 1) > schemas.MAX_CHOICES:
+        message = f"{len(given)} prompts with n={body.n} are more than {schemas.MAX_CHOICES} completions at once"
         raise ApiError(400, message, param="n")
-    return await _respond(Text(service, body), request, prompts, sampling)
+    return await _respond(TextShape(), worker, body, request, given, params)
 
 
-@router.get("/v1/models", response_model=schemas.Models)
+@router.get("/v1/models", response_model=schemas.ModelList)
 async def models(request: Request) -> dict:
     """The one model that is served."""
-    return {"object": "list", "data": [_describe(_service(request))]}
+    return {"object": "list", "data": [_describe(_worker(request))]}
 
 
-@router.get("/v1/models/{name}", response_model=schemas.Model, responses={404: _ERRORS[404]})
+@router.get("/v1/models/{name}", response_model=schemas.ModelInfo, responses={404: _ERRORS[404]})
 async def model(name: str, request: Request) -> dict:
     """The served model, by its name."""
-    service = _service(request)
-    _check_model(name, service.model)
-    return _describe(service)
+    worker = _worker(request)
+    _check_model(name, worker.model)
+    return _describe(worker)
 
 
-def _describe(service: Service) -> dict:
-    model, defaults = service.model, service.defaults
+def _describe(worker: Worker) -> dict:
+    model, defaults, capacity = worker.model, worker.defaults, worker.engine.capacity
     return {
         "id": model.name,
         "object": "model",
@@ -121,12 +123,12 @@ def _describe(service: Service) -> dict:
         "owned_by": "nanochat_jax",
         "stage": model.stage,
         "step": model.step,
-        "context_length": service.capacity,
+        "context_length": capacity,
         "chat": model.chats,
         "defaults": {
             "temperature": defaults.temperature,
             "top_k": defaults.top_k,
-            "max_tokens": min(defaults.max_tokens, service.capacity),
+            "max_tokens": min(defaults.max_tokens or capacity, capacity),
         },
     }
 
@@ -137,111 +139,34 @@ def _check_model(name: str | None, model: ServedModel) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
-
-
-async def conversation_prompt(
-    service: Service, messages: list[dict], sampling: Sampling, truncate: bool | None = False
-) -> list[int]:
-    """A conversation's ids. truncate: drop its oldest exchanges where it is too long (and keep room for an answer: what
-    was asked for, at most half the context).
-
-    Raises ApiError for a conversation that has no prompt, or none that fits the context.
-    """
-    newest = messages[-1:] if truncate else messages
-    _check_length(service, sum(_characters(m["content"]) for m in newest), "messages")
-    characters = sum(_characters(m["content"]) for m in messages)
-    try:
-        if truncate:
-            reserve = min(sampling.max_tokens, service.capacity // 2)
-            prompt, _ = await service.tokenize(
-                characters, fit_history, messages, service.tokenizer, service.capacity, reserve
-            )
-            return prompt
-        prompt = await service.tokenize(characters, chat_prompt, messages, service.tokenizer)
-        if len(prompt) > service.capacity:
-            raise ContextOverflow(len(prompt), service.capacity)
-        return prompt
-    except MessageError as error:
-        param = "messages" if error.index is None else f"messages.{error.index}"
-        raise ApiError(400, str(error), param=param) from None
-    except ContextOverflow as error:
-        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
-
-
-def _characters(content: str | list[dict]) -> int:
-    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
-
-
-def _check_length(service: Service, characters: int, param: str) -> None:
-    if least := service.overlong(characters):
-        raise ApiError(
-            400,
-            f"this model's context is {service.capacity} tokens, but the {param} have at least {least}; shorten them",
-            param=param,
-            code="context_length_exceeded",
-        )
-    if characters > schemas.MAX_TEXT:
-        raise ApiError(400, f"the {param} have {characters} characters, more than {schemas.MAX_TEXT}", param=param)
-
-
-async def _text_prompts(service: Service, prompt: Any) -> list[list[int]]:
-    given = [""] if prompt is None else [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
-    prompts = []
-    for text in given:
-        if isinstance(text, str):
-            _check_length(service, len(text), "prompt")
-            ids = [service.tokenizer.bos_id, *await service.tokenize(len(text), service.tokenizer.encode_text, text)]
-        else:
-            ids = text
-            if max(ids) >= service.worker.engine.config.vocab_size:
-                size = service.worker.engine.config.vocab_size
-                raise ApiError(
-                    400, f"the prompt holds id {max(ids)}; the vocabulary has 0 to {size - 1}", param="prompt"
-                )
-        if len(ids) > service.capacity:
-            error = ContextOverflow(len(ids), service.capacity)
-            raise ApiError(
-                400, str(error).replace("messages", "prompt"), param="prompt", code="context_length_exceeded"
-            )
-        prompts.append(ids)
-    return prompts
-
-
-def _is_ids(prompt: Any) -> bool:
-    return bool(prompt) and isinstance(prompt[0], int)
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------------------------------
 
 
 class _Shape:
-    """How answers are written down; the two kinds of completion differ in this only."""
+    """How completions are written down; the two kinds of them differ in this only."""
 
     prefix, whole, chunk = "", "", ""
 
-    def __init__(self, service: Service, body: schemas.Sampled):
-        self.service, self.body = service, body
-        self.stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    def __init__(self):
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
 
     def envelope(self, kind: str, model: ServedModel, choices: list[dict], **more) -> dict:
         named = {"model": model.name, "system_fingerprint": model.fingerprint}
         return {**self.head, "object": kind, **named, "choices": choices, **more}
 
-    def choice(self, index: int, answer: Answer) -> dict:
+    def choice(self, index: int, completion: GrowingCompletion) -> dict:
         raise NotImplementedError
 
     def piece(self, index: int, text: str, tool: dict | None, first: bool, finish_reason: str | None) -> dict:
         raise NotImplementedError
 
 
-class Chat(_Shape):
+class ChatShape(_Shape):
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index, answer):
-        message = {"role": "assistant", "content": answer.stream.text, "refusal": None, "parts": answer.parts}
-        return {"index": index, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
+    def choice(self, index, completion):
+        message = {"role": "assistant", "content": completion.text, "refusal": None, "parts": completion.parts}
+        return {"index": index, "message": message, "finish_reason": completion.finish_reason, "logprobs": None}
 
     def piece(self, index, text, tool, first, finish_reason):
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
@@ -252,83 +177,82 @@ class Chat(_Shape):
         return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
 
 
-class Text(_Shape):
+class TextShape(_Shape):
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, index, answer):
-        text = answer.stream.text
-        return {"index": index, "text": text, "finish_reason": answer.finish_reason, "logprobs": None}
+    def choice(self, index, completion):
+        return {"index": index, "text": completion.text, "finish_reason": completion.finish_reason, "logprobs": None}
 
     def piece(self, index, text, tool, first, finish_reason):
         piece = {"index": index, "text": text, "finish_reason": finish_reason, "logprobs": None}
         return {**piece, "tool": tool} if tool is not None else piece
 
 
-async def _respond(shape: _Shape, request: Request, prompts: list[list[int]], sampling: Sampling) -> Response:
-    service = shape.service
-    n = shape.body.n or 1
-    answers = [Answer(service.tokenizer, shape.stop) for _ in range(len(prompts) * n)]
-    job = service.submit(prompts, n, sampling)
-    if shape.body.stream:
-        options = shape.body.stream_options
-        return EventStream(job, _chunks(shape, job, answers, n, bool(options and options.include_usage)))
-    model = service.model
+async def _respond(
+    shape: _Shape,
+    worker: Worker,
+    body: schemas.Sampled,
+    request: Request,
+    prompts: list[list[int]],
+    params: SamplingParams,
+) -> Response:
+    generation = worker.submit(prompts, body.n or 1, params)
+    completions = [GrowingCompletion(worker.tokenizer, params.stop) for _ in generation.requests]
+    model = worker.model
+    if body.stream:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(generation, _chunks(shape, model, generation, completions, with_usage))
 
     async def collect() -> None:
         nonlocal model
-        async for update in job:
+        async for update in generation:
             model = update.model
-            answers[update.index].push(update)
-            if answers[update.index].stream.stopped:
-                job.cancel(update.index)
+            completions[update.index].push(update)
 
     try:
-        await while_connected(request, job, collect())
+        await while_connected(request, generation, collect())
     except ClientGone:
         return Response(status_code=499)
-    finally:
-        service.book(job, answers)
-    choices = [shape.choice(i, answer) for i, answer in enumerate(answers)]
-    return JSONResponse(shape.envelope(shape.whole, model, choices, usage=_usage(job, answers, n)))
+    choices = [shape.choice(i, completion) for i, completion in enumerate(completions)]
+    return JSONResponse(shape.envelope(shape.whole, model, choices, usage=_usage(generation, completions)))
 
 
 async def _chunks(
-    shape: _Shape, job: Job, answers: Sequence[Answer], n: int, include_usage: bool
+    shape: _Shape,
+    model: ServedModel,
+    generation: Generation,
+    completions: Sequence[GrowingCompletion],
+    with_usage: bool,
 ) -> AsyncIterator[bytes]:
-    usage = {"usage": None} if include_usage else {}
+    """The events of a stream, those of one update in one piece."""
+    usage = {"usage": None} if with_usage else {}
     begun: set[int] = set()
-    model = shape.service.model
     try:
-        async for update in job:
-            index, answer, model = update.index, answers[update.index], update.model
-            new: list[tuple[str, dict | None]] = answer.push(update)
-            if answer.stream.stopped:
-                job.cancel(index)
+        async for update in generation:
+            index, completion, model = update.index, completions[update.index], update.model
+            new: list[tuple[str, dict | None]] = completion.push(update)
             choices = []
-            if index not in begun and (new or answer.finish_reason):
+            if index not in begun and (new or completion.finish_reason):
                 choices.append(shape.piece(index, "", None, True, None))
                 begun.add(index)
             choices += [shape.piece(index, text, tool, False, None) for text, tool in new]
-            if answer.finish_reason:
-                choices.append(shape.piece(index, "", None, False, answer.finish_reason))
+            if completion.finish_reason:
+                choices.append(shape.piece(index, "", None, False, completion.finish_reason))
             if choices:
                 envelopes = (shape.envelope(shape.chunk, model, [choice], **usage) for choice in choices)
                 yield b"".join(map(event, envelopes))
-        if include_usage:
-            yield event(shape.envelope(shape.chunk, model, [], usage=_usage(job, answers, n)))
+        if with_usage:
+            yield event(shape.envelope(shape.chunk, model, [], usage=_usage(generation, completions)))
     except ApiError as error:
         yield error_event(error)
-    finally:
-        shape.service.book(job, answers)
     yield b"data: [DONE]\n\n"
 
 
-def _usage(job: Job, answers: Sequence[Answer], n: int) -> dict:
-    prompts = job.requests[::n]  # the n answers to one prompt share it
-    prompt, completion = sum(len(r.prompt) for r in prompts), sum(answer.n_tokens for answer in answers)
+def _usage(generation: Generation, completions: Sequence[GrowingCompletion]) -> dict:
+    prompt, completion = generation.prompt_tokens, sum(completion.n_tokens for completion in completions)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(r.reused for r in prompts)},
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
     }

@@ -1,17 +1,22 @@
-"""The bodies of requests and answers. FastAPI checks the former and describes both in /openapi.json.
+"""The bodies of requests and responses. FastAPI checks the former and describes both in /openapi.json.
 
 Types are strict, as OpenAI's are: "5" and true are no numbers. Options that this server lacks are accepted only with
 the value that means they are not used.
 """
 
+import secrets
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
+from nanochat_jax.inference.request import SamplingParams
+
 MAX_MESSAGES = 500
 MAX_TEXT = 1 << 18  # characters of all messages together
-MAX_CHOICES = 16  # answers of one request
+MAX_CHOICES = 16  # completions of one request
 MAX_TOKENS = 1 << 20
+COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is left out
 
 
 def _number(value: Any) -> Any:
@@ -55,7 +60,7 @@ class Part(Body):
     text: Str
 
 
-class Message(Body):
+class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
     name: Name | None = Field(None, description="ignored")
@@ -88,10 +93,10 @@ class Sampled(Body):
     temperature: Annotated[Float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[Int, Field(ge=0, le=1 << 31)] | None = Field(
-        None, description="extension: choose among the k likeliest tokens, 0 = all"
+        None, description="extension: sample among the k most likely tokens, 0 = all"
     )
     max_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = Field(
-        None, description="the longest answer; also ends where the context does"
+        None, description="the most tokens to generate; a completion also ends where the context does"
     )
     frequency_penalty: Zero = None
     presence_penalty: Zero = None
@@ -99,9 +104,16 @@ class Sampled(Body):
     user: Name | None = Field(None, description="ignored")
     metadata: dict[str, Any] | None = Field(None, description="ignored")
 
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """What the request asks for, `defaults` where it does not say; without a seed, a new one."""
+        fields = {"max_tokens", "temperature", "top_k", "top_p", "seed"}
+        asked = {"seed": secrets.randbits(31), **self.model_dump(include=fields, exclude_none=True)}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return replace(defaults, **asked, stop=stop)
+
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = None
     truncate_history: StrictBool | None = Field(
         None, description="extension: drop the oldest exchanges of a conversation that is longer than the context"
@@ -124,9 +136,14 @@ class ChatRequest(Sampled):
     service_tier: Literal["auto", "default"] | None = None
     store: Off | None = None
     safety_identifier: Name | None = Field(None, description="ignored")
-    prompt_cache_key: Name | None = Field(None, description="ignored: beginnings of prompts are found by themselves")
+    prompt_cache_key: Name | None = Field(None, description="ignored: common prefixes of prompts are found without it")
     prompt_cache_retention: None = None
     prompt_cache_options: None = None
+
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """As every request's; `max_completion_tokens` is the newer name of `max_tokens`."""
+        params = super().sampling(defaults)
+        return params if self.max_completion_tokens is None else replace(params, max_tokens=self.max_completion_tokens)
 
 
 Ids = Annotated[list[Annotated[Int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MAX_TOKENS)]
@@ -145,8 +162,12 @@ class CompletionRequest(Sampled):
     best_of: Annotated[Int, Field(ge=1, le=1)] | None = None
     logprobs: None = None
 
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """As every request's, but short where max_tokens is left out, as OpenAI's."""
+        return super().sampling(replace(defaults, max_tokens=COMPLETION_TOKENS))
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+
+# --- responses --------------------------------------------------------------------------------------------------------
 
 
 class ErrorDetail(BaseModel):
@@ -202,7 +223,7 @@ class TextChoice(BaseModel):
     logprobs: None
 
 
-class Completion(BaseModel):
+class TextCompletion(BaseModel):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -218,7 +239,7 @@ class SamplingDefaults(BaseModel):
     max_tokens: int
 
 
-class Model(BaseModel):
+class ModelInfo(BaseModel):
     """A served model; the last five fields are extensions."""
 
     id: str
@@ -232,9 +253,9 @@ class Model(BaseModel):
     defaults: SamplingDefaults
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     object: Literal["list"]
-    data: list[Model]
+    data: list[ModelInfo]
 
 
 # What a response's `content` says about server-sent events (OpenAPI 3.2).
@@ -248,23 +269,8 @@ EVENTS: dict[str, Any] = {
     }
 }
 
-# --- the reference's /chat/completions --------------------------------------------------------------------------------
 
-
-class LegacyMessage(BaseModel):
-    role: Str
-    content: Str
-
-
-class LegacyRequest(BaseModel):
-    messages: list[LegacyMessage]
-    temperature: Float | None = None
-    max_tokens: Int | None = None
-    top_k: Int | None = None
-
-
-class Detail(BaseModel):
-    detail: Any
+# --- the server's state -----------------------------------------------------------------------------------------------
 
 
 class Health(BaseModel):

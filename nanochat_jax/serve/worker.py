@@ -2,31 +2,35 @@
 
 One decode thread steps the engine while there is anything to do. The event loop never waits for it: submitting and
 cancelling only append to a queue or set a mark, and after every step the thread hands all new tokens to the loop in one
-call. If a step fails, every open job ends with an error, the reason is logged and `healthy` turns false: the thread
-never dies in silence.
+call. If a step fails, every open generation ends with an error, the reason is logged and `healthy` turns false: the
+thread never dies in silence.
 """
 
 import asyncio
 import functools
+import json
 import logging
 import math
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.request import Event, Request
+from nanochat_jax.inference.request import Event, Request, SamplingParams
 from nanochat_jax.serve.api_errors import ApiError, QueueFull, ShuttingDown, WorkerFailed
 from nanochat_jax.serve.prometheus import Metrics
+from nanochat_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Who has just got an answer is likely to ask again. Nobody gets into a call that is running, so the next one is this
-# many times shorter than usual: of 32 streams without a pause between their requests, one in eight slots stood empty.
+# A client whose completion has just ended is likely to ask again. No request gets into a call that is running, so the
+# next one is this many times shorter than usual: of 32 streams without a pause between their requests, one in eight
+# slots stood empty.
 SOON = 8
+DEFAULTS = SamplingParams(max_tokens=512, temperature=0.8, top_k=50)  # the reference's
 STALLED_S = 300.0  # a step that takes longer is a hanging device; without a warm-up steps compile, which takes minutes
 
 
@@ -48,19 +52,8 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a request's tokens are drawn; see `Engine.submit`."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-
-
-@dataclass(frozen=True)
 class Update:
-    """New tokens of one of a job's requests, why it ended (if it did: "end", "length") and which model wrote them."""
+    """New tokens of one of a generation's requests, its finish_reason if it ended, and which model wrote them."""
 
     index: int
     tokens: Sequence[int]
@@ -68,16 +61,28 @@ class Update:
     model: ServedModel
 
 
-class Job:
-    """The requests of one call, and their tokens as they come: ``async for update in job``. Close it when done."""
+class Generation:
+    """The requests of one HTTP call, and their tokens as they come: ``async for update in generation``. Close it when
+    done. n: completions of each prompt, which are next to each other."""
 
-    def __init__(self, worker: "Worker", requests: Sequence[Request]):
-        self.requests = list(requests)
+    def __init__(self, worker: "Worker", requests: Sequence[Request], n: int):
+        self.requests, self.n = list(requests), n
         self.began = time.monotonic()
         self._worker = worker
         self._updates: asyncio.Queue[Update | ApiError] = asyncio.Queue()
         self._open = set(range(len(requests)))
         self._last: list[float | None] = [None] * len(requests)
+        self._closed = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(request.prompt) for request in self.requests[:: self.n])
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of them were in the cache."""
+        return sum(request.reused for request in self.requests[:: self.n])
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         """Ends when every request has; raises ApiError if the worker fails or the server stops."""
@@ -90,15 +95,15 @@ class Job:
                     self._open.discard(update.index)
                 yield update
 
-    def cancel(self, index: int) -> None:
-        """Ends one request (a stop string was met); its slot is free after the decode call that is running."""
-        self._open.discard(index)
-        self._worker.release(self.requests[index])
-
     def close(self) -> None:
-        """Ends whatever still runs. Call it however the job ended."""
-        for index in list(self._open):
-            self.cancel(index)
+        """Ends whatever still runs, and counts the call. Call it however the generation ended."""
+        if self._closed:
+            return
+        self._closed = True
+        for index in self._open:
+            self._worker.release(self.requests[index])
+        self._open.clear()
+        self._worker.book(self)
 
     def end(self, error: ApiError) -> None:
         """Ends the iteration with an error."""
@@ -112,18 +117,31 @@ class Job:
 
 
 class Worker:
-    """Owns an engine (already warmed up).
+    """Owns an engine (already warmed up; it must have a tokenizer).
 
     queue: how many requests may wait beyond those that have a slot. devices: what the engine runs on, for /stats.
-    Everything but `replace` is to be called on the event loop that `start` was called on.
+    defaults: sampling where a request does not say. log_prompts: write prompts and completions to the log, which
+    nothing else does. Everything but `replace` is to be called on the event loop that `start` was called on.
     """
 
-    def __init__(self, engine: Engine, model: ServedModel, queue: int, devices: Sequence[str] = ("cpu",)):
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        queue: int,
+        devices: Sequence[str] = ("cpu",),
+        defaults: SamplingParams = DEFAULTS,
+        log_prompts: bool = False,
+    ):
+        assert engine.tokenizer is not None
         self.engine, self.model, self.queue, self.devices = engine, model, queue, list(devices)
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self.longest_token = max(len(token) for token in self.tokenizer.ranks)
+        self.defaults, self._log_prompts = defaults, log_prompts
         self.metrics = Metrics()
         self.metrics.watch(self)
         self.failure: BaseException | None = None
-        self._jobs: dict[Request, tuple[Job, int]] = {}
+        self._running: dict[Request, tuple[Generation, int]] = {}
         self._seconds = 1.0  # how long a request takes, smoothed
         self._wake, self._stopping, self._draining = threading.Event(), False, False
         self._pending: tuple[Any, ServedModel] | None = None
@@ -166,15 +184,15 @@ class Worker:
         self._draining = True
 
     def end_all(self, error: ApiError) -> None:
-        """Ends every open job with an error."""
-        for job in {id(job): job for job, _ in self._jobs.values()}.values():
-            job.end(error)
+        """Ends every open generation with an error."""
+        for generation in {id(generation): generation for generation, _ in self._running.values()}.values():
+            generation.end(error)
 
     def stop(self) -> None:
         """Ends everything and the thread; waits for the step that is running, but not for ever."""
         self.drain()
         self.end_all(ShuttingDown())
-        for request in list(self._jobs):
+        for request in list(self._running):
             self.release(request)
         self._stopping = True
         self._wake.set()
@@ -182,8 +200,8 @@ class Worker:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def submit(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Job:
-        """Queues n answers to each prompt, the answers to one prompt next to each other. max_tokens is cut to what
+    def submit(self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams) -> Generation:
+        """Queues n completions of each prompt, those of one prompt next to each other. max_tokens is lowered to what
         fits the slot.
 
         Raises QueueFull, WorkerFailed or ShuttingDown; ValueError as `Engine.submit` (a prompt longer than a slot).
@@ -193,47 +211,48 @@ class Worker:
         if self.failure is not None:
             raise WorkerFailed()
         count = len(prompts) * n
-        if len(self._jobs) + count > self.engine.slots + self.queue:
+        if len(self._running) + count > self.engine.slots + self.queue:
             self.metrics.refused()
             raise QueueFull(self._retry_after(count))
         requests: list[Request] = []
         try:
             for prompt in prompts:
-                room = max(1, self.engine.capacity - len(prompt) + 1)
-                for stream in range(n):
-                    requests.append(
-                        self.engine.submit(
-                            prompt,
-                            min(sampling.max_tokens, room),
-                            sampling.temperature,
-                            sampling.top_k,
-                            sampling.seed,
-                            top_p=sampling.top_p,
-                            stream=stream,
-                        )
-                    )
+                longest = max(1, self.engine.capacity - len(prompt) + 1)
+                own = replace(params, max_tokens=min(params.max_tokens or longest, longest))
+                requests += [self.engine.submit(prompt, replace(own, sample_index=i)) for i in range(n)]
         except ValueError:
             for request in requests:
                 self.engine.cancel(request)
             raise
-        job = Job(self, requests)
+        generation = Generation(self, requests, n)
         for index, request in enumerate(requests):
-            self._jobs[request] = job, index
+            self._running[request] = generation, index
         self._wake.set()
-        return job
+        if self._log_prompts:
+            for prompt in prompts:
+                logger.info("prompt: %s", json.dumps(self.tokenizer.decode(prompt), ensure_ascii=False))
+        return generation
+
+    def book(self, generation: Generation) -> None:
+        """Counts, and logs if asked to, a generation that is over."""
+        self.metrics.prompt(generation.prompt_tokens, generation.cached_tokens)
+        if self._log_prompts:
+            for request in generation.requests:
+                text = json.dumps(request.completion(self.tokenizer).text, ensure_ascii=False)
+                logger.info("completion (%s): %s", request.finished, text)
 
     def release(self, request: Request) -> None:
-        """Cancels a request that nobody waits for any longer."""
-        self._jobs.pop(request, None)
+        """Cancels a request that no client waits for any longer."""
+        self._running.pop(request, None)
         self.engine.cancel(request)
-        self._wake.set()  # one step more lets go of what its slot refers to
+        self._wake.set()  # one more step lets go of what its slot refers to
 
     def _retry_after(self, count: int) -> int:
-        turns = (len(self._jobs) + count - self.engine.slots - self.queue) / self.engine.slots
+        turns = (len(self._running) + count - self.engine.slots - self.queue) / self.engine.slots
         return max(1, min(60, math.ceil(turns * self._seconds)))
 
     def replace(self, params: Any, model: ServedModel) -> None:
-        """New parameters, from any thread: in use as soon as no slot is busy; what waits is answered by them."""
+        """New parameters, from any thread: in use as soon as no slot is busy; waiting requests get them."""
         self._pending = params, model
         self.engine.replace_params(params)
         self._wake.set()
@@ -243,19 +262,24 @@ class Worker:
     def _run(self) -> None:
         try:
             while not self._stopping:
+                # 1. Sleep until a request comes, one is cancelled, or parameters are replaced.
                 self._wake.wait()
                 self._wake.clear()
                 going, events, soon = True, [], False
                 while going and not self._stopping:
-                    going = self.engine.live > 0 or self._pending is not None  # if not: once more, to free the slots
+                    # 2. Is anything to be done? If not, one more step still frees the slots.
+                    going = self.engine.live > 0 or self._pending is not None
                     self._beat = time.monotonic()
-                    # while the device computes the next tokens, the loop writes the last ones down
+                    # 3. A shorter call where a request has just ended and the next is likely to come at once.
                     soon = not soon and any(e.finished for e in events) and self.engine.live < self.engine.slots
                     steps = max(1, self.engine.steps_per_call // SOON) if soon else None
+                    # 4. Step the engine; while the device works, the event loop gets the last step's tokens.
                     events = self.engine.step(functools.partial(self._hand_on, events, self.model), steps)
+                    # 5. Have the new parameters taken over?
                     if self._pending is not None and self.engine.params is self._pending[0]:
                         self.model, self._pending = self._pending[1], None
                         logger.info("now serving %s", self.model.fingerprint)
+                # 6. The last step's tokens.
                 self._hand_on(events, self.model)
         except BaseException as error:
             logger.critical("the decode thread failed; the server can answer no more requests", exc_info=error)
@@ -272,17 +296,17 @@ class Worker:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _deliver(self, events, model: ServedModel) -> None:
-        for event in sorted(events, key=lambda event: event.finished is None):  # who is done may want to go on
-            entry = self._jobs.get(event.request)
+        for event in sorted(events, key=lambda event: event.finished is None):  # clients that are done may ask again
+            entry = self._running.get(event.request)
             if entry is None:
                 continue
-            job, index = entry
-            job.receive(index, Update(index, event.tokens, event.finished, model), self.metrics)
+            generation, index = entry
+            generation.receive(index, Update(index, event.tokens, event.finished, model), self.metrics)
             if event.finished:
-                del self._jobs[event.request]
-                self._seconds += 0.1 * (time.monotonic() - job.began - self._seconds)
+                del self._running[event.request]
+                self._seconds += 0.1 * (time.monotonic() - generation.began - self._seconds)
 
     def _failed(self) -> None:
         self.end_all(WorkerFailed())
-        for request in list(self._jobs):
+        for request in list(self._running):
             self.release(request)

@@ -11,6 +11,7 @@ import numpy as np
 from nanochat_jax.evals.chat_eval import evaluate_generative, longest_prompt
 from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model.loss import token_statistics
 from nanochat_jax.parallel import sharding
 from nanochat_jax.planner.plan import PlanError
@@ -189,10 +190,7 @@ class _Sampler:
             self.task,
             [(first + i) % len(self.task) for i in range(s.examples_per_step)],
             num_samples=s.num_samples,
-            max_new_tokens=s.max_new_tokens,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            seed=s.seed + step,
+            params=SamplingParams(s.max_new_tokens, s.temperature, s.top_k, seed=s.seed + step),
         )
         rewards = np.array([[a.reward for a in group] for group in groups], np.float32)
         answers = [a for group in groups for a in group]

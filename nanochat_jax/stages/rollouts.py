@@ -6,13 +6,13 @@ sum(weight * nll), with weight = advantage. Also the optional extras are weights
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.request import Request, question_seed
+from nanochat_jax.inference.request import Completion, SamplingParams, question_seed
 
 
 @dataclass(frozen=True)
@@ -33,55 +33,35 @@ class Answer:
 
 
 def collect(
-    engine: Engine,
-    tokenizer: Any,
-    task: Any,
-    questions: Sequence[int],
-    *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    seed: int,
+    engine: Engine, tokenizer: Any, task: Any, questions: Sequence[int], *, num_samples: int, params: SamplingParams
 ) -> list[list[Answer]]:
-    """num_samples answers to each question of a task with `reward(conversation, completion)`, all through the engine.
+    """num_samples answers to each question of a task with `reward(conversation, completion)`, all through the engine,
+    which must have been built with logprobs.
 
-    The answers depend on the parameters, the questions and the seed only.
+    The answers depend on the model's parameters, the questions and `params` only (whose seed is the step's).
     """
+    # 1. Ask every question num_samples times: its own seed, and a sample_index for each answer.
     conversations = [task[i] for i in questions]
-    rows: list[list[Request]] = []
+    prompts, each = [], []
     for index, conversation in zip(questions, conversations, strict=True):
-        prompt, group = tokenizer.render_for_completion(conversation), []
-        for stream in range(num_samples):
-            group.append(
-                engine.submit(
-                    prompt,
-                    max_new_tokens,
-                    temperature,
-                    top_k,
-                    question_seed(seed, index),
-                    stream=stream,
-                )
-            )
-        rows.append(group)
-    try:
-        while engine.live:
-            engine.step()
-    finally:
-        for group in rows:
-            for request in group:
-                engine.cancel(request)
-    out = []
-    for index, conversation, group in zip(questions, conversations, rows, strict=True):
-        out.append([_answer(index, conversation, request, tokenizer, task) for request in group])
-    return out
+        prompts += [tokenizer.render_for_completion(conversation)] * num_samples
+        own = replace(params, seed=question_seed(params.seed, index), logprobs=True)
+        each += [replace(own, sample_index=sample) for sample in range(num_samples)]
+
+    # 2. Sample all answers together; the slots stay full until the last of them.
+    completions = engine.generate(prompts, each)
+
+    # 3. Reward each answer, and group them by question again.
+    groups = []
+    for n, (index, conversation) in enumerate(zip(questions, conversations, strict=True)):
+        own = completions[n * num_samples : (n + 1) * num_samples]
+        groups.append([_rewarded(index, conversation, completion, task) for completion in own])
+    return groups
 
 
-def _answer(index: int, conversation: dict, request: Request, tokenizer: Any, task: Any) -> Answer:
-    ended = request.finished == "end"
-    text = tokenizer.decode(request.tokens[:-1] if ended else request.tokens)
-    reward = float(task.reward(conversation, text))
-    return Answer(index, request.prompt, request.tokens, request.masks, request.logprobs, ended, text, reward)
+def _rewarded(index: int, conversation: dict, completion: Completion, task: Any) -> Answer:
+    c, reward = completion, float(task.reward(conversation, completion.text))
+    return Answer(index, c.prompt, c.tokens, c.masks, c.logprobs, c.finish_reason == "end", c.text, reward)
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -92,8 +72,8 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Packed:
-    """Answers as rows of T tokens: inputs, targets (rows, T) int32 with -1 where nothing is learnt (prompt, forced
-    tokens, padding), and the engine's log-probabilities of the targets (0 where ignored)."""
+    """Answers as rows of T tokens: inputs, targets (rows, T) int32 with -1 where nothing is trained on (prompt,
+    forced tokens, padding), and the engine's log-probabilities of the targets (0 where ignored)."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -105,8 +85,8 @@ class Packed:
 
 
 def pack(answers: Sequence[Answer], T: int, pad: int, train_stop_token: bool = True) -> Packed:
-    """Rows of one answer each. The reference never trains the end token, so that stopping is not learnt; we do, unless
-    `train_stop_token` is off. Raises ValueError where prompt and answer exceed T + 1 tokens."""
+    """Rows of one answer each. The reference never trains on the end token, so the model does not learn to stop; we do,
+    unless `train_stop_token` is off. Raises ValueError where prompt and answer exceed T + 1 tokens."""
     inputs = np.full((len(answers), T), pad, np.int32)
     targets = np.full((len(answers), T), -1, np.int32)
     logprobs = np.zeros((len(answers), T), np.float32)
@@ -133,7 +113,7 @@ def weights(
     clip: float = 0.0,
     kl: float = 0.0,
 ) -> np.ndarray:
-    """The loss weights (rows, T) float32: advantage / number of learnt tokens of the whole batch, 0 where ignored.
+    """The loss weights (rows, T) float32: advantage / number of tokens trained on in the whole batch, 0 where ignored.
 
     advantage (rows,). Token-level normalisation over the step (the reference divides by the tokens of each pass of 8
     rows, then averages passes). now, reference (rows, T): log-probabilities of the policy before the update and of the
@@ -141,14 +121,18 @@ def weights(
     min(r A, clip(r, 1 - clip, 1 + clip) A); its gradient is r A grad log p where the ratio is not clipped, else 0. kl >
     0: subtracts kl * (now - reference) from every token's advantage.
     """
+    # 1. Every token of an answer has the answer's advantage.
     mask = packed.mask
     per_token = np.broadcast_to(np.asarray(advantage, np.float32)[:, None], mask.shape)
+    # 2. Less a penalty for moving away from the model it started from.
     if kl:
         assert now is not None and reference is not None, "kl needs both log-probabilities"
         per_token = per_token - np.float32(kl) * (now - reference)
+    # 3. Times the importance ratio of trainer and sampler, 0 where it is clipped.
     if clip:
         assert now is not None, "clip needs the trainer's log-probabilities"
         ratio = np.exp(now - packed.logprobs)
         inactive = np.where(per_token > 0, ratio > 1 + clip, ratio < 1 - clip)
         per_token = np.where(inactive, 0.0, ratio * per_token)
+    # 4. The mean over the tokens that are trained on.
     return (per_token * mask / max(1.0, float(mask.sum()))).astype(np.float32)

@@ -17,9 +17,9 @@ from nanochat_jax.utils import errors, flags
 TRY_CHAT = """\
 Try:  Who are you?   What is 12 + 30?   How many r are in carrot?   What does a cow eat?
       (<12+30=42> in an answer: the model asked the calculator, which said 42)
-Then: /regen for another answer, /temperature 0 for the likeliest one, Ctrl-C to stop a long one."""
+Then: /regen for another answer, /temperature 0 for the most likely one, Ctrl-C to stop a long one."""
 TRY_BASE = """\
-This is a base model: it continues whatever text you begin and has not learnt to answer questions.
+This is a base model: it continues whatever text you begin and was not trained to answer questions.
 Try:  The sky is   |   Once upon a time   |   /temperature 1 for surprises, /regen for another ending."""
 
 

@@ -16,9 +16,13 @@ class Regenerate(Exception):
 
 # what is typed -> (the setting, its kind, what it means)
 _SETTINGS: dict[str, tuple[str, type, str]] = {
-    "temperature": ("temperature", float, "how adventurous: 0 = always the likeliest token, 1 = as the model believes"),
-    "topk": ("top_k", int, "choose among the N likeliest tokens, 0 = all"),
-    "topp": ("top_p", float, "choose among the likeliest tokens that together have this probability, 1 = all"),
+    "temperature": (
+        "temperature",
+        float,
+        "how adventurous: 0 = always the most likely token, 1 = the model as it is",
+    ),
+    "topk": ("top_k", int, "sample among the N most likely tokens, 0 = all"),
+    "topp": ("top_p", float, "sample among the most likely tokens that together have this probability, 1 = all"),
     "maxtokens": ("max_tokens", int, "the longest answer, in tokens"),
     "seed": ("seed", int, "another number, another answer"),
 }
@@ -121,8 +125,8 @@ _COMMANDS: dict[str, tuple[Callable[[Chat, str], str], str, str]] = {
     "regen": (_regenerate, "", "another answer to the last question"),
     "undo": (_undo, "", "forget the last question and its answer"),
     "clear": (_clear, "", "forget the conversation (also: clear)"),
-    "save": (_save, "NAME", "keep the conversation"),
-    "load": (_load, "NAME", "take up a kept one; without a name: list them"),
+    "save": (_save, "NAME", "save the conversation"),
+    "load": (_load, "NAME", "resume a saved one; without a name: list them"),
     "info": (_info, "", "how much of the context is used, how fast the last answer came"),
     "help": (_help, "", "this list"),
     "quit": (_quit, "", "leave (also: quit, exit, Ctrl-D)"),

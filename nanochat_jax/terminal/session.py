@@ -4,11 +4,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.detokenizer import AnswerStream, ContextOverflow, MessageError, Piece, as_text, chat_prompt
 from nanochat_jax.utils import paths
@@ -25,32 +26,23 @@ class ChatSettings:
     model_tag: str | None = flag(None, "another name for --run", short="g")
     stage: str | None = flag(None, "the newest run of this stage (base, ...)", short="i")
     step: int | None = flag(None, "a checkpoint's step; default: the run's newest", short="s")
-    temperature: float = flag(0.6, "0 = always the likeliest token", short="t")
-    top_k: int = flag(50, "choose among the k likeliest tokens, 0 = all", short="k")
-    top_p: float = flag(1.0, "choose among the likeliest tokens that together have this probability, 1 = all")
+    temperature: float = flag(0.6, "0 = always the most likely token", short="t")
+    top_k: int = flag(50, "sample among the k most likely tokens, 0 = all", short="k")
+    top_p: float = flag(1.0, "sample among the most likely tokens that together have this probability, 1 = all")
     max_tokens: int = flag(256, "the longest answer, in tokens")
     seed: int = flag(42, "the same seed and conversation give the same answer")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
 
     def __post_init__(self):
-        for problem in problems(self):
-            raise InputError(problem)
+        self.sampling()
+        if self.prompt is not None and not self.prompt.strip():
+            raise InputError('the prompt is empty: -p "some text", or -p - to read it from standard input')
         if self.run and self.model_tag and self.run != self.model_tag:
             raise InputError(f"--run={self.run} and --model_tag={self.model_tag} are two names for one thing: give one")
 
-
-def problems(settings: ChatSettings) -> Iterator[str]:
-    """What is wrong with the settings, a sentence each."""
-    if not 0 <= settings.temperature < float("inf"):
-        yield f"temperature must be a number of at least 0, got {settings.temperature:g}"
-    if settings.top_k < 0:
-        yield f"top_k must be at least 0 (0 = all tokens), got {settings.top_k}"
-    if not 0 < settings.top_p <= 1:
-        yield f"top_p must be above 0 and at most 1 (1 = all tokens), got {settings.top_p:g}"
-    if settings.max_tokens < 1:
-        yield f"max_tokens must be at least 1, got {settings.max_tokens}"
-    if settings.prompt is not None and not settings.prompt.strip():
-        yield 'the prompt is empty: -p "some text", or -p - to read it from standard input'
+    def sampling(self) -> SamplingParams:
+        """How answers are sampled. Raises ValueError, naming the field."""
+        return SamplingParams(self.max_tokens, self.temperature, self.top_k, self.top_p, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -119,10 +111,9 @@ class Chat:
     def _run(self, question: str, show: Callable[[Sequence[Piece]], object]) -> Outcome:
         began, s = time.monotonic(), self.settings
         prompt, opening, dropped = self._prompt(question)
-        room = self.engine.capacity - len(prompt) + 1
-        request = self.engine.submit(
-            prompt, min(s.max_tokens, room), s.temperature, s.top_k, s.seed + self._again, top_p=s.top_p
-        )
+        longest = self.engine.capacity - len(prompt) + 1
+        params = replace(s.sampling(), max_tokens=min(s.max_tokens, longest), seed=s.seed + self._again)
+        request = self.engine.submit(prompt, params)
         stream = AnswerStream(self.tokenizer)
         try:
             while request.finished is None:

@@ -15,6 +15,7 @@ from nanochat_jax.convert import InterchangeError, import_run, pt_files, referen
 from nanochat_jax.convert.import_run import ImportSettings, import_checkpoint
 from nanochat_jax.convert.params_reference import params_to_reference
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.runs import checkpoint
@@ -94,9 +95,9 @@ def test_everything_works_on_it(theirs):
     config, params, tokenizer, _ = checkpoint.load_model(stage="mid")
     jax.tree.map(np.testing.assert_array_equal, parent.params(), params)
     engine = Engine(config, params, tokenizer, slots=1)
-    results, _ = engine.generate_batch([tokenizer.bos_id], max_tokens=4, temperature=0.0)
+    (completion,) = engine.generate([[tokenizer.bos_id]], SamplingParams(4, temperature=0.0))
     logits = forward(config, params, jnp.asarray([[tokenizer.bos_id]]))
-    assert len(results[0]) == 1 or results[0][1] == int(logits[0, 0].argmax())
+    assert completion.tokens[0] == int(logits[0, 0].argmax())
 
 
 def test_a_transformers_folder_gives_its_logits(hf, golden, capsys):

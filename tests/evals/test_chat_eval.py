@@ -1,12 +1,12 @@
 """Chat evaluations: the reference's letters and completions, full slots, endings, judges, and what is refused."""
 
 import dataclasses
+import itertools
 import re
 import threading
 import time
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,8 +14,10 @@ from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.evals import chat_eval
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
 from tasks.sandbox import SandboxUnavailable
+from tests.fakes import FakeModel, chain_params
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
 CASES = golden("chateval_v1")
@@ -163,12 +165,11 @@ def test_problem_counts():
 
 
 def generate_one_by_one(engine, conversations, max_new_tokens):
-    """Slow: one problem after the other through generate_batch."""
+    """Slow: one problem after the other."""
     tokenizer, texts = golden_tokenizer(), []
     for conversation in conversations:
         prompt = tokenizer.render_for_completion(conversation)
-        (row,), _ = engine.generate_batch(prompt, max_tokens=max_new_tokens, temperature=0.0)
-        texts.append(tokenizer.decode(row[len(prompt) :]))
+        texts.append(engine.generate([prompt], SamplingParams(max_new_tokens, temperature=0.0))[0].text)
     return texts
 
 
@@ -192,36 +193,14 @@ def test_all_at_once_equals_one_by_one(engine):
     assert engine.live == 0
 
 
-class Scripted:
-    """A model whose next token depends on the last one only: params["next"][token]."""
-
-    @staticmethod
-    def forward_cached(config, params, ids, cache):
-        return jax.nn.one_hot(params["next"][ids], config.vocab_size), cache
-
-    @staticmethod
-    def unembed(config, params, hidden):
-        return hidden * 9.0
-
-
 @pytest.fixture(scope="module")
 def chained(tiny):
     """Makes engines whose model follows a chain of tokens, then writes full stops for ever."""
     config = dataclasses.replace(tiny[0], n_layer=1, compute_dtype="float32")
 
-    def make(*chain):
-        table = np.full(config.vocab_size, ord("."), np.int32)
-        for a, b in zip(chain, chain[1:], strict=False):
-            table[a] = b
-        return Engine(
-            config,
-            {"next": np.asarray(table)},  # pyright: ignore[reportArgumentType]
-            golden_tokenizer(),
-            slots=4,
-            capacity=64,
-            steps_per_call=4,
-            model=Scripted,
-        )
+    def make(*chain, also=()):
+        params = chain_params(dict([*itertools.pairwise(chain), *also]), otherwise=ord("."))
+        return Engine(config, params, golden_tokenizer(), slots=4, capacity=64, steps_per_call=4, model=FakeModel)
 
     return make
 
@@ -230,10 +209,7 @@ def test_tool_calls_are_part_of_the_completion_and_the_end_is_not(chained):
     special = golden_tokenizer().encode_special
     names = ["<|assistant_start|>", "<|python_start|>", "<|python_end|>", "<|output_end|>", "<|assistant_end|>"]
     start, python, python_end, output_end, end = map(special, names)
-    engine = chained(start, python, *b"7+6", python_end)
-    table = np.array(engine.params["next"])
-    table[output_end] = end
-    engine.params = {"next": table}
+    engine = chained(start, python, *b"7+6", python_end, also=[(output_end, end)])
     seen = []
 
     def judge(conversation, completion):

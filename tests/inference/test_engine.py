@@ -4,18 +4,20 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.hardware import cpu_kernels
-from nanochat_jax.inference.decode import compiled_programs
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.model_runner import compiled_programs
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
+from tests.fakes import FakeModel, fake_params
 from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
 
 CASES = golden("engine_v1")
+ENDS = {golden_tokenizer().bos_id, golden_tokenizer().encode_special("<|assistant_end|>")}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,33 @@ def idle(request):
         assert request.getfixturevalue("engine").live == 0, "a test left requests behind"
 
 
-def columns(stream):
-    return [list(x) for x in zip(*stream, strict=True)] or [[], []]
+def samples(engine, prompt, n, *settings, **more):
+    """Completions of one prompt, which differ in their sample_index."""
+    params = SamplingParams(*settings, **more)
+    return engine.generate([prompt] * n, [dataclasses.replace(params, sample_index=i) for i in range(n)])
+
+
+def tokens_of(completions):
+    return [completion.tokens for completion in completions]
+
+
+def reference_columns(engine, prompt, n, max_tokens):
+    """(token_columns, token_masks), greedily, as the reference's `generate` yields them: all rows go on until each has
+    produced an end token."""
+    rows = samples(engine, prompt, n, max_tokens, temperature=0.0, ignore_eos=True)
+    length = max(next((i + 1 for i, token in enumerate(r.tokens) if token in ENDS), max_tokens) for r in rows)
+    return tuple([list(c) for c in zip(*kind, strict=True)][:length] for kind in
+                 ([r.tokens for r in rows], [r.masks for r in rows]))  # fmt: skip
+
+
+def reference_batch(engine, prompt, n, max_tokens):
+    """(results, masks) as the reference's `generate_batch` returns them: with the prompt, without the end token."""
+    rows = samples(engine, prompt, n, max_tokens, temperature=0.0)
+    lengths = [len(r.tokens) - (r.finish_reason == "end") for r in rows]
+    return (
+        [prompt + r.tokens[:length] for r, length in zip(rows, lengths, strict=True)],
+        [[0] * len(prompt) + r.masks[:length] for r, length in zip(rows, lengths, strict=True)],
+    )
 
 
 full_forward = jax.jit(gpt.forward, static_argnums=0)
@@ -67,57 +94,41 @@ def drain(engine, requests):
 @pytest.mark.parametrize("case", CASES["greedy"], ids=lambda c: f"{c['num_samples']}x{c['max_tokens']}")
 def test_golden_greedy_streams(engine, case):
     prompt, n, limit = case["prompt_tokens"], case["num_samples"], case["max_tokens"]
-    tokens, masks = columns(engine.generate(prompt, num_samples=n, max_tokens=limit, temperature=case["temperature"]))
-    assert tokens == case["token_columns"] and masks == case["token_masks"]
-    results, result_masks = engine.generate_batch(prompt, num_samples=n, max_tokens=limit, temperature=0.0)
+    tokens, masks = reference_columns(engine, prompt, n, limit)
+    assert case["temperature"] == 0 and tokens == case["token_columns"] and masks == case["token_masks"]
+    results, result_masks = reference_batch(engine, prompt, n, limit)
     assert results == case["generate_batch_results"] and result_masks == case["generate_batch_masks"]
     assert [c[0] for c in tokens] == case["naive_generate_tokens"][: len(tokens)]
 
 
-class ScriptedModel:
-    """A model whose most likely token is the golden script's: row r of the batch follows script r.
+def script_of(case):
+    """The golden script as a `FakeModel`'s parameters: row r of the batch follows script r.
 
-    The script is its parameters, so one compiled program serves all cases.
+    The reference's prefill has one row, so its first column comes from script 0 for every row; here every row samples
+    its own first token, so the scripts are given with that token already shared.
     """
-
-    @staticmethod
-    def params(case):
-        # The reference's prefill has one row, so its first column comes from script 0 for every row; here every row
-        # samples its own first token, so the scripts are given with that token already shared.
-        table = np.full((4, 200), case["filler_token"], np.int32)
-        for row, script in enumerate(case["script_tokens"]):
-            table[row, : len(script)] = [case["script_tokens"][0][0], *script[1:]]
-        return {"table": jnp.asarray(table), "first": jnp.asarray(len(case["prompt_tokens"]) - 1)}
-
-    @staticmethod
-    def forward_cached(config, params, ids, cache):
-        rows, T = ids.shape
-        if T > 1:  # a prefill chunk: nothing is sampled from it
-            return jnp.zeros((rows, T, config.vocab_size)), cache
-        wanted = params["table"][jnp.arange(rows), cache.position - params["first"]]
-        return jax.nn.one_hot(wanted, config.vocab_size)[:, None], cache
-
-    @staticmethod
-    def unembed(config, params, hidden):
-        return hidden * 9.0
+    table = np.full((4, 200), case["filler_token"], np.int32)
+    for row, script in enumerate(case["script_tokens"]):
+        table[row, : len(script)] = [case["script_tokens"][0][0], *script[1:]]
+    return fake_params(script=table, first=len(case["prompt_tokens"]) - 1)
 
 
 @pytest.mark.parametrize("steps", [1, 16])
 @pytest.mark.parametrize("case", CASES["scripted"], ids=lambda c: c["name"])
 def test_golden_tool_machine(tiny, case, steps):
     config, tokenizer = dataclasses.replace(tiny[0], n_layer=1, compute_dtype="float32"), golden_tokenizer()
-    params = ScriptedModel.params(case)
+    params = script_of(case)
 
     def scripted():
         """Scripts go by row, so row, slot and request must be one: a new engine, all of whose slots are decoded."""
-        made = Engine(config, params, tokenizer, slots=4, capacity=128, steps_per_call=steps, model=ScriptedModel)
-        made._programs.batch_sizes = lambda: [4]
+        made = Engine(config, params, tokenizer, slots=4, capacity=128, steps_per_call=steps, model=FakeModel)
+        made._runner.batch_sizes = lambda: [4]
         return made
 
     prompt, n, limit = case["prompt_tokens"], case["num_samples"], case["max_tokens"]
-    tokens, masks = columns(scripted().generate(prompt, num_samples=n, max_tokens=limit, temperature=0.0))
+    tokens, masks = reference_columns(scripted(), prompt, n, limit)
     assert tokens == case["token_columns"] and masks == case["token_masks"]
-    results, result_masks = scripted().generate_batch(prompt, num_samples=n, max_tokens=limit, temperature=0.0)
+    results, result_masks = reference_batch(scripted(), prompt, n, limit)
     assert results == case["generate_batch_results"] and result_masks == case["generate_batch_masks"]
     assert [tokenizer.decode(r[len(prompt) :]) for r in results] == case["decoded"]
 
@@ -128,7 +139,7 @@ def test_golden_tool_machine(tiny, case, steps):
 def test_greedy_equals_argmax_of_the_full_forward(tiny, engine):
     config, params = tiny
     prompts = [[511, 5, 9], [511] + list(range(40, 90)), [77]]
-    requests = [engine.submit(p, 30, temperature=0.0, run_on=True) for p in prompts]
+    requests = [engine.submit(p, SamplingParams(30, temperature=0.0, ignore_eos=True)) for p in prompts]
     drain(engine, requests)
     for request in requests:
         expected = likeliest(config, params, request.prompt + request.tokens)
@@ -136,17 +147,22 @@ def test_greedy_equals_argmax_of_the_full_forward(tiny, engine):
 
 
 def test_a_request_gives_the_same_tokens_alone_and_in_a_crowd(tiny, engine):
-    settings = [dict(temperature=0.9, seed=s) for s in range(3)] + [dict(temperature=1.2, top_k=5, seed=9, stream=2)]
+    settings = [dict(temperature=0.9, seed=s) for s in range(3)] + [
+        dict(temperature=1.2, top_k=5, seed=9, sample_index=2)
+    ]
     prompts = [[511, 7], [511, 8, 9, 10], [511] + [33] * 60, [3]]
     alone = []
     for prompt, setting in zip(prompts, settings, strict=True):
-        alone += drain(engine, [engine.submit(prompt, 40, run_on=True, **setting)])
+        alone += drain(engine, [engine.submit(prompt, SamplingParams(40, ignore_eos=True, **setting))])
     # now with twice as many requests as slots, submitted at odd moments and in another order
-    others = [engine.submit([511, 400 + i], 3 + 5 * i, temperature=1.0, seed=i, run_on=True) for i in range(4)]
+    others = [
+        engine.submit([511, 400 + i], SamplingParams(3 + 5 * i, temperature=1.0, seed=i, ignore_eos=True))
+        for i in range(4)
+    ]
     requests = []
     for i in (3, 1, 0, 2):
         engine.step()
-        requests.append(engine.submit(prompts[i], 40, run_on=True, **settings[i]))
+        requests.append(engine.submit(prompts[i], SamplingParams(40, ignore_eos=True, **settings[i])))
     together = drain(engine, requests)
     drain(engine, others)
     assert together == [alone[i] for i in (3, 1, 0, 2)]
@@ -154,7 +170,7 @@ def test_a_request_gives_the_same_tokens_alone_and_in_a_crowd(tiny, engine):
 
 @pytest.mark.slow
 @pytest.mark.skipif(cpu_kernels.skinny_rows() < 8, reason="needs AVX2: XLA's rounding depends on the rows")
-def test_what_a_row_becomes_does_not_depend_on_its_company_to_the_bit():
+def test_results_are_batch_invariant_to_the_bit():
     """At a width where XLA would sum one row and several in different orders."""
     config = gpt.GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=256)
     rng = np.random.default_rng(3)
@@ -162,7 +178,7 @@ def test_what_a_row_becomes_does_not_depend_on_its_company_to_the_bit():
     engine = Engine(config, params, None, slots=8, logprobs=True)
 
     def ask(i):
-        return engine.submit([7 + i, 5, 9 * i], 12, temperature=0.9, seed=i)
+        return engine.submit([7 + i, 5, 9 * i], SamplingParams(12, temperature=0.9, seed=i, logprobs=True))
 
     alone = []
     for i in range(8):
@@ -177,45 +193,67 @@ def test_what_a_row_becomes_does_not_depend_on_its_company_to_the_bit():
 
 def test_steps_per_call_and_slots_do_not_change_the_tokens(tiny, engine):
     small = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=1, capacity=33, steps_per_call=3)
-    settings: dict[str, Any] = dict(num_samples=4, max_tokens=30, temperature=1.0, top_k=50, seed=7)
-    assert small.generate_batch([511, 12, 13], **settings) == engine.generate_batch([511, 12, 13], **settings)
+    settings: dict[str, Any] = dict(n=4, max_tokens=30, top_k=50, seed=7)
+    assert samples(small, [511, 12, 13], **settings) == samples(engine, [511, 12, 13], **settings)
 
 
 def test_every_row_samples_its_own_first_token(engine):
     """The reference's v1 shares it among all samples; that defect is not reproduced."""
     firsts = set()
     for seed in range(4):
-        tokens, _ = next(iter(engine.generate([511, 40], num_samples=4, max_tokens=3, seed=seed)))
-        firsts.add(len(set(tokens)))
+        firsts.add(len({c.tokens[0] for c in samples(engine, [511, 40], 4, max_tokens=3, seed=seed)}))
     assert max(firsts) > 2
 
 
 def test_samples_do_not_depend_on_how_many_there_are(engine):
-    one, _ = engine.generate_batch([511, 50, 51], num_samples=1, max_tokens=20, seed=3)
-    six, _ = engine.generate_batch([511, 50, 51], num_samples=6, max_tokens=20, seed=3)  # more than slots
-    assert six[0] == one[0] and len({tuple(r) for r in six}) > 1
-    assert engine.generate_batch([511, 50, 51], num_samples=6, max_tokens=20, seed=3)[0] == six
-    assert engine.generate_batch([511, 50, 51], num_samples=1, max_tokens=20, seed=4)[0] != one
-    assert engine.generate_batch([511, 50, 51], num_samples=1, max_tokens=20, seed=3 - 2**40)[0] == one
+    def ask(n, seed):
+        return tokens_of(samples(engine, [511, 50, 51], n, 20, seed=seed))
+
+    (one,), six = ask(1, 3), ask(6, 3)  # more than slots
+    assert six[0] == one and len({tuple(r) for r in six}) > 1
+    assert ask(6, 3) == six
+    assert ask(1, 4) != [one] and ask(1, 3 - 2**40) == [one]
 
 
-def test_generate_and_generate_batch_agree(engine):
-    settings = dict(num_samples=3, max_tokens=60, temperature=1.3, seed=11)
-    results, masks = engine.generate_batch([511, 60], **settings)
-    tokens, token_masks = columns(engine.generate([511, 60], **settings))
-    ends = {515, 511}
-    for row in range(3):
-        answer = [c[row] for c in tokens]
-        stop = next((i for i, t in enumerate(answer) if t in ends), len(answer))
-        assert results[row] == [511, 60] + answer[:stop]
-        assert masks[row] == [0, 0] + [c[row] for c in token_masks][:stop]
+def test_generate_gives_completions_in_order_and_says_when_each_ends(engine):
+    tokenizer, prompts = golden_tokenizer(), [[511, i] for i in range(9)]
+    params = [SamplingParams(20 - 2 * i, seed=i) for i in range(9)]
+    seen = {}
+    completions = engine.generate(prompts, params, on_finished=lambda i, c: seen.update({i: c}))
+    assert completions == [seen[i] for i in range(9)] and list(seen) != sorted(seen)
+    for prompt, own, c in zip(prompts, params, completions, strict=True):
+        assert c.prompt == prompt and (c.finish_reason == "end") == (c.tokens[-1] in ENDS)
+        assert c.finish_reason == "end" or len(c.tokens) == own.max_tokens == len(c.masks)
+        assert c.text == tokenizer.decode(c.tokens[:-1] if c.finish_reason == "end" else c.tokens)
+
+    def fails(index, completion):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(prompts, SamplingParams(20), on_finished=fails)
+    with pytest.raises(ValueError, match="vocabulary"):
+        engine.generate([*prompts, [9999]])
+    assert engine.live == 0 and engine.generate([]) == []
+
+
+def test_a_stop_string_ends_a_completion_at_its_last_token(engine):
+    settings: dict[str, Any] = dict(max_tokens=60, seed=2, ignore_eos=True)
+    (free,) = engine.generate([[511, 77]], SamplingParams(**settings))
+    text = free.text.split("<|")[0]  # before the first special token
+    assert len(text) > 6
+    stop = text[3:6]
+    (stopped,) = engine.generate([[511, 77]], SamplingParams(**settings, stop=("never said", stop)))
+    assert stopped.finish_reason == "stop" and stopped.text == text[: text.index(stop)]
+    assert stopped.tokens == free.tokens[: len(stopped.tokens)]
+    decode = golden_tokenizer().decode
+    assert stop in decode(stopped.tokens) and stop not in decode(stopped.tokens[:-1])
 
 
 # --- slots, limits, life --------------------------------------------------------------------------
 
 
 def test_requests_wait_join_and_leave(engine):
-    requests = [engine.submit([511, i], 4 + i, temperature=0.0, run_on=True) for i in range(9)]
+    requests = [engine.submit([511, i], SamplingParams(4 + i, temperature=0.0, ignore_eos=True)) for i in range(9)]
     assert engine.live == 9
     finished = []
     while engine.live:
@@ -229,8 +267,8 @@ def test_requests_wait_join_and_leave(engine):
 
 
 def test_cancel_frees_the_slot_and_the_queue(engine):
-    running = [engine.submit([511, i], 200, temperature=0.0, run_on=True) for i in range(4)]
-    waiting = [engine.submit([511, 9], 5, temperature=0.0, run_on=True) for _ in range(2)]
+    running = [engine.submit([511, i], SamplingParams(200, temperature=0.0, ignore_eos=True)) for i in range(4)]
+    waiting = [engine.submit([511, 9], SamplingParams(5, temperature=0.0, ignore_eos=True)) for _ in range(2)]
     engine.step()
     assert not waiting[1].tokens
     engine.cancel(running[2])
@@ -244,20 +282,12 @@ def test_cancel_frees_the_slot_and_the_queue(engine):
     assert len(running[2].tokens) == kept and {r.finished for r in running} == {"cancelled"}
 
 
-def test_closing_generate_cancels_its_rows(engine):
-    stream = engine.generate([511, 3], num_samples=2, max_tokens=100)
-    next(stream)
-    assert engine.live == 2
-    stream.close()
-    assert engine.live == 0
-
-
 def test_a_slot_can_be_filled_to_its_last_position(tiny):
     config, params = tiny
     small = Engine(config, params, None, slots=1, capacity=33, steps_per_call=3)
     for length in (1, 17, 33):
         prompt = list(range(100, 100 + length))
-        request = small.submit(prompt, temperature=0.0)
+        request = small.submit(prompt, SamplingParams(temperature=0.0))
         drain(small, [request])
         assert len(request.tokens) == 34 - length and request.finished == "length"
         assert request.tokens[-1] == likeliest(config, params, prompt + request.tokens[:-1])[-1]
@@ -268,9 +298,9 @@ def test_prompts_longer_than_a_chunk(tiny):
     config, params = dataclasses.replace(tiny[0], sequence_len=1200), tiny[1]
     long = Engine(config, params, None, slots=2, capacity=1200, steps_per_call=4)
     prompt = np.random.default_rng(0).integers(0, 500, 1100).tolist()
-    short = long.submit([5, 6], 12, temperature=0.0)
-    request = long.submit(prompt, 4, temperature=0.0)
-    copy = long.submit(prompt, 4, temperature=0.0)
+    short = long.submit([5, 6], SamplingParams(12, temperature=0.0))
+    request = long.submit(prompt, SamplingParams(4, temperature=0.0))
+    copy = long.submit(prompt, SamplingParams(4, temperature=0.0))
     drain(long, [request, short, copy])
     expected = likeliest(config, params, prompt + request.tokens, length=1104)
     assert request.tokens == expected[1099:1103] == copy.tokens
@@ -285,38 +315,54 @@ def test_bad_requests_say_what_is_wrong(tiny, engine):
         (dict(tokens=["a"]), "list of token ids"),
         (dict(tokens="ab"), "list of token ids"),
         (dict(tokens=[520]), "vocabulary has 0 to 519"),
-        (dict(tokens=[1], temperature=-1), "temperature.*-1"),
-        (dict(tokens=[1], temperature=float("nan")), "temperature"),
-        (dict(tokens=[1], top_k=-2), "top_k.*-2"),
-        (dict(tokens=[1], max_tokens=-1), "max_tokens.*-1"),
         (dict(tokens=[1] * 257), "257 tokens.*256"),
-        (dict(tokens=[1] * 200, max_tokens=58), "200 tokens and max_tokens=58.*256.*at most 57"),
+        (dict(tokens=[1] * 200, params=SamplingParams(58)), "200 tokens and max_tokens=58.*256.*at most 57"),
+        (dict(tokens=[1], params=SamplingParams(logprobs=True)), "logprobs"),
     ]:
         with pytest.raises(ValueError, match=message):
             engine.submit(**arguments)
-    with pytest.raises(ValueError, match="num_samples.*4 slots, got 5"):
-        engine.generate([1], num_samples=5)
+    with pytest.raises(ValueError, match="stop"):
+        Engine(tiny[0], tiny[1], None, slots=1).submit([1], SamplingParams(stop=("a",)))
     with pytest.raises(ValueError, match="capacity.*640"):
         Engine(tiny[0], tiny[1], None, capacity=641)
-    assert columns(engine.generate([1], max_tokens=0)) == [[], []]
-    assert engine.generate_batch([1, 2], max_tokens=0) == ([[1, 2]], [[0, 0]])
-    assert engine.generate_batch([1], max_tokens=3, top_k=0) == engine.generate_batch([1], max_tokens=3, top_k=520)
-    assert engine.generate_batch([1], max_tokens=3, top_k=10**12) == engine.generate_batch([1], max_tokens=3)
+    assert samples(engine, [1], 1, 3, top_k=0) == samples(engine, [1], 1, 3, top_k=520)
+    assert samples(engine, [1], 1, 3, top_k=10**12) == samples(engine, [1], 1, 3)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("max_tokens", 0),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -2),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("stop", "a"),
+        ("stop", ("a", "")),
+        ("sample_index", -1),
+    ],
+)
+def test_settings_that_cannot_work_are_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field} "):
+        SamplingParams(**{field: value})
 
 
 def test_parameters_can_be_swapped_between_requests(tiny, engine):
     config, params = tiny
-    first = engine.generate_batch([511, 1], max_tokens=10, temperature=0.0)
+    greedy = SamplingParams(10, temperature=0.0)
+    first = engine.generate([[511, 1]], greedy)
     before = compiled_programs()
     engine.params = {**params, "lm_head": jax.tree.map(lambda x: -x, params["lm_head"])}
-    second = engine.generate_batch([511, 1], max_tokens=10, temperature=0.0)
-    request = engine.submit([511, 1], 10)
+    second = engine.generate([[511, 1]], greedy)
+    request = engine.submit([511, 1], SamplingParams(10))
     with pytest.raises(RuntimeError, match="while requests run"):
         engine.params = params
     engine.cancel(request)
     engine.step()
     engine.params = params
-    assert engine.generate_batch([511, 1], max_tokens=10, temperature=0.0) == first != second
+    assert engine.generate([[511, 1]], greedy) == first != second
     assert compiled_programs() == before
 
 
@@ -326,7 +372,7 @@ def test_nothing_is_compiled_after_warm_up(tiny, model):
     config, params = tiny
     other: dict[str, Any] = {}
     if model == "scripted":
-        params, other = ScriptedModel.params(CASES["scripted"][0]), {"model": ScriptedModel}
+        params, other = script_of(CASES["scripted"][0]), {"model": FakeModel}
     capacity = 100 if other else 300
     warm = Engine(config, params, golden_tokenizer(), slots=3, capacity=capacity, steps_per_call=4, **other)
     assert warm.warm_up() > 0
@@ -338,19 +384,23 @@ def test_nothing_is_compiled_after_warm_up(tiny, model):
         settings: dict[str, Any] = dict(
             temperature=float(rng.choice([0.0, 0.7])), top_k=int(rng.integers(0, 600)), seed=int(rng.integers(1 << 30))
         )
-        requests.append(warm.submit(rng.integers(0, 520, length).tolist(), min(5, capacity + 1 - length), **settings))
+        requests.append(
+            warm.submit(
+                rng.integers(0, 520, length).tolist(), SamplingParams(min(5, capacity + 1 - length), **settings)
+            )
+        )
     drain(warm, requests)
-    warm.generate_batch([511, 4], num_samples=5, max_tokens=20)
+    samples(warm, [511, 4], 5, 20)
     assert compiled_programs() == before
 
 
 def test_the_storage_is_donated_and_never_copied(tiny):
     engine = Engine(tiny[0], tiny[1], None, slots=4, capacity=256, steps_per_call=8)
-    old = engine._programs.storage
+    old = engine._runner.storage
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(old)]
-    engine.generate_batch([1, 2, 3], num_samples=2, max_tokens=9)
+    samples(engine, [1, 2, 3], 2, 9)
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
-    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(engine._programs.storage)] == pointers
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(engine._runner.storage)] == pointers
 
 
 @pytest.mark.slow  # that they can be swapped without compiling is tested above
@@ -358,9 +408,9 @@ def test_parameters_are_arguments_of_the_programs(tiny):
     """A closed-over parameter would be a constant in the program: with other parameters, the same program serves."""
     engine = Engine(tiny[0], tiny[1], None, slots=1, capacity=64, steps_per_call=2)
     before = compiled_programs()
-    drain(engine, [engine.submit([1, 2], 3)])
+    drain(engine, [engine.submit([1, 2], SamplingParams(3))])
     engine.params = jax.tree.map(lambda x: x * 2, tiny[1])
-    drain(engine, [engine.submit([1, 2], 3)])
+    drain(engine, [engine.submit([1, 2], SamplingParams(3))])
     assert compiled_programs() == before + 3  # the two halves of a prefill, and decode
 
 
@@ -369,7 +419,11 @@ def test_log_probabilities_are_those_of_the_full_forward(tiny):
     prompt = CASES["greedy"][0]["prompt_tokens"]
     # different temperatures and lengths: the log-probabilities are the model's, not those of the sampling distribution
     requests = [
-        engine.submit(prompt, 9 + 3 * i, 0.5 + i, top_k=20 * i, seed=i, stream=i, run_on=True) for i in range(3)
+        engine.submit(
+            prompt,
+            SamplingParams(9 + 3 * i, 0.5 + i, top_k=20 * i, seed=i, sample_index=i, ignore_eos=True, logprobs=True),
+        )
+        for i in range(3)
     ]
     drain(engine, requests)
     for r in requests:

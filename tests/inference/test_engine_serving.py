@@ -1,4 +1,4 @@
-"""What the engine does for many people at once: shared beginnings, tools beside the loop, chunks in turn, devices."""
+"""What the engine does for many requests at once: shared prefixes, tools beside the loop, chunks in turn, devices."""
 
 import threading
 import time
@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.inference import decode
+from nanochat_jax.inference import model_runner
 from nanochat_jax.inference.engine import PREFILL_CHUNK, Engine
-from nanochat_jax.inference.model_runner import SlotPrograms
-from nanochat_jax.inference.request import Request
-from nanochat_jax.inference.scheduler import SlotTable
+from nanochat_jax.inference.model_runner import ModelRunner
+from nanochat_jax.inference.request import Request, SamplingParams
+from nanochat_jax.inference.scheduler import Scheduler
 from nanochat_jax.model import gpt
+from tests.fakes import FakeModel, fake_params
 from tests.tokenizer_fixtures import golden_tokenizer
 
 SPECIAL = golden_tokenizer().encode_special
@@ -44,17 +45,17 @@ def prompt_of(seed, n):
     return np.random.default_rng(seed).integers(0, 510, n).tolist()
 
 
-# --- shared beginnings ----------------------------------------------------------------------------
+# --- shared prefixes ------------------------------------------------------------------------------
 
 
 def test_a_conversation_goes_on_where_its_slot_stopped(tiny):
     engine, fresh = make(tiny), make(tiny)
     turns, seen = prompt_of(1, 35), []
     for turn in range(3):
-        request = engine.submit(turns, 8, temperature=0.7, seed=turn)
-        other = engine.submit(prompt_of(90 + turn, 40), 5)  # somebody else meanwhile
+        request = engine.submit(turns, SamplingParams(8, temperature=0.7, seed=turn))
+        other = engine.submit(prompt_of(90 + turn, 40), SamplingParams(5))  # somebody else meanwhile
         drain(engine, request, other)
-        expected = fresh.submit(turns, 8, temperature=0.7, seed=turn)
+        expected = fresh.submit(turns, SamplingParams(8, temperature=0.7, seed=turn))
         drain(fresh, expected)
         fresh.params = tiny[1]  # forgets
         assert request.tokens == expected.tokens and expected.reused == 0
@@ -66,129 +67,117 @@ def test_a_conversation_goes_on_where_its_slot_stopped(tiny):
 
 def test_samples_of_one_prompt_prefill_it_once(tiny, monkeypatch):
     engine, lengths = make(tiny), []
-    original = decode.prefill
-    monkeypatch.setattr(decode, "prefill", lambda *a, **k: lengths.append(a[4].shape[1]) or original(*a, **k))
-    rows, _ = engine.generate_batch(prompt_of(2, 60), num_samples=6, max_tokens=9, seed=5)
+    original = model_runner.prefill
+    monkeypatch.setattr(model_runner, "prefill", lambda *a, **k: lengths.append(a[4].shape[1]) or original(*a, **k))
+    params = [SamplingParams(9, seed=5, sample_index=i) for i in range(6)]
+    rows = engine.generate([prompt_of(2, 60)] * 6, params)
     assert lengths == [64]
-    assert len({tuple(r) for r in rows}) == 6
+    assert len({tuple(r.tokens) for r in rows}) == 6
 
 
-def test_a_common_beginning_is_copied_and_the_conversation_it_came_from_kept():
+def test_a_common_prefix_is_copied_and_the_conversation_it_came_from_kept():
     tiny = model(n_layer=2)  # every layer's keys and values have to be copied
     engine = make(tiny)
     system = prompt_of(3, 20)
-    first = engine.submit(system + prompt_of(4, 34), 8, temperature=0.0)
+    first = engine.submit(system + prompt_of(4, 34), SamplingParams(8, temperature=0.0))
     drain(engine, first)
-    second = engine.submit(system + prompt_of(5, 16), 8, temperature=0.0)
+    second = engine.submit(system + prompt_of(5, 16), SamplingParams(8, temperature=0.0))
     drain(engine, second)
-    again = engine.submit(first.prompt + first.tokens + [7], 8, temperature=0.0)
+    again = engine.submit(first.prompt + first.tokens + [7], SamplingParams(8, temperature=0.0))
     drain(engine, again)
     assert second.reused == 20 and second.slot != first.slot
     assert again.slot == first.slot and again.reused == len(first.prompt) + 7
     for request in (second, again):
         fresh = make(tiny)
-        check = fresh.submit(request.prompt, 8, temperature=0.0)
+        check = fresh.submit(request.prompt, SamplingParams(8, temperature=0.0))
         assert drain(fresh, check)[0] == request.tokens
 
 
-def test_a_follower_whose_leader_is_cancelled_goes_its_own_way(tiny):
+def test_a_request_whose_prefix_donor_is_cancelled_prefills_for_itself(tiny):
     config, params = tiny
     engine = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
     prompt = prompt_of(6, 1300)
-    running = engine.submit([1, 2], 60, temperature=0.0)  # keeps prefilling down to a chunk a step
+    running = engine.submit([1, 2], SamplingParams(60, temperature=0.0))  # keeps prefilling down to a chunk a step
     engine.step()
-    leader = engine.submit(prompt, 4, temperature=0.0)
-    follower = engine.submit(prompt + [3], 4, temperature=0.0)
+    donor = engine.submit(prompt, SamplingParams(4, temperature=0.0))
+    request = engine.submit(prompt + [3], SamplingParams(4, temperature=0.0))
     engine.step()
-    assert 0 < leader.prefilled < 1299 and follower.prefilled == 0 and follower.reused == 1299
-    engine.cancel(leader)
-    drain(engine, follower, running)
+    assert 0 < donor.prefilled < 1299 and request.prefilled == 0 and request.reused == 1299
+    engine.cancel(donor)
+    drain(engine, request, running)
     fresh = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
-    assert drain(fresh, fresh.submit(prompt + [3], 4, temperature=0.0)) == [follower.tokens]
+    assert drain(fresh, fresh.submit(prompt + [3], SamplingParams(4, temperature=0.0))) == [request.tokens]
 
 
 def test_new_parameters_forget_what_the_old_ones_computed(tiny):
     engine = make(tiny)
     other = jax.tree.map(lambda x: x * 1.5, tiny[1])
     prompt = prompt_of(7, 60)
-    running = [engine.submit(prompt, 40, temperature=0.0) for _ in range(4)]
+    running = [engine.submit(prompt, SamplingParams(40, temperature=0.0)) for _ in range(4)]
     engine.step()
-    waiting = engine.submit(prompt, 12, temperature=0.0)
+    waiting = engine.submit(prompt, SamplingParams(12, temperature=0.0))
     engine.replace_params(other)
     drain(engine, *running, waiting)
     assert all(len(r.tokens) == 40 for r in running) and waiting.reused == 0
     for params, request in ((tiny[1], running[0]), (other, waiting)):
         fresh = make((tiny[0], params))
-        check = fresh.submit(prompt, len(request.tokens), temperature=0.0)
+        check = fresh.submit(prompt, SamplingParams(len(request.tokens), temperature=0.0))
         assert drain(fresh, check) == [request.tokens]
 
 
-def seat(table, prompt):
-    request = Request(list(prompt), 5, 0.0, 0, 1.0, 0, 0, False, 0)
-    found = table.seat(request)
+def assign(scheduler, prompt):
+    request = Request(list(prompt), SamplingParams(), 5, number=0)
+    found = scheduler.assign(request)
     if found is not None:
         request.slot, request.prefilled = found.slot, len(prompt) - 1
     return request, found
 
 
 def test_slots_are_taken_where_least_is_lost():
-    table = SlotTable(4)
+    scheduler = Scheduler(4)
     a, b, c = range(100), range(200, 300), range(300, 400)
-    requests = [seat(table, p)[0] for p in (a, b, c)]
+    requests = [assign(scheduler, p)[0] for p in (a, b, c)]
     assert [r.slot for r in requests] == [0, 1, 2]
     for request in requests:
         request.finished = "end"
-        table.release()
-    assert seat(table, range(500, 550))[1].slot == 3  # the empty one first
-    request, found = seat(table, [*b, 7])
+        scheduler.release()
+    assert assign(scheduler, range(500, 550))[1].slot == 3  # the empty one first
+    request, found = assign(scheduler, [*b, 7])
     assert (found.slot, found.source, found.shared) == (1, 1, 99)  # only what was in the cache: not the last token
-    assert seat(table, range(600, 650))[1].slot == 0  # then the one freed longest ago
-    assert seat(table, [*c, 1])[1].slot == 2
-    assert seat(table, [1])[1] is None
+    assert assign(scheduler, range(600, 650))[1].slot == 0  # then the one freed longest ago
+    assert assign(scheduler, [*c, 1])[1].slot == 2
+    assert assign(scheduler, [1])[1] is None
 
 
 def test_devices_are_filled_evenly_and_copies_stay_on_one():
-    table = SlotTable(4, devices=2)
-    leader, first = seat(table, range(50))
-    leader.prefilled = 10
-    assert seat(table, range(500, 600))[1].slot == 2  # the other device
-    follower, second = seat(table, range(60))
-    assert (second.slot, second.source, second.shared, second.leader) == (1, 0, 49, leader)
-    _, third = seat(table, range(60))  # the first device is full: computed anew on the second
-    assert (third.slot, third.source, third.shared, third.leader) == (3, 3, 0, None)
+    scheduler = Scheduler(4, devices=2)
+    donor, first = assign(scheduler, range(50))
+    donor.prefilled = 10
+    assert assign(scheduler, range(500, 600))[1].slot == 2  # the other device
+    request, second = assign(scheduler, range(60))
+    assert (second.slot, second.source, second.shared, second.prefix_donor) == (1, 0, 49, donor)
+    _, third = assign(scheduler, range(60))  # the first device is full: computed anew on the second
+    assert (third.slot, third.source, third.shared, third.prefix_donor) == (3, 3, 0, None)
 
 
 # --- tools ----------------------------------------------------------------------------------------
 
 
-class Calls:
-    """A model that always says: <python_start> 1 <python_end>, then 2 2 2 ...; every row alike."""
-
-    @staticmethod
-    def forward_cached(config, params, ids, cache):
-        rows, T = ids.shape
-        if T > 1:
-            return jax.numpy.zeros((rows, T, config.vocab_size)), cache
-        script = jax.numpy.array([SPECIAL("<|python_start|>"), 49, SPECIAL("<|python_end|>"), *[50] * 60])
-        wanted = script[jax.numpy.clip(cache.position - params["first"], 0, 62)]
-        return jax.nn.one_hot(wanted, config.vocab_size)[:, None], cache
-
-    @staticmethod
-    def unembed(config, params, hidden):
-        return hidden * 9.0
+def calls_a_tool() -> Any:
+    """A `FakeModel` that always says: <python_start> 1 <python_end>, then 2 2 2 ..."""
+    return fake_params(script=[SPECIAL("<|python_start|>"), 49, SPECIAL("<|python_end|>"), 50], first=19)
 
 
 def calling_engine(tiny, tool, **settings):
-    params: Any = {"first": jax.numpy.asarray(19)}
     settings = {"slots": 2, "steps_per_call": 4, "capacity": 128, **settings}
-    return Engine(tiny[0], params, golden_tokenizer(), tool=tool, model=Calls, **settings)
+    return Engine(tiny[0], calls_a_tool(), golden_tokenizer(), tool=tool, model=FakeModel, **settings)
 
 
 def test_a_slow_tool_holds_up_its_own_slot_only(tiny):
     gate = threading.Event()
     engine = calling_engine(tiny, lambda text: gate.wait(20) and "77")
-    caller = engine.submit(list(range(20)), 30, temperature=0.0)
-    other = engine.submit([3], 18, temperature=0.0)  # ends before the script would make a call
+    caller = engine.submit(list(range(20)), SamplingParams(30, temperature=0.0))
+    other = engine.submit([3], SamplingParams(18, temperature=0.0))  # ends before the script would make a call
     for _ in range(60):
         engine.step()
         if other.finished:
@@ -207,13 +196,13 @@ def test_a_slow_tool_holds_up_its_own_slot_only(tiny):
 def test_an_engine_that_waits_for_tools_makes_the_same_calls_whatever_they_take(tiny, monkeypatch):
     """Which rows are decoded together decides how sums are rounded: what is to repeat may not hang on the clock."""
     calls: list[int] = []
-    real = SlotPrograms.decode
+    real = ModelRunner.decode
 
-    def decode(self, chosen, *args):
-        calls.append(chosen.size)
-        return real(self, chosen, *args)
+    def decode(self, batch, *args):
+        calls.append(batch.size)
+        return real(self, batch, *args)
 
-    monkeypatch.setattr(SlotPrograms, "decode", decode)
+    monkeypatch.setattr(ModelRunner, "decode", decode)
 
     def history(slow: int):
         turn = iter(range(8))
@@ -224,7 +213,7 @@ def test_an_engine_that_waits_for_tools_makes_the_same_calls_whatever_they_take(
 
         engine = calling_engine(tiny, tool, wait_for_tools=True)
         calls.clear()
-        tokens = drain(engine, *[engine.submit([i, *range(19)], 20, temperature=0.0) for i in range(4)])
+        tokens = drain(engine, *[engine.submit([i, *range(19)], SamplingParams(20, temperature=0.0)) for i in range(4)])
         return list(calls), tokens
 
     histories = [history(0), history(1)]
@@ -237,7 +226,7 @@ def test_a_tool_that_fails_or_has_no_answer_adds_nothing(tiny):
 
     for tool in (fails, lambda text: None):
         engine = calling_engine(tiny, tool)
-        request = engine.submit(list(range(20)), 10, temperature=0.0)
+        request = engine.submit(list(range(20)), SamplingParams(10, temperature=0.0))
         drain(engine, request)
         assert request.tokens[3:] == [50] * 7 and set(request.masks) == {1}
 
@@ -245,12 +234,12 @@ def test_a_tool_that_fails_or_has_no_answer_adds_nothing(tiny):
 def test_cancelling_while_a_tool_works_frees_the_slot(tiny):
     gate = threading.Event()
     engine = calling_engine(tiny, lambda text: gate.wait(20))
-    request, other = (engine.submit(list(range(20)), 30, temperature=0.0) for _ in range(2))
+    request, other = (engine.submit(list(range(20)), SamplingParams(30, temperature=0.0)) for _ in range(2))
     for _ in range(3):
         engine.step()
     assert request.tool is not None and other.tool is not None  # both slots are taken
     engine.cancel(request)
-    after = engine.submit([3], 2, temperature=0.0)
+    after = engine.submit([3], SamplingParams(2, temperature=0.0))
     drain(engine, after)
     gate.set()
     drain(engine, other)
@@ -262,9 +251,9 @@ def test_cancelling_while_a_tool_works_frees_the_slot(tiny):
 def test_a_long_prompt_does_not_stall_the_others(tiny):
     config, params = tiny
     engine = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
-    running = engine.submit([1, 2, 3], 60, temperature=0.0)
+    running = engine.submit([1, 2, 3], SamplingParams(60, temperature=0.0))
     engine.step()
-    long = [engine.submit(prompt_of(i, 1300), 4, temperature=0.0) for i in (11, 12)]
+    long = [engine.submit(prompt_of(i, 1300), SamplingParams(4, temperature=0.0)) for i in (11, 12)]
     while not all(r.ready for r in long):
         before = running.position, sum(r.prefilled for r in long)
         engine.step()
@@ -278,10 +267,10 @@ def test_rows_that_stop_do_not_lose_or_change_tokens(tiny):
     """With 16 rows a call goes on after the first has stopped: what the stopped one computes then is dropped."""
     many, one = make(tiny, slots=16, steps_per_call=8), make(tiny)
     settings = [dict(max_tokens=3 + i % 7, temperature=0.9, seed=i) for i in range(24)]
-    requests = [many.submit([5, i], **s) for i, s in enumerate(settings)]
+    requests = [many.submit([5, i], SamplingParams(**s)) for i, s in enumerate(settings)]
     together = drain(many, *requests)
     for i, s in enumerate(settings):
-        assert drain(one, one.submit([5, i], **s))[0] == together[i]
+        assert drain(one, one.submit([5, i], SamplingParams(**s)))[0] == together[i]
         assert len(together[i]) == s["max_tokens"] == len(requests[i].masks)
 
 
@@ -289,10 +278,10 @@ def test_rows_that_stop_do_not_lose_or_change_tokens(tiny):
 def test_short_prompts_are_prefilled_together(tiny, devices, monkeypatch):
     engine = make(tiny, slots=14, devices=jax.devices()[:devices])
     shapes = []
-    original = decode.prefill
-    monkeypatch.setattr(decode, "prefill", lambda *a, **k: shapes.append(a[4].shape) or original(*a, **k))
+    original = model_runner.prefill
+    monkeypatch.setattr(model_runner, "prefill", lambda *a, **k: shapes.append(a[4].shape) or original(*a, **k))
     prompts = [prompt_of(i, 2 + i) for i in range(12)] + [prompt_of(20, 100), prompt_of(21, 30)]
-    requests = [engine.submit(p, 6, temperature=0.9, seed=i) for i, p in enumerate(prompts)]
+    requests = [engine.submit(p, SamplingParams(6, temperature=0.9, seed=i)) for i, p in enumerate(prompts)]
     together = drain(engine, *requests)
     if devices == 1:
         assert shapes == [(4, 16)] * 3 + [(1, 128), (4, 32)]
@@ -300,11 +289,11 @@ def test_short_prompts_are_prefilled_together(tiny, devices, monkeypatch):
         assert shapes[:2] == [(8, 16)] * 2 and len(shapes) <= 4
     one = make(tiny, slots=1)
     for i, prompt in enumerate(prompts):
-        assert drain(one, one.submit(prompt, 6, temperature=0.9, seed=i)) == [together[i]]
+        assert drain(one, one.submit(prompt, SamplingParams(6, temperature=0.9, seed=i))) == [together[i]]
 
 
 def test_only_prompts_of_one_program_are_prefilled_together(tiny):
-    programs = make(tiny, slots=8, capacity=500)._programs
+    programs = make(tiny, slots=8, capacity=500)._runner
     turn = [(slot, 0, 16) for slot in range(4)]
     assert [programs.joins(turn[:n], 7, 0, 5) for n in range(5)] == [True] * 4 + [False]
     assert not programs.joins(turn[:1], 7, 0, 17) and programs.joins([(0, 0, 17)], 7, 0, 32)
@@ -315,8 +304,8 @@ def test_only_prompts_of_one_program_are_prefilled_together(tiny):
 
 def test_what_is_to_be_done_meanwhile_is_done_once_while_the_device_works(tiny, monkeypatch):
     engine, log = make(tiny), []
-    original = decode.decode
-    monkeypatch.setattr(decode, "decode", lambda *a, **k: log.append("decode") or original(*a, **k))
+    original = model_runner.decode
+    monkeypatch.setattr(model_runner, "decode", lambda *a, **k: log.append("decode") or original(*a, **k))
 
     def step(**settings):
         log.clear()
@@ -324,7 +313,7 @@ def test_what_is_to_be_done_meanwhile_is_done_once_while_the_device_works(tiny, 
         return log.copy(), [len(event.tokens) for event in events]
 
     assert step() == (["meanwhile"], [])
-    engine.submit([1, 2, 3], 6)
+    engine.submit([1, 2, 3], SamplingParams(6))
     assert step() == (["decode", "meanwhile"], [4])
     assert step(steps=1) == (["decode", "meanwhile"], [1])
     assert step(steps=99) == (["decode", "meanwhile"], [1])
@@ -332,14 +321,14 @@ def test_what_is_to_be_done_meanwhile_is_done_once_while_the_device_works(tiny, 
 
 def test_only_as_many_rows_are_decoded_as_there_are_requests(tiny, monkeypatch):
     engine, sizes = make(tiny, slots=8), []
-    original = decode.decode
-    monkeypatch.setattr(decode, "decode", lambda *a, **k: sizes.append(a[5].shape[0]) or original(*a, **k))
-    first = [engine.submit([9, i], 8, temperature=0.0) for i in range(7)]
+    original = model_runner.decode
+    monkeypatch.setattr(model_runner, "decode", lambda *a, **k: sizes.append(a[5].shape[0]) or original(*a, **k))
+    first = [engine.submit([9, i], SamplingParams(8, temperature=0.0)) for i in range(7)]
     drain(engine, *first)
     assert set(sizes) == {8}
     sizes.clear()
     # requests in slots 4 and 5 alone, while the others hold what they hold
-    goes_on = [engine.submit(prompt_of(i, 40), 30, temperature=0.9, seed=i) for i in range(7)]
+    goes_on = [engine.submit(prompt_of(i, 40), SamplingParams(30, temperature=0.9, seed=i)) for i in range(7)]
     while len(goes_on[4].tokens) < 8:
         engine.step()
     for i in (0, 1, 2, 3, 6):
@@ -347,12 +336,12 @@ def test_only_as_many_rows_are_decoded_as_there_are_requests(tiny, monkeypatch):
     sizes.clear()
     drain(engine, goes_on[4], goes_on[5])
     assert set(sizes) == {4}
-    again = engine.submit(goes_on[2].prompt + goes_on[2].tokens, 9, temperature=0.9, seed=2)
+    again = engine.submit(goes_on[2].prompt + goes_on[2].tokens, SamplingParams(9, temperature=0.9, seed=2))
     drain(engine, again)
     assert again.reused > 40 and sizes[-1] == 1  # what an idle neighbour computed did not hurt
     for i, n, prompt in [(4, 30, None), (5, 30, None), (2, 9, again.prompt)]:
         fresh = make(tiny)
-        check = fresh.submit(prompt or goes_on[i].prompt, n, temperature=0.9, seed=i)
+        check = fresh.submit(prompt or goes_on[i].prompt, SamplingParams(n, temperature=0.9, seed=i))
         assert drain(fresh, check) == [again.tokens if prompt else goes_on[i].tokens]
 
 
@@ -365,10 +354,10 @@ def spread(tiny):
 
 def test_slots_over_devices_give_the_same_tokens(tiny, spread):
     one = Engine(tiny[0], tiny[1], None, slots=1, capacity=128, steps_per_call=4, logprobs=True)
-    settings = [dict(max_tokens=5 + 3 * i, temperature=0.8, top_k=20 * i, seed=i) for i in range(12)]
+    settings = [dict(max_tokens=5 + 3 * i, temperature=0.8, top_k=20 * i, seed=i, logprobs=True) for i in range(12)]
     prompts = [prompt_of(i, 34 + 2 * i) if i % 3 else prompt_of(0, 60) + [i] for i in range(12)]
-    a = [spread.submit(p, **s) for p, s in zip(prompts, settings, strict=True)]
-    b = [one.submit(p, **s) for p, s in zip(prompts, settings, strict=True)]
+    a = [spread.submit(p, SamplingParams(**s)) for p, s in zip(prompts, settings, strict=True)]
+    b = [one.submit(p, SamplingParams(**s)) for p, s in zip(prompts, settings, strict=True)]
     assert drain(spread, *a) == drain(one, *b)
     assert {r.slot // 2 for r in a} == {0, 1, 2, 3}
     for x, y in zip(a, b, strict=True):
@@ -379,25 +368,34 @@ def test_slots_over_devices_give_the_same_tokens(tiny, spread):
 def test_devices_do_not_talk_to_each_other_and_nothing_is_copied(spread):
     zeros = np.zeros
     B = spread.slots
-    chosen = np.tile(np.arange(B // 4, dtype=np.int32), 4)
-    rows, shared = zeros((B, decode.N_COLUMNS + 4), np.int32), zeros((4, decode.N_SHARED + 2), np.int32)
+    row_slots = np.tile(np.arange(B // 4, dtype=np.int32), 4)
+    rows = zeros((B, model_runner.N_COLUMNS + 4), np.int32)
+    control = zeros((4, model_runner.N_CONTROL + 2), np.int32)
     ids, where = zeros((4, 16), np.int32), zeros((4, 3), np.int32)  # one row a device
-    slots = spread._programs
-    common = spread.model, spread.config, slots.params, slots.storage
-    programs: Any = decode
+    runner = spread._runner
+    common = spread.model, spread.config, runner.params, runner.storage
+    programs: Any = model_runner
     texts = [
         programs.decode.lower(
-            *common, chosen, rows, shared, visible=64, room=4, logprobs=True, in_place=slots._in_place, mesh=slots.mesh
+            *common,
+            row_slots,
+            rows,
+            control,
+            visible=64,
+            max_new_steps=4,
+            logprobs=True,
+            in_place=runner._in_place,
+            mesh=runner.mesh,
         ),
-        programs._compute.lower(*common, ids, where, visible=64, mesh=slots.mesh),
+        programs._compute.lower(*common, ids, where, visible=64, mesh=runner.mesh),
     ]
     texts = [lowered.compile().as_text() for lowered in texts]
     for text in texts:
         for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
             assert collective not in text
-    pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(slots.storage) for s in x.addressable_shards]
-    spread.generate_batch([1, 2, 3], num_samples=8, max_tokens=9)
-    after = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(slots.storage) for s in x.addressable_shards]
+    pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(runner.storage) for s in x.addressable_shards]
+    spread.generate([[1, 2, 3]] * 8, [SamplingParams(9, sample_index=i) for i in range(8)])
+    after = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(runner.storage) for s in x.addressable_shards]
     assert after == pointers
 
 
@@ -407,12 +405,14 @@ def test_nothing_is_compiled_after_warm_up_on_several_devices(tiny):
     counts = []
     assert engine.warm_up(lambda done, total: counts.append((done, total))) > 0
     assert counts[0][0] == 0 and counts[-1][0] == counts[-1][1]
-    before, rng = decode.compiled_programs(), np.random.default_rng(0)
+    before, rng = model_runner.compiled_programs(), np.random.default_rng(0)
     base = prompt_of(0, 150)
     requests = []
     for _ in range(60):
         length = int(rng.integers(1, 190))
         prompt = base[: min(length, 150)] + prompt_of(int(rng.integers(99)), max(0, length - 150))
-        requests.append(engine.submit(prompt, int(rng.integers(1, 9)), temperature=float(rng.choice([0.0, 1.0]))))
+        requests.append(
+            engine.submit(prompt, SamplingParams(int(rng.integers(1, 9)), temperature=float(rng.choice([0.0, 1.0]))))
+        )
     drain(engine, *requests)
-    assert decode.compiled_programs() == before
+    assert model_runner.compiled_programs() == before

@@ -15,12 +15,18 @@ N = 5000
 
 
 @jax.jit
-def draw(logits, temperature, top_k, top_p, seed, stream, count) -> Any:
-    return sampling.sample(logits, temperature, top_k, top_p, sampling.uniforms(seed, stream, count))
+def draw(logits, temperature, top_k, top_p, seed, sample_index, count) -> Any:
+    return sampling.sample(logits, temperature, top_k, top_p, sampling.uniforms(seed, sample_index, count))
 
 
 def call(
-    logits, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, seed: Any = 0, stream: Any = 0, count: Any = 0
+    logits,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    seed: Any = 0,
+    sample_index: Any = 0,
+    count: Any = 0,
 ):
     """`sample` with scalars spread over the rows."""
     B = logits.shape[0]
@@ -35,7 +41,7 @@ def call(
             spread(top_k, np.int32),
             spread(top_p, np.float32),
             spread(seed, np.uint32),
-            spread(stream, np.int32),
+            spread(sample_index, np.int32),
             spread(count, np.int32),
         )
     )
@@ -140,7 +146,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_place():
         top_k=rng.choice([0, 1, 5, 50, 64, 65, 300, 5000], 12),
         top_p=rng.choice([0.0, 0.3, 0.9, 1.0], 12),
         seed=rng.integers(0, 2**32, 12),
-        stream=rng.integers(0, 9, 12),
+        sample_index=rng.integers(0, 9, 12),
         count=rng.integers(0, 1000, 12),
     )
     together = call(logits, **settings)
@@ -151,11 +157,11 @@ def test_a_row_does_not_depend_on_its_neighbours_or_place():
         assert alone[0] == together[i]
 
 
-def test_seed_stream_and_count_each_change_the_draw():
+def test_seed_sample_index_and_count_each_change_the_draw():
     logits, seeds = np.zeros((N, 1000)), np.arange(N)
     base = call(logits, seed=seeds)
     assert len(set(base)) > 950
-    for other in (dict(seed=seeds + 2**31), dict(seed=seeds, stream=1), dict(seed=seeds, count=1)):
+    for other in (dict(seed=seeds + 2**31), dict(seed=seeds, sample_index=1), dict(seed=seeds, count=1)):
         assert np.mean(call(logits, **other) == base) < 0.01
     np.testing.assert_array_equal(call(logits, seed=seeds), base)
 

@@ -284,7 +284,7 @@ def test_with_the_real_server_tool_calls_and_history(real, visit):
         assert content[-2:] == [{"type": "python", "text": "34+27"}, {"type": "python_output", "text": "61"}]
         answer = kept["messages"][1]
         used = answer["prompt_tokens"] + answer["completion_tokens"]
-        expect(chat.page.get_by_role("meter")).to_have_text(f"{used} of {running.service.capacity} tokens")
+        expect(chat.page.get_by_role("meter")).to_have_text(f"{used} of {running.worker.engine.capacity} tokens")
         thanks = {"role": "user", "content": "Thanks"}
         running.tell(tool_answer("<1/0>", "You are welcome."), [*hi, {"role": "assistant", "content": content}, thanks])
         chat.talk("Thanks")  # takes the parts back: the prompt is as long as the script expects
@@ -309,7 +309,7 @@ def test_with_the_real_server_seed_and_overflow(real, visit):
             if chat.note.get_by_role("button", name="Leave out the oldest turns").count():
                 break
             chat.talk("Tell me more about it, please. " * 3)
-        expect(chat.note).to_contain_text(f"context is {running.service.capacity} tokens")
+        expect(chat.note).to_contain_text(f"context is {running.worker.engine.capacity} tokens")
         chat.button("Leave out the oldest turns").click()
         chat.done()
         expect(chat.answers.last.locator(".stats")).to_be_visible()

@@ -1,4 +1,4 @@
-"""The server beside OpenAI's API: health, the reference's events, metrics, the page, failures, swaps, shutdown."""
+"""The server beside OpenAI's API: health, metrics, the page, failures, swaps, shutdown."""
 
 import asyncio
 import dataclasses
@@ -13,12 +13,13 @@ import httpx
 import openai
 import pytest
 
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.serve import page
 from nanochat_jax.serve.main import make_server
-from nanochat_jax.serve.service import Answer
-from nanochat_jax.serve.worker import Sampling, Update
+from nanochat_jax.serve.streaming import GrowingCompletion
+from nanochat_jax.serve.worker import Update
 from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
-from tests.serve_fixtures import BASE, CAPACITY, CHAT, HI, Toy, serving, toy_engine
+from tests.serve_fixtures import CHAT, HI, serving, toy_engine, toy_params
 from tests.tokenizer_fixtures import golden_tokenizer
 
 SPECIAL = golden_tokenizer().encode_special
@@ -31,19 +32,10 @@ def tiny():
         yield running
 
 
-@pytest.fixture(scope="module")
-def scripted():
-    with serving(toy_engine()) as running:
-        yield running
-
-
 def events(response: httpx.Response) -> list[dict]:
     lines = response.text.split("\n\n")
     assert lines[-1] == "" and all(line.startswith("data: ") for line in lines[:-1])
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line != "data: [DONE]"]
-
-
-# --- the reference's endpoints --------------------------------------------------------------------
 
 
 def test_health_and_stats(tiny):
@@ -64,57 +56,6 @@ def test_health_and_stats(tiny):
     assert tiny.http.get("/health").json()["running"] == 4 and tiny.http.get("/stats").json()["busy_workers"] == 4
     stream.close()
     tiny.idle()
-
-
-def test_the_references_event_stream(scripted):
-    text = "naïve 🚀 data: x"
-    scripted.tell([*text.encode(), END])
-    answer = scripted.post("/chat/completions", messages=HI, temperature=0.5, top_k=10, max_tokens=100)
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    *tokens, last = events(answer)
-    assert last == {"done": True} and "".join(e["token"] for e in tokens) == text
-    assert all(e["gpu"] == 0 for e in tokens) and "🚀" in answer.text, "not escaped"
-
-
-@pytest.mark.parametrize(
-    "body,detail",
-    [
-        (dict(messages=[]), "At least one message is required"),
-        (dict(messages=HI * 501), "Too many messages. Maximum 500 messages allowed per request"),
-        (dict(messages=[*HI, {"role": "assistant", "content": ""}]), "Message 1 has empty content"),
-        (
-            dict(messages=[{"role": "user", "content": "x" * 8001}]),
-            "Message 0 is too long. Maximum 8000 characters allowed per message",
-        ),
-        (
-            dict(messages=[{"role": "user", "content": "x" * 8000}] * 5),
-            "Total conversation is too long. Maximum 32000 characters allowed",
-        ),
-        (
-            dict(messages=[{"role": "system", "content": "x"}]),
-            "Message 0 has invalid role. Must be 'user', 'assistant', or 'system'",
-        ),
-        (dict(messages=HI, temperature=2.1), "Temperature must be between 0.0 and 2.0"),
-        (dict(messages=HI, top_k=0), "top_k must be between 1 and 200"),
-        (dict(messages=HI, max_tokens=4097), "max_tokens must be between 1 and 4096"),
-    ],
-)
-def test_the_references_complaints(tiny, body, detail):
-    answer = tiny.post("/chat/completions", **body)
-    assert answer.status_code == 400 and answer.json() == {"detail": detail}
-
-
-def test_its_clients_other_mistakes(tiny):
-    answer = tiny.post("/chat/completions", messages=[{"role": "user"}])
-    assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "messages", 0, "content"]
-    answer = tiny.post("/chat/completions", messages=[{"role": "user", "content": "word " * 300}])
-    assert answer.status_code == 400 and f"{CAPACITY} tokens" in answer.json()["detail"]
-    assert tiny.http.get("/chat/completions").json() == {"detail": "Method Not Allowed"}
-    with serving(toy_engine(), BASE) as base:
-        assert "base model" in base.post("/chat/completions", messages=HI).json()["detail"]
-
-
-# --- the rest of the surface ----------------------------------------------------------------------
 
 
 def test_metrics(tiny):
@@ -176,7 +117,7 @@ def test_every_split_of_characters_over_tokens():
         spellings.append([ids[data[i:j]] for i, j in itertools.pairwise(at)])
     assert len(spellings) == 512
     for spelling in spellings:
-        answer, shown = Answer(tokenizer), []
+        answer, shown = GrowingCompletion(tokenizer), []
         for token in spelling:
             shown += answer.push(Update(0, [token], None, CHAT))
         shown += answer.push(Update(0, [tokenizer.bos_id], "end", CHAT))
@@ -205,9 +146,8 @@ def test_a_failing_step_is_told_to_everyone(caplog):
         with pytest.raises(openai.APIError) as caught:
             list(stream)
         assert caught.value.code == "worker_failed" and "secret" not in caught.value.message
-        for path in ("/v1/chat/completions", "/chat/completions"):
-            answer = running.post(path, messages=HI)
-            assert answer.status_code == 500 and "secret" not in answer.text
+        answer = running.post("/v1/chat/completions", messages=HI)
+        assert answer.status_code == 500 and "secret" not in answer.text
         health = running.http.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "error" and not health.json()["ready"]
         assert "nanochat_healthy 0.0" in running.http.get("/metrics").text
@@ -258,7 +198,7 @@ def test_the_call_after_an_answer_is_a_short_one_if_a_slot_is_free():
 
         async def ask() -> None:
             for n in (5, 100):
-                worker.submit([[1, 2]], 1, Sampling(n, 1.0, 0, 1.0, 0))
+                worker.submit([[1, 2]], 1, SamplingParams(n, seed=0))
 
         assert worker._loop is not None
         asyncio.run_coroutine_threadsafe(ask(), worker._loop).result()
@@ -269,11 +209,11 @@ def test_the_call_after_an_answer_is_a_short_one_if_a_slot_is_free():
     assert {*steps[: first + 1], *steps[first + 2 :]} == {None}, "the others are as long as ever"
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_slot(tiny, path, stream):
-    body = json.dumps({"messages": HI, "max_tokens": 110, **({"stream": stream} if "v1" in path else {})})
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+def test_a_client_that_hangs_up_frees_its_slot(tiny, stream):
+    body = json.dumps({"messages": HI, "max_tokens": 110, "stream": stream})
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+    head += f"\r\nContent-Length: {len(body)}"
     clients = [socket.create_connection(("127.0.0.1", tiny.port)) for _ in range(6)]
     for client in clients:
         client.sendall(f"{head}\r\n\r\n{body}".encode())
@@ -293,27 +233,26 @@ def test_parameters_are_swapped_between_requests(tiny):
         model="tiny", prompt="The sea", max_tokens=40, temperature=0, stream=True
     )
     chunks = [next(iter(running))]
-    tiny.worker.replace(Toy.params(1), newer)
+    tiny.worker.replace(toy_params(1), newer)
     new = ask()
     chunks += list(running)
     assert "".join(c.choices[0].text for c in chunks) == old["choices"][0]["text"] != new["choices"][0]["text"]
     assert {c.system_fingerprint for c in chunks} == {"tiny-step-7"}, "it ended with what it began with"
     assert new["system_fingerprint"] == "tiny-step-8" and tiny.http.get("/v1/models").json()["data"][0]["step"] == 8
-    tiny.worker.replace(Toy.params(0), CHAT)  # also while nothing runs
+    tiny.worker.replace(toy_params(0), CHAT)  # also while nothing runs
     tiny.until(lambda: not tiny.worker.swapping)
     assert ask()["choices"] == old["choices"]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/chat/completions"])
-def test_shutdown_ends_streams_with_a_last_event(path, monkeypatch):
+def test_shutdown_ends_streams_with_a_last_event(monkeypatch):
     monkeypatch.setattr("nanochat_jax.serve.main.GRACE_S", 0.2)
     engine = toy_engine(pause=0.05)
-    asked = {"prompt": "a", "stream": True, "n": 6} if "v1" in path else {"messages": HI}
+    asked = {"prompt": "a", "stream": True, "n": 6, "max_tokens": 110}
     with serving(engine) as running:
         got: list[str] = []
 
         def read():
-            with running.http.stream("POST", path, json={**asked, "max_tokens": 110}) as answer:
+            with running.http.stream("POST", "/v1/completions", json=asked) as answer:
                 got.extend(answer.iter_text())
 
         reader = threading.Thread(target=read)
@@ -325,7 +264,7 @@ def test_shutdown_ends_streams_with_a_last_event(path, monkeypatch):
         assert not reader.is_alive() and time.monotonic() - begin < 5
         text = "".join(got)
         assert "the server is shutting down" in text
-        assert text.endswith("data: [DONE]\n\n" if "v1" in path else 'data: {"done":true}\n\n')
+        assert text.endswith("data: [DONE]\n\n")
     assert not running.worker._thread.is_alive() and engine.live == 0
 
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from nanochat_jax.inference.request import Request
-from nanochat_jax.serve.service import Answer
-from nanochat_jax.serve.worker import Job
+from nanochat_jax.serve.streaming import GrowingCompletion
+from nanochat_jax.serve.worker import Generation
 from tests.serve_fixtures import HI, serving, toy_engine
 
 
@@ -26,7 +26,7 @@ def resident() -> float:
 
 def left_behind() -> int:
     gc.collect()
-    return sum(isinstance(o, Request | Job | Answer) for o in gc.get_objects())
+    return sum(isinstance(o, Request | Generation | GrowingCompletion) for o in gc.get_objects())
 
 
 async def fickle(client: httpx.AsyncClient, rng: random.Random) -> str:
@@ -73,7 +73,7 @@ def give_up(count: int, rounds: int) -> list[float]:
             assert outcomes["answered"] > count // 10 and outcomes["cancelled"] > count // 10
             running.idle()
             running.until(lambda: left_behind() <= before)
-            assert not running.worker._jobs and running.worker.failure is None
+            assert not running.worker._running and running.worker.failure is None
             memory.append(resident())
         health = running.http.get("/health").json()
         assert (health["running"], health["waiting"], health["status"]) == (0, 0, "ok")

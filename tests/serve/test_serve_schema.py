@@ -33,7 +33,6 @@ def test_everything_is_described(described):
         "GET /stats",
         "GET /v1/models",
         "GET /v1/models/{name}",
-        "POST /chat/completions",
         "POST /v1/chat/completions",
         "POST /v1/completions",
     ]

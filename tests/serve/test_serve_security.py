@@ -90,7 +90,7 @@ def test_one_web_site_may_be_let_in(keyed):
 
 def test_the_key_guards_everything_but_the_page_and_health(keyed):
     paths = [("GET", p) for p in ("/v1/models", "/metrics", "/stats", "/openapi.json", "/nowhere")]
-    paths += [("POST", p) for p in ("/v1/completions", "/v1/chat/completions", "/chat/completions")]
+    paths += [("POST", p) for p in ("/v1/completions", "/v1/chat/completions")]
     for method, path in paths:
         for given in (None, "", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", "Bearer ä"):
             headers = {} if given is None else {"Authorization": given.encode()}
@@ -113,7 +113,7 @@ def test_which_addresses_need_a_key():
 
 
 def test_a_long_body_is_not_read(tiny):
-    for path in ("/v1/chat/completions", "/v1/completions", "/chat/completions"):
+    for path in ("/v1/chat/completions", "/v1/completions"):
         answer = tiny.http.post(path, content=b"[" + b" " * MAX_BODY)
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -135,7 +135,7 @@ def test_the_longest_texts_are_weighed_quickly(tiny):
 
 # --- nonsense -------------------------------------------------------------------------------------
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/chat/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions")
 ODD = [
     None, True, False, 0, -1, 1, 1.5, 1e308, -1e308, 10**18, 10**400, float("nan"), float("inf"), "", "x", "\ud800",
     "\x00", "🚀" * 9, "a" * 3000, [], {}, [[]], [None], [1, "a"], {"a": {}}, [[[[[]]]]], {"type": "text"},

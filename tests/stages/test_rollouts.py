@@ -10,6 +10,7 @@ import pytest
 
 from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
 from nanochat_jax.model.loss import token_statistics, weighted_nll
 from nanochat_jax.parallel import sharding
@@ -186,12 +187,16 @@ def test_rollouts_depend_on_the_seed_and_nothing_else(tiny):
     config, params = tiny
     tokenizer = golden_tokenizer()
     engine = Engine(config, params, tokenizer, slots=4, capacity=128, logprobs=True, steps_per_call=8)
-    settings: dict[str, Any] = dict(num_samples=3, max_new_tokens=12, temperature=1.0, top_k=50)
-    first = rollouts.collect(engine, tokenizer, Counting(), [0, 3], seed=1, **settings)
+
+    def collect(seed):
+        params = SamplingParams(max_tokens=12, top_k=50, seed=seed)
+        return rollouts.collect(engine, tokenizer, Counting(), [0, 3], num_samples=3, params=params)
+
+    first = collect(1)
     assert [[a.question for a in group] for group in first] == [[0] * 3, [3] * 3]
-    again = rollouts.collect(engine, tokenizer, Counting(), [0, 3], seed=1, **settings)
+    again = collect(1)
     assert first == again
-    other = rollouts.collect(engine, tokenizer, Counting(), [0, 3], seed=2, **settings)
+    other = collect(2)
     assert [a.tokens for g in first for a in g] != [a.tokens for g in other for a in g]
     assert len({tuple(a.tokens) for a in first[0]}) > 1, "samples of one question differ"
     for a in first[0]:

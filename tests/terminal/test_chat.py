@@ -19,13 +19,14 @@ import pytest
 
 from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
 from nanochat_jax.terminal import app, console
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings
 from nanochat_jax.text.detokenizer import ContextOverflow, as_text
 from tests import children
-from tests.scripted_engine import Scripted
+from tests.fakes import FakeEngine
 from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
 
 TOKENIZER = golden_tokenizer()
@@ -81,15 +82,15 @@ def test_completion_is_what_the_engine_generates(engine):
     chat = make(engine, True, temperature=0.9, max_tokens=50, seed=5)
     text = say(chat, "Rain on the roof.")
     ids = [TOKENIZER.bos_id, *TOKENIZER.encode_text("Rain on the roof.")]
-    (result,), _ = engine.generate_batch(ids, max_tokens=50, temperature=0.9, top_k=50, seed=5)
-    shown = [t for t in result[len(ids) :] if t not in TOKENIZER.special_tokens.values()]
-    if len(shown) == len(result) - len(ids):  # else a special token was drawn, which is shown in its own way
+    (completion,) = engine.generate([ids], SamplingParams(50, temperature=0.9, top_k=50, seed=5))
+    shown = [t for t in completion.tokens if t not in TOKENIZER.special_tokens.values()]
+    if len(shown) == len(completion.tokens):  # else a special token was drawn, which is shown in its own way
         assert text == TOKENIZER.decode(shown)
     assert say(chat, "Rain on the roof.") == text, "the same seed and prompt give the same answer"
 
 
 def test_conversation_is_rendered_as_in_training():
-    scripted = Scripted([*CALL, *TOKENIZER.encode_text(" yes"), END], TOKENIZER.encode_text("two")[:1], [END])
+    scripted = FakeEngine([*CALL, *TOKENIZER.encode_text(" yes"), END], TOKENIZER.encode_text("two")[:1], [END])
     chat = make(scripted, max_tokens=30)
     assert say(chat, "one") == "<6*7=42> yes"
     assert chat.last.reason == "end"
@@ -129,7 +130,7 @@ def test_earlier_answers_are_found_in_the_engines_cache(engine):
 
 
 def test_long_conversations_drop_their_oldest_exchanges():
-    scripted = Scripted(*([[65, 66, 67, END]] * 12))
+    scripted = FakeEngine(*([[65, 66, 67, END]] * 12))
     chat, dropped = make(scripted, max_tokens=16), 0
     for i in range(12):
         say(chat, f"{i}")
@@ -143,7 +144,7 @@ def test_long_conversations_drop_their_oldest_exchanges():
 
 
 def test_an_answer_stopped_before_its_first_word_is_no_exchange():
-    chat = make(Scripted([65] * 50, [66, END]))
+    chat = make(FakeEngine([65] * 50, [66, END]))
     chat.stopping.set()
     chat.engine.step = lambda: []
     say(chat, "hello")
@@ -151,7 +152,7 @@ def test_an_answer_stopped_before_its_first_word_is_no_exchange():
 
 
 def test_regenerate_replaces_the_answer_with_another_seeds():
-    scripted = Scripted([65, END], [66, END], [67, END], [68, END], [])
+    scripted = FakeEngine([65, END], [66, END], [67, END], [68, END], [])
     chat = make(scripted, seed=7)
     with pytest.raises(ValueError, match="no question"):
         chat.regenerate(lambda _: None)
@@ -159,7 +160,8 @@ def test_regenerate_replaces_the_answer_with_another_seeds():
     say(chat, "b")
     chat.regenerate(lambda _: None)
     chat.regenerate(lambda _: None)
-    assert [as_text(t.pieces) for t in chat.turns] == ["A", "D"] and [r.seed for r in scripted.requests] == [7, 7, 8, 9]
+    assert [as_text(t.pieces) for t in chat.turns] == ["A", "D"]
+    assert [r.params.seed for r in scripted.requests] == [7, 7, 8, 9]
     assert scripted.prompts[1] == scripted.prompts[2] == scripted.prompts[3]
     chat.engine.submit = lambda *a, **k: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -168,7 +170,7 @@ def test_regenerate_replaces_the_answer_with_another_seeds():
 
 
 def test_undo():
-    chat = make(Scripted([65, END], [66, END], [67, END]))
+    chat = make(FakeEngine([65, END], [66, END], [67, END]))
     assert chat.undo() is None
     say(chat, "a")
     say(chat, "b")
@@ -181,14 +183,14 @@ def test_undo():
 
 
 def test_save_and_load_keep_every_token(base_dir):
-    chat = make(Scripted([*CALL, *TOKENIZER.encode_text(" yes"), END], [65, END], [66, END]))
+    chat = make(FakeEngine([*CALL, *TOKENIZER.encode_text(" yes"), END], [65, END], [66, END]))
     say(chat, "naïve 🚀")
     say(chat, "x\ny")
     path = chat.save("one")
     assert path == base_dir / "chats" / "one.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert json.loads(path.read_text())["messages"][1] == {"role": "assistant", "content": "<6*7=42> yes"}
-    other = make(Scripted([66, END]))
+    other = make(FakeEngine([66, END]))
     other.load("one")
     assert [(t.question, t.pieces, t.tokens) for t in other.turns] == [
         (t.question, t.pieces, t.tokens) for t in chat.turns
@@ -202,7 +204,7 @@ def test_save_and_load_keep_every_token(base_dir):
 
 
 def make_with_turn() -> Any:
-    chat = make(Scripted([65, END], [66, END]))
+    chat = make(FakeEngine([65, END], [66, END]))
     say(chat, "hello")
     return chat
 
@@ -253,7 +255,7 @@ def test_missing_names_list_what_there_is(base_dir):
     with pytest.raises(ValueError, match="give a name"):
         chat.save(" ")
     with pytest.raises(ValueError, match="nothing to save"):
-        make(Scripted()).save("x")
+        make(FakeEngine()).save("x")
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -276,9 +278,9 @@ def session(chat, *lines, decorated=False, fine=True):
 
 
 def test_commands_change_the_settings():
-    chat = make(Scripted(), True)
+    chat = make(FakeEngine(), True)
     lines = ["", "/temperature 0.25", "/topk 7", "/top_p 0.5", "/MaxTokens 12", "/seed -3", "/nonsense", "/topk x"]
-    said = session(chat, *lines, "/temperature -1", "/topp 0", "/maxtokens 1.5", "/topk", "/help", "/info")
+    said = session(chat, *lines, "/temperature -1", "/topp 2", "/maxtokens 1.5", "/topk", "/help", "/info")
     s = chat.settings
     assert (s.temperature, s.top_k, s.top_p, s.max_tokens, s.seed) == (0.25, 7, 0.5, 12, -3)
     assert "no command /nonsense" in said and "/topk needs a whole number" in said and "at least 0, got -1" in said
@@ -289,7 +291,7 @@ def test_commands_change_the_settings():
 
 
 def test_conversation_commands():
-    chat = make(Scripted([65, END], [66, END], [67, END]))
+    chat = make(FakeEngine([65, END], [66, END], [67, END]))
     said = session(chat, "/undo", "/regen", "one", "/regen", "/save x", "two", "/undo", "/load", "/load x", "/load y",
                    fine=False)  # fmt: skip
     lines = said.splitlines()
@@ -297,23 +299,23 @@ def test_conversation_commands():
     assert "Saved in" in lines[3] and lines[4:6] == ["C", "Forgotten: two"]
     assert lines[6].startswith("Saved conversations: x.") and "1 exchange, the last one:" in lines[7]
     assert lines[8:10] == ["User: one", "Assistant: B"] and "there is no" in lines[10]
-    assert "temperature 0 the answer would be the same" in session(make(Scripted(), temperature=0), "/regen")
+    assert "temperature 0 the answer would be the same" in session(make(FakeEngine(), temperature=0), "/regen")
 
 
 @pytest.mark.parametrize("leave", ["quit", "EXIT", "/quit", "/exit"])
 def test_leaving_and_clearing(leave):
-    chat = make(Scripted([65, END]))
+    chat = make(FakeEngine([65, END]))
     assert session(chat, "hello", "clear", leave, "never read") == "A\nConversation cleared.\n" and chat.turns == []
 
 
 def test_what_is_no_command():
-    chat = make(Scripted([65, END], [66, END], [67, END]))
+    chat = make(FakeEngine([65, END], [66, END], [67, END]))
     assert session(chat, Message("/help", verbatim=True), "clear the table", "quit it") == "A\nB\nC\n"
 
 
 def test_output_is_undecorated_unless_a_terminal_shows_it():
     for decorated in (False, True):
-        chat = make(Scripted([65, END], [66] * 99), True, max_tokens=2)
+        chat = make(FakeEngine([65, END], [66] * 99), True, max_tokens=2)
         said = session(chat, "one", "two", decorated=decorated)
         assert ("\033[" in said and "Goodbye" in said and "cut at 2 tokens" in said) == decorated
         if not decorated:
@@ -321,7 +323,7 @@ def test_output_is_undecorated_unless_a_terminal_shows_it():
 
 
 def test_a_prompt_too_long_is_an_error_beside_the_output(capsys):
-    said = session(make(Scripted([65, END])), "word " * 100, "fine", fine=False)
+    said = session(make(FakeEngine([65, END])), "word " * 100, "fine", fine=False)
     assert said == "\nA\n" or said == "A\n"
     assert "context is 64 tokens" in capsys.readouterr().err
 
@@ -331,7 +333,7 @@ def test_a_prompt_too_long_is_an_error_beside_the_output(capsys):
 
 def test_tool_calls_and_control_characters_on_a_terminal():
     answer = [*b"a\x1b[2J\r", *CALL, *b"b\n\tc\x07", END]
-    chat, where = make(Scripted(answer, answer)), screen(True)
+    chat, where = make(FakeEngine(answer, answer)), screen(True)
     assert ask(chat, where, "x")
     shown = where.out.getvalue()
     assert re.sub(r"\033\[\d*m", "", shown).replace("\b", "") == "Assistant: ...   a␛[2J␍<6*7=42> b\n\tc␇\n"
@@ -341,10 +343,11 @@ def test_tool_calls_and_control_characters_on_a_terminal():
 
 
 def test_a_call_without_a_result_is_closed():
-    chat, where = make(Scripted([*CALL[: CALL.index(TOKENIZER.encode_special("<|output_start|>"))], 65, END])), screen()
+    call = CALL[: CALL.index(TOKENIZER.encode_special("<|output_start|>"))]
+    chat, where = make(FakeEngine([*call, 65, END])), screen()
     ask(chat, where, "x")
     assert where.out.getvalue() == "<6*7>A\n"
-    chat, where = make(Scripted(CALL[:2], [65, END]), max_tokens=2), screen(True)
+    chat, where = make(FakeEngine(CALL[:2], [65, END]), max_tokens=2), screen(True)
     ask(chat, where, "x")
     ask(chat, where, "y")
     assert re.sub(r"\033\[\d*m", "", where.out.getvalue()).count("<6>") == 1
@@ -405,7 +408,7 @@ def test_commands_are_completed():
 def test_no_color(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     where = screen(True)
-    assert ask(make(Scripted([*CALL, 65, END])), where, "x")
+    assert ask(make(FakeEngine([*CALL, 65, END])), where, "x")
     assert "\033" not in where.out.getvalue() and "<6*7=42> A" in where.out.getvalue()
 
 
@@ -426,7 +429,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(engine):
 
 
 def test_ctrl_c_twice_during_an_answer_leaves():
-    chat = make(Scripted([65] * 50))
+    chat = make(FakeEngine([65] * 50))
     step, steps = chat.engine.step, []
 
     def interrupted():
@@ -442,10 +445,10 @@ def test_ctrl_c_twice_during_an_answer_leaves():
 
 
 def test_an_interrupt_while_typing_warns_first():
-    chat = make(Scripted([65, END]))
+    chat = make(FakeEngine([65, END]))
     said = session(chat, KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never", decorated=True)
     assert said.count("Ctrl-C again") == 2 and "Goodbye" in said and len(chat.turns) == 1
-    assert session(make(Scripted()), KeyboardInterrupt, "never") == ""
+    assert session(make(FakeEngine()), KeyboardInterrupt, "never") == ""
 
 
 def test_answers_in_another_thread(engine):
@@ -463,7 +466,7 @@ class Terminal:
         master, slave = pty.openpty()
         root = Path(__file__).parents[2]
         environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(root), "TERM": "dumb"}
-        command = [sys.executable, "-m", "tests.scripted_engine"]
+        command = [sys.executable, "-m", "tests.fakes"]
         self.process = children.start(command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=root,
                                         start_new_session=True)  # fmt: skip
         os.close(slave)
@@ -560,7 +563,7 @@ def test_a_base_directory_that_is_none(tmp_path, monkeypatch, capsys):
     [
         (["--temperature=-1"], "temperature"),
         (["--top_k=-1"], "top_k"),
-        (["--top_p=0"], "top_p"),
+        (["--top_p=1.5"], "top_p"),
         (["--max_tokens=0"], "max_tokens"),
         (["--run=a", "--model_tag=b"], "two names"),
         (["-p", " "], "prompt is empty"),
@@ -589,7 +592,7 @@ def chosen(engine, monkeypatch):
     meta, words = {"run": "r", "stage": "sft", "step": 7}, ["r, stage sft, step 7, saved today", ""]
     monkeypatch.setattr("nanochat_jax.runs.checkpoint.load_model", lambda *a: (engine.config, None, TOKENIZER, meta))
     monkeypatch.setattr(
-        "nanochat_jax.inference.engine.Engine", lambda *a, **k: Scripted([*TOKENIZER.encode_text("hi"), END])
+        "nanochat_jax.inference.engine.Engine", lambda *a, **k: FakeEngine([*TOKENIZER.encode_text("hi"), END])
     )
     monkeypatch.setattr("nanochat_jax.runs.checkpoint.chosen", lambda *a: words)
     return words

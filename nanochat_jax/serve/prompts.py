@@ -1,0 +1,87 @@
+"""From the text of a request to the ids of its prompts; what does not fit the model's context is refused here."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from nanochat_jax.serve import schemas
+from nanochat_jax.serve.api_errors import ApiError
+from nanochat_jax.serve.worker import Worker
+from nanochat_jax.text.detokenizer import ContextOverflow, MessageError, chat_prompt, fit_history
+
+SHORT_TEXT = 4096  # characters that the event loop tokenizes itself: half a millisecond, ten times what a thread costs
+
+
+async def of_conversation(worker: Worker, body: schemas.ChatRequest, max_tokens: int) -> list[int]:
+    """A conversation's ids. With `truncate_history` its oldest exchanges are dropped where it is too long (and enough
+    of the context left for a completion: max_tokens, at most half of it).
+
+    Raises ApiError for a conversation that has no prompt, or none that fits the context.
+    """
+    tokenizer, capacity = worker.tokenizer, worker.engine.capacity
+    messages = [m.model_dump(include={"role", "content"}) for m in body.messages]
+    newest = messages[-1:] if body.truncate_history else messages
+    _check_length(worker, sum(_characters(m["content"]) for m in newest), "messages")
+    characters = sum(_characters(m["content"]) for m in messages)
+    try:
+        if body.truncate_history:
+            reserve = min(max_tokens, capacity // 2)
+            prompt, _ = await _tokenized(characters, fit_history, messages, tokenizer, capacity, reserve)
+            return prompt
+        prompt = await _tokenized(characters, chat_prompt, messages, tokenizer)
+        if len(prompt) > capacity:
+            raise ContextOverflow(len(prompt), capacity)
+        return prompt
+    except MessageError as error:
+        param = "messages" if error.index is None else f"messages.{error.index}"
+        raise ApiError(400, str(error), param=param) from None
+    except ContextOverflow as error:
+        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
+
+
+async def of_texts(worker: Worker, body: schemas.CompletionRequest) -> list[list[int]]:
+    """The ids of each prompt: of a text with bos before it, or those given. Raises ApiError for one that cannot be."""
+    given: Any = body.prompt
+    capacity, vocab_size = worker.engine.capacity, worker.engine.config.vocab_size
+    prompts = []
+    for text in [""] if given is None else [given] if isinstance(given, str) or _is_ids(given) else given:
+        if isinstance(text, str):
+            _check_length(worker, len(text), "prompt")
+            ids = [worker.tokenizer.bos_id, *await _tokenized(len(text), worker.tokenizer.encode_text, text)]
+        else:
+            ids = text
+            if max(ids) >= vocab_size:
+                message = f"the prompt holds id {max(ids)}; the vocabulary has 0 to {vocab_size - 1}"
+                raise ApiError(400, message, param="prompt")
+        if len(ids) > capacity:
+            message = str(ContextOverflow(len(ids), capacity)).replace("messages", "prompt")
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        prompts.append(ids)
+    return prompts
+
+
+def _is_ids(prompt: Any) -> bool:
+    return bool(prompt) and isinstance(prompt[0], int)
+
+
+def _characters(content: str | list[dict]) -> int:
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+
+
+def _check_length(worker: Worker, characters: int, param: str) -> None:
+    """Refuses a text that is certain not to fit the context before the tokenizer sees it: its split pattern cannot take
+    a megabyte of everything."""
+    least, capacity = characters // worker.longest_token, worker.engine.capacity
+    if least > capacity:
+        message = f"this model's context is {capacity} tokens, but the {param} have at least {least}; shorten them"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+    if characters > schemas.MAX_TEXT:
+        raise ApiError(400, f"the {param} have {characters} characters, more than {schemas.MAX_TEXT}", param=param)
+
+
+async def _tokenized(characters: int, function: Callable, *arguments):
+    """What `function` makes of a text of so many characters; a long one on another thread, as it takes a tenth of a
+    second."""
+    if characters <= SHORT_TEXT:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)

@@ -1,0 +1,102 @@
+"""From new tokens to bytes: completions as text and tool calls while they grow, server-sent events, hang-ups."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Sequence
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from nanochat_jax.serve.api_errors import ApiError
+from nanochat_jax.serve.worker import Generation, Update
+from nanochat_jax.text.detokenizer import AnswerStream, Piece, PlainText, ToolCall, ToolResult, as_parts
+from nanochat_jax.text.tokenizer import Tokenizer
+
+
+class GrowingCompletion:
+    """One completion on its way: its tokens become text and tool calls."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.finish_reason: str | None = None  # OpenAI's: "stop" or "length"
+        self.n_tokens = 0
+        self._stream = AnswerStream(tokenizer, stop)
+        self._plain = PlainText()
+
+    def push(self, update: Update) -> list[tuple[str, dict[str, str] | None]]:
+        """(text, tool) of each new piece. tool: {"call": expression} or {"result": text} where the piece is one."""
+        self.n_tokens += len(update.tokens)
+        pieces = self._stream.push(update.tokens)
+        if update.finished:
+            pieces += self._stream.finish()
+            self.finish_reason = "length" if update.finished == "length" and not self._stream.stopped else "stop"
+        shown = [(self._plain.push([piece]), _tool(piece)) for piece in pieces]
+        if update.finished and (rest := self._plain.finish()):
+            shown.append((rest, None))
+        return shown
+
+    @property
+    def text(self) -> str:
+        """Everything so far, tool calls written as ``<12+30=42>``."""
+        return self._stream.text
+
+    @property
+    def parts(self) -> list[dict[str, str]]:
+        """Everything so far as an assistant message's parts."""
+        return as_parts(self._stream.pieces)
+
+
+def _tool(piece: Piece) -> dict[str, str] | None:
+    match piece:
+        case ToolCall(expression=expression):
+            return {"call": expression}
+        case ToolResult(text=text):
+            return {"result": text}
+    return None
+
+
+class ClientGone(Exception):
+    """The client hung up before the completion was done."""
+
+
+async def while_connected(request: Request, generation: Generation, work: Awaitable) -> None:
+    """Does `work`, which reads `generation`; closes that however it ends. Raises ClientGone if the client hangs up."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hung_up())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientGone
+        await tasks[0]
+    finally:
+        for task in tasks:
+            task.cancel()
+        generation.close()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; the generation ends when the client does."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._generation, self._events = generation, events
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.close()
+
+
+def event(data: dict) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    return event(error.body())
