@@ -63,10 +63,10 @@ class Running:
     def __init__(self, worker: Worker, app, server, port: int):
         self.worker, self.app, self.server, self.port = worker, app, server, port
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        self.http = httpx.Client(base_url=self.url, timeout=120)
 
     def openai(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
 
     def post(self, path: str, **body) -> httpx.Response:
         return self.http.post(path, json=body)
@@ -79,7 +79,7 @@ class Running:
         self.worker.replace(toy_params(script=tokens, first=n - 1), self.worker.model)
         self.until(lambda: not self.worker.swapping)
 
-    def until(self, condition, seconds: float = 10) -> None:
+    def until(self, condition, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "waited in vain"

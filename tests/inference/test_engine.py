@@ -75,7 +75,7 @@ def reference_batch(engine, prompt, n, max_tokens):
 full_forward = jax.jit(gpt.forward, static_argnums=0)
 
 
-def likeliest(config, params, ids, length=128):
+def most_likely(config, params, ids, length=128):
     """argmax at every position of ids from the uncached forward, padded to one length to compile it once."""
     padded = np.zeros((1, length), np.int32)
     padded[0, : len(ids)] = ids
@@ -142,7 +142,7 @@ def test_greedy_equals_argmax_of_the_full_forward(tiny, engine):
     requests = [engine.submit(p, SamplingParams(30, temperature=0.0, ignore_eos=True)) for p in prompts]
     drain(engine, requests)
     for request in requests:
-        expected = likeliest(config, params, request.prompt + request.tokens)
+        expected = most_likely(config, params, request.prompt + request.tokens)
         assert request.tokens == expected[len(request.prompt) - 1 : -1]
 
 
@@ -290,7 +290,7 @@ def test_a_slot_can_be_filled_to_its_last_position(tiny):
         request = small.submit(prompt, SamplingParams(temperature=0.0))
         drain(small, [request])
         assert len(request.tokens) == 34 - length and request.finished == "length"
-        assert request.tokens[-1] == likeliest(config, params, prompt + request.tokens[:-1])[-1]
+        assert request.tokens[-1] == most_likely(config, params, prompt + request.tokens[:-1])[-1]
 
 
 @pytest.mark.slow
@@ -302,10 +302,10 @@ def test_prompts_longer_than_a_chunk(tiny):
     request = long.submit(prompt, SamplingParams(4, temperature=0.0))
     copy = long.submit(prompt, SamplingParams(4, temperature=0.0))
     drain(long, [request, short, copy])
-    expected = likeliest(config, params, prompt + request.tokens, length=1104)
+    expected = most_likely(config, params, prompt + request.tokens, length=1104)
     assert request.tokens == expected[1099:1103] == copy.tokens
     assert (
-        short.tokens == likeliest(config, params, [5, 6, *short.tokens], length=1104)[1:-1]
+        short.tokens == most_likely(config, params, [5, 6, *short.tokens], length=1104)[1:-1]
     )  # prefilling a neighbour in chunks did not disturb it
 
 
