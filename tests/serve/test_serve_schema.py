@@ -56,7 +56,7 @@ def fuzz(described, examples: int) -> None:
             @settings
             @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
             def run(case):
-                response = case.call(base_url=running.url, timeout=20)
+                response = case.call(base_url=running.url, timeout=120)
                 assert response.status_code < 500
                 case.validate_response(response, excluded_checks=REFUSED if response.status_code == 413 else SILENT)
 
