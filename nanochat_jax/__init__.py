@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
     from nanochat_jax.inference.engine import Engine
+    from nanochat_jax.inference.request import SamplingParams
     from nanochat_jax.model.config import GPTConfig
     from nanochat_jax.model.gpt import forward
     from nanochat_jax.model.loss import next_token_loss
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Engine",
     "GPTConfig",
+    "SamplingParams",
     "Tokenizer",
     "__version__",
     "forward",
@@ -40,6 +42,7 @@ __all__ = [
 _HOMES = {
     "Engine": "inference.engine",
     "GPTConfig": "model.config",
+    "SamplingParams": "inference.request",
     "Tokenizer": "text.tokenizer",
     "forward": "model.gpt",
     "init": "model.parameters",
