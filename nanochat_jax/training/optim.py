@@ -241,7 +241,8 @@ def _adam_direction(
     nu: Any = {}
     count: Any = state.count
     for (b1, b2, eps), names in alike.items():
-        mine, old_mu, old_nu = ({n: tree[n] for n in names if n in tree} for tree in (grads, state.mu, state.nu))
+        trees: Any = grads, state.mu, state.nu
+        mine, old_mu, old_nu = ({n: tree[n] for n in names if n in tree} for tree in trees)
         transform = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
         done: Any
         new: Any

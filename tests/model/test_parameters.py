@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,8 @@ def test_new_rows_travel_and_are_trained_on_a_mesh(modern, kv_heads):
         groups = optim.group(config, params)
         clipped, norm = optim.clip_by_global_norm(optim.group(config, grads), 1.0)
         updates, _ = optimizer.update(clipped, optimizer.init(groups), groups)
-        return optim.ungroup(config, optax.apply_updates(groups, updates)), norm
+        trained: Any = optax.apply_updates(groups, updates)
+        return optim.ungroup(config, trained), norm
 
     def per_device(params, grads, state):
         moves = zero.Zero(config, mesh)
@@ -152,6 +154,7 @@ def test_new_rows_travel_and_are_trained_on_a_mesh(modern, kv_heads):
         scattered = moves.scatter_gradients(parameters.map_leaves(config, mine))
         replicas = zero.group_replicas(config, mesh)
         scattered, norm = optim.clip_by_global_norm(scattered, 1.0, AXES, replicas)
+        updates: Any
         updates, _ = optimizer.update(scattered, state, moves.adamw_slices(params))
         return jax.tree.map(jnp.add, params, moves.gather_updates(updates)), norm
 
