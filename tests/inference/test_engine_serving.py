@@ -319,6 +319,7 @@ def test_what_is_to_be_done_meanwhile_is_done_once_while_the_device_works(tiny, 
     assert step(steps=99) == (["decode", "meanwhile"], [1])
 
 
+@pytest.mark.slow  # programs for four numbers of rows
 def test_only_as_many_rows_are_decoded_as_there_are_requests(tiny, monkeypatch):
     engine, sizes = make(tiny, slots=8), []
     original = model_runner.decode
@@ -352,6 +353,7 @@ def spread(tiny):
     )
 
 
+@pytest.mark.slow  # programs for four devices; two are tested above
 def test_slots_over_devices_give_the_same_tokens(tiny, spread):
     one = Engine(tiny[0], tiny[1], None, slots=1, capacity=128, steps_per_call=4, logprobs=True)
     settings = [dict(max_tokens=5 + 3 * i, temperature=0.8, top_k=20 * i, seed=i, logprobs=True) for i in range(12)]

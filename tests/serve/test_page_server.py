@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -336,7 +337,20 @@ def test_with_the_real_server_base_model_and_key(real, visit):
 
 
 def test_with_the_real_server_stop_frees_the_slot(real, visit):
-    with real.serving(real.toy_engine(pause=0.05)) as running:
+    engine = real.toy_engine()
+    running_on, budget = engine.step, [4]
+
+    def step(meanwhile, steps):
+        """A few calls, then nothing comes until the request is cancelled: the button may take as long as it likes."""
+        if not budget[0] and engine.live:
+            meanwhile()
+            time.sleep(0.01)
+            return []
+        budget[0] = max(0, budget[0] - 1)
+        return running_on(meanwhile, steps)
+
+    engine.step = step
+    with real.serving(engine) as running:
         chat = visit(running).ready()
         running.tell(tool_answer("la " * 50), [{"role": "user", "content": "Sing"}])
         chat.ask("Sing")

@@ -184,9 +184,10 @@ def test_health_answers_while_a_step_takes_its_time():
 def test_the_call_after_an_answer_is_a_short_one_if_a_slot_is_free():
     """Who got it may ask again at once, and is let in as soon as that call is over."""
     engine = toy_engine(slots=2, steps_per_call=16)
-    step, log = engine.step, []
+    step, log, both_are_in = engine.step, [], threading.Event()
 
     def watched(*arguments):
+        assert both_are_in.wait(60)
         events = step(*arguments)
         if events:
             log.append((arguments[1], any(event.finished for event in events)))
@@ -199,6 +200,7 @@ def test_the_call_after_an_answer_is_a_short_one_if_a_slot_is_free():
         async def ask() -> None:
             for n in (5, 100):
                 worker.submit([[1, 2]], 1, SamplingParams(n, seed=0))
+            both_are_in.set()
 
         assert worker._loop is not None
         asyncio.run_coroutine_threadsafe(ask(), worker._loop).result()
