@@ -75,11 +75,17 @@ def test_a_reference_checkpoint(theirs, golden, tokenizer, capsys):
     """Compile prefix, bfloat16 embedding, grouped keys, a meta file without n_kv_head."""
     folder = run(theirs)
     out = capsys.readouterr().out
-    assert folder.name == "d1-mid" and "n_kv_head (taken: 1)" in out
+    recorded = json.loads((golden / "interchange" / "meta_000007.json").read_text())
+    sizes = recorded["model_config"]
+    with np.load(golden / "interchange" / "model_000007.npz") as arrays:
+        keys = next(arrays[name] for name in arrays.files if name.endswith("c_k.weight"))
+    n_kv_head = keys.shape[0] // (sizes["n_embd"] // sizes["n_head"])
+    assert folder.name == "d1-mid" and f"n_kv_head (taken: {n_kv_head})" in out
     config, params, loaded, meta = checkpoint.load_model("d1-mid")
-    assert config == GPTConfig(sequence_len=32, vocab_size=270, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+    assert config == GPTConfig(**{**sizes, "n_kv_head": n_kv_head})
     assert loaded.hash == tokenizer.hash and (meta["stage"], meta["step"]) == ("mid", 7)
-    assert meta["imported"]["meta"]["val_bpb"] == 1.25 and len(meta["imported"]["files"]["model_000007.pt"]) == 64
+    assert meta["imported"]["meta"]["val_bpb"] == recorded["val_bpb"]
+    assert len(meta["imported"]["files"]["model_000007.pt"]) == 64
     with np.load(golden / "interchange" / "model_000007.npz") as arrays:
         ours = params_to_reference(config, params)
         assert set(ours) == set(arrays.files)

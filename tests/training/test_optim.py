@@ -119,10 +119,11 @@ def test_adamw_runs(data, weight_decay, run):
         return {"embedding": wte, "unembedding": head.T, "matrices": {}}
 
     hyper = optim.OptimHyper(weight_decay=weight_decay)
-    rates = optim.initial_learning_rates(hyper, n_embd=16)
+    width = data[f"adamw/init/{NAMES['embedding']}"].shape[1]
+    rates = optim.initial_learning_rates(hyper, n_embd=width)
     np.testing.assert_allclose(rates["unembedding"], data[f"adamw/{run}/group0/lr"], rtol=1e-6)
     np.testing.assert_allclose(rates["embedding"], data[f"adamw/{run}/group1/lr"], rtol=1e-6)
-    transform = optim.make_optimizer(hyper, constant, n_embd=16)
+    transform = optim.make_optimizer(hyper, constant, n_embd=width)
     groups = grouped("adamw/init")
     state, update, t = transform.init(groups), jax.jit(transform.update), 0
     while f"adamw/grad_step{t}/lm_head.weight" in data:
