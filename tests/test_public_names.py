@@ -2,7 +2,6 @@
 
 import ast
 import importlib.metadata
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model.parameters import abstract
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import Tokenizer
+from tests import children
 from tests.tokenizer_fixtures import golden_tokenizer
 from tests.toy_params import toy_params
 
@@ -23,7 +23,7 @@ HEAVY = ("jax", "flax", "optax", "orbax", "numpy", "rustbpe")
 
 def test_importing_the_package_imports_no_library():
     program = "import sys, nanochat_jax; print(*{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = children.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & set(HEAVY)
 
 

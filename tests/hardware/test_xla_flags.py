@@ -1,12 +1,12 @@
 """What is set for a node of GPUs, that jaxlib takes it, and that what the user set wins."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 
 from nanochat_jax.hardware.xla_flags import MEMORY_FRACTION, apply
+from tests import children
 
 H100 = "NVIDIA H100 80GB HBM3"
 SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler=true"
@@ -77,5 +77,5 @@ def test_a_process_starts_with_the_applied_flags(tmp_path):
         "print(float(jax.numpy.ones(3).sum()), os.environ['XLA_FLAGS'])"
     )
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = children.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == f"3.0 {SCHEDULER}", done.stderr
