@@ -260,11 +260,15 @@ RULES = [
 SOURCES = read_sources()
 # What is still being moved: beginnings of violations. Empty when it is done.
 PENDING: dict[str, tuple[str, ...]] = {
-    "folders_import_lower_ones": ("nanochat_jax.training.loop",),
-    "tasks_import_little": ("tasks.",),
+    "folders_import_lower_ones": ("nanochat_jax.training.loop imports nanochat_jax.planner.fit_batch",),
+    "tasks_import_little": (
+        "tasks.hub imports nanochat_jax.data.shards",
+        "tasks.hub imports nanochat_jax.data.fetch",
+        "tasks.spelling imports nanochat_jax.data.fetch",
+    ),
     "class_names_are_unique": (
-        "Answer", "Card", "Chat", "Choice", "Cost", "Document", "Facts", "Job", "Message", "Model", "Outcome", "Plot",
-        "Rows", "Server", "Settings", "Source", "Stats", "Stream", "Text",
+        "Card:", "Choice:", "Cost:", "Document:", "Facts:", "Job:", "Model:", "Outcome:", "Plot:", "Rows:", "Settings:",
+        "Source:", "Stats:", "Stream:", "Text:",
     ),
 }  # fmt: skip
 
