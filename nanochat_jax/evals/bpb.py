@@ -23,7 +23,7 @@ def loss_sums_fn(config: GPTConfig, mesh: Mesh | None = None):
     """A jitted (params, inputs, targets, token_bytes) -> four sums over a (B, T) batch: nats of targets that have
     bytes, their bytes, nats of all targets, their number.
 
-    With a mesh, rows are dealt to its devices (B must divide by their number) and the sums are global.
+    With a mesh, rows are sharded over its devices (B must divide by their number) and the sums are global.
     """
 
     def local(params, inputs, targets, token_bytes):
@@ -37,9 +37,9 @@ def loss_sums_fn(config: GPTConfig, mesh: Mesh | None = None):
     def summed(*args):
         return jax.tree.map(lambda x: jax.lax.psum(x, sharding.AXES), local(*args))
 
-    whole, rows = sharding.replicated_spec(), sharding.batch_spec(2)
+    full, rows = sharding.replicated_spec(), sharding.batch_spec(2)
     return jax.jit(
-        jax.shard_map(summed, mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=(whole,) * 4, check_vma=False)
+        jax.shard_map(summed, mesh=mesh, in_specs=(full, rows, rows, full), out_specs=(full,) * 4, check_vma=False)
     )
 
 

@@ -147,7 +147,7 @@ class Evaluator:
     def evaluate(
         self, name: str, *, partial: Result | None = None, save: Callable[[Result], Any] = lambda result: None
     ) -> Result:
-        """The result of one name. CORE goes on from a `partial` result and hands `save` one after each of its tasks."""
+        """The result of one name. CORE resumes from a `partial` result and hands `save` one after each of its tasks."""
         if name == "CORE":
             return self._core(partial, save)
         if name in ("bpb", "chat-bpb"):
@@ -277,7 +277,7 @@ def _core_result(bundle: Bundle, done: dict[str, dict], settings: dict, seconds:
         "tasks": parts,
     }
     if len(parts) < len(bundle.tasks):
-        return {**result, "skipped": f"{len(parts)} of {len(bundle.tasks)} tasks are done; run it again to go on"}
+        return {**result, "skipped": f"{len(parts)} of {len(bundle.tasks)} tasks are done; run it again to resume"}
     correct = [[item["correct"] for item in part["items"]] for part in parts.values()]
     return {
         **result,
@@ -296,11 +296,11 @@ def _core_result(bundle: Bundle, done: dict[str, dict], settings: dict, seconds:
 class _Part:
     """The progress of one CORE task as a part of all of them."""
 
-    def __init__(self, whole: ShareProgress, before: int, own: int, total: int):
-        self._whole, self._before, self._own, self._total = whole, before, own, total
+    def __init__(self, overall: ShareProgress, before: int, own: int, total: int):
+        self._overall, self._before, self._own, self._total = overall, before, own, total
 
     def say(self, text: str) -> None:
-        self._whole.say(text)
+        self._overall.say(text)
 
     def __call__(self, label: str, fraction: float) -> None:
-        self._whole(label, (self._before + self._own * fraction) / self._total)
+        self._overall(label, (self._before + self._own * fraction) / self._total)

@@ -1,4 +1,4 @@
-"""Where results of evaluations are kept, and the figures made of several.
+"""Where results of evaluations are saved, and the figures computed from several.
 
     <run>/evals/step-00000200/GSM8K.json      one file per task, the items included
 
@@ -44,7 +44,7 @@ _EARLIER = ".earlier-"  # in the name of a result that another one, made with ot
 
 
 class ResultError(UserError, RuntimeError):
-    """A kept result cannot be read or written; the message names the file and the remedy."""
+    """A saved result cannot be read or written; the message names the file and the remedy."""
 
 
 def scored(
@@ -124,7 +124,7 @@ def load(run_folder: Path, step: int | None = None) -> dict[str, Result]:
 
 
 def find(run_folder: Path, step: int, task: str, settings: Mapping[str, Any]) -> Result | None:
-    """The kept result of exactly these settings, if there is one that was not skipped."""
+    """The saved result of exactly these settings, if there is one that was not skipped."""
     path = path_of(run_folder, step, task)
     if not path.exists():
         return None

@@ -51,17 +51,17 @@ def evaluate_tasks(
 ) -> dict[str, Result]:
     """Evaluates the names one after the other and saves each result in the run's folder as soon as there is one.
 
-    A kept result of the same step and settings is not made again (unless `again`). All data are opened before
+    A saved result of the same step and settings is not computed again (unless `again`). All data are opened before
     anything is computed. Returns name -> result.
     """
     settings = {name: evaluator.settings_of(name) for name in names}
-    kept = {} if again else {n: r for n in names if (r := results.find(folder, step, n, settings[n]))}
-    evaluator.prepare([name for name in names if name not in kept])
+    saved = {} if again else {n: r for n in names if (r := results.find(folder, step, n, settings[n]))}
+    evaluator.prepare([name for name in names if name not in saved])
     found = {}
     for name in names:
-        if name in kept:
-            print(f"{name}: {results.shown(kept[name])} (kept from {kept[name]['time']})", flush=True)
-            found[name] = kept[name]
+        if name in saved:
+            print(f"{name}: {results.shown(saved[name])} (saved {saved[name]['time']})", flush=True)
+            found[name] = saved[name]
             continue
 
         def save(result: Result) -> None:
@@ -83,9 +83,9 @@ def _line(result: Result) -> str:
     if passes := result.get("pass_at_k"):
         parts += [f"pass@{k} {value:.4f}" for k, value in passes.items() if len(passes) > 1]
     if result.get("unfinished"):
-        parts.append(f"{100 * result['unfinished']:.1f}% of answers cut off")
+        parts.append(f"{100 * result['unfinished']:.1f}% of completions cut off")
     if result.get("cut_prompts"):
-        parts.append(f"{result['cut_prompts']} prompts lost their beginning")
+        parts.append(f"{result['cut_prompts']} prompts lost their first tokens")
     return " | ".join(parts)
 
 
@@ -121,5 +121,5 @@ def main(argv: Sequence[str]) -> int:
     def action() -> None:
         run(settings)
 
-    stopped = "stopped; what is done is kept, and the same command goes on"
+    stopped = "stopped; finished evaluations are saved, and the same command resumes"
     return errors.exit_status(action, {devices.DeviceError: devices.NO_USABLE_GPU}, stopped)

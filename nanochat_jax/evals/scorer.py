@@ -1,10 +1,14 @@
-"""Scoring given tokens: log-likelihoods of spans and logits of letters, for any number of prompts of any length.
+"""Scores given tokens: log-likelihoods of spans and logits of letters, for any number of prompts of any length.
 
-Prompts are sorted by length and put into batches of a few fixed shapes, so after warm-up nothing is compiled again. A
-forward pass goes to hidden states only; those of the scored positions are gathered and the unembedding, the dearest
-part of a small model, runs on them alone. Neighbouring prompts that begin alike (the options of one multiple-choice
-item behind ten shots) share one pass over their common tokens: its keys and values are the cache that each
-continuation is run against.
+How a call of `spans` or `choices` goes:
+
+1. each item becomes a `_Query`: its input tokens and the positions whose predictions are wanted;
+2. `_share` groups neighbours with a common prefix (the options of one multiple-choice item behind ten shots): the
+   prefix is computed once, its keys and values are the cache each suffix is run against;
+3. `_plan` sorts groups by length into batches of a few fixed shapes, so nothing is recompiled after warm-up;
+4. `_dispatch` packs a batch and starts its forward pass to hidden states; those of the scored positions are gathered,
+   and the unembedding, the most expensive part of a small model, runs on them alone;
+5. `_fetch` waits for a batch while the next one is already on the devices, and the results go to their items.
 """
 
 import functools
@@ -28,8 +32,8 @@ from nanochat_jax.utils.errors import InputError
 Ids = Sequence[int] | np.ndarray
 Progress = Callable[[int, int], None]
 
-MAX_SUFFIXES = 16  # continuations of one shared beginning; an item with more options is run as several
-MIN_SHARED = 128  # tokens that sharing must save, and a quarter of the prompt, to be worth a program of its own
+MAX_SUFFIXES = 16  # suffixes of one shared prefix; an item with more options is run as several
+MIN_SHARED = 128  # tokens that sharing must save, besides a quarter of the prompt, to be worth a program of its own
 
 
 def row_length(n: int) -> int:
@@ -39,13 +43,14 @@ def row_length(n: int) -> int:
 
 
 def suffix_length(n: int) -> int:
-    """The padded length of continuations: 0, 16, 64, 256 ... They are short beside what they share."""
+    """The padded length of suffixes: 0, 16, 64, 256 ... They are short compared with their prefix."""
     return 0 if n == 0 else 16 << 2 * max(0, -(-((n - 1).bit_length() - 4) // 2))
 
 
 @dataclass
-class Stats:
-    """What a scorer has done so far."""
+class ScorerStats:
+    """What a scorer has done so far: prompts truncated, tokens of all prompts, tokens run (less where prefixes are
+    shared)."""
 
     cropped: int = 0
     tokens_given: int = 0
@@ -55,7 +60,7 @@ class Stats:
 class Scorer:
     """Scores token ids with one model. Set `params` to score with other parameters of the same configuration.
 
-    With a mesh, the rows of every batch are dealt to its devices; `params` must then be replicated or on the host.
+    With a mesh, the rows of every batch are sharded over its devices; `params` must then be replicated or on the host.
     `max_tokens_per_batch` is per device and bounds memory. Prompts longer than `max_length` (default and at most the
     rotary range of 10 x sequence_len) lose their first tokens, as in the reference, and are counted in `stats`.
     """
@@ -74,7 +79,7 @@ class Scorer:
         wanted = max_tokens_per_batch or (4096 if cpu else 32768)
         if wanted < 1:
             raise InputError(f"max_tokens_per_batch must be positive, got {max_tokens_per_batch}")
-        self.config, self.params, self.stats = config, params, Stats()
+        self.config, self.params, self.stats = config, params, ScorerStats()
         self.max_length = min(max_length or 10 * config.sequence_len, 10 * config.sequence_len)
         self._budget = -(-wanted // chunk) * chunk
         self._devices = 1 if mesh is None else mesh.size
@@ -85,7 +90,7 @@ class Scorer:
     ) -> list[tuple[float, bool, np.ndarray]]:
         """For each (ids, start, end): how likely ids[start:end] is, given all that comes before.
 
-        Returns (mean nll in nats, whether every token of the span is the model's first choice, the nll of each token
+        Returns (mean nll in nats, whether every token of the span is the model's most likely one, the nll of each token
         as float32); an empty span gives (nan, True, empty). Raises ValueError unless 1 <= start <= end <= len(ids):
         the first token has nothing before it. `progress(done, total)` counts computed token positions.
         """
@@ -142,7 +147,7 @@ class Scorer:
         total, done = sum(shape.slots(groups) for shape, groups in plan) * self._devices, 0
         pending: deque = deque()
         for shape, groups in plan:
-            # The host packs the next batch while the devices work on this one.
+            # the host packs the next batch while the devices work on this one
             pending.append(self._dispatch(shape, groups, head, wanted))
             done += shape.slots(groups) * self._devices
             while len(pending) > 1:
@@ -180,6 +185,8 @@ class Scorer:
         """Starts one batch; returns what `_fetch` needs. Device d gets groups d, d + n, ..."""
         n = self._devices
         R, P, S = shape
+        # 1. tokens, padded to the batch's shape, and where in the flat hidden states each wanted position lies:
+        #    first the prefixes (R * P), then the suffixes (MAX_SUFFIXES * R * S)
         ids = np.zeros((n * R, P), np.int32)
         lengths = np.ones((n * R, 1), np.int32)
         suffixes = np.zeros((MAX_SUFFIXES, n * R, S), np.int32)
@@ -198,21 +205,23 @@ class Scorer:
                 index[device].append(np.where(position < length, row * P + position, in_suffix))
                 places[device].append(query.out + position - query.first)
             self.stats.tokens_run += length + sum(map(len, group.suffixes))
+        # 2. the wanted positions of each device, padded to a multiple of the budget
         found = [np.concatenate(p) if p else np.zeros(0, np.int64) for p in places]
         counts = np.array([[len(p)] for p in found], np.int32)
-        room = -(-max(1, counts.max()) // self._budget) * self._budget
-        gather = np.zeros((n, room), np.int32)
-        asked = np.zeros((n, room, *wanted.shape[1:]), np.int32)
+        padded = -(-max(1, counts.max()) // self._budget) * self._budget
+        gather = np.zeros((n, padded), np.int32)
+        asked = np.zeros((n, padded, *wanted.shape[1:]), np.int32)
         for device, (place, own) in enumerate(zip(found, index, strict=True)):
             if own:
                 gather[device, : len(place)] = np.concatenate(own)
                 asked[device, : len(place)] = wanted[place]
+        # 3. hidden states of the wanted positions, then the head on them; neither call waits for the devices
         if S:
             most = np.int32(max(len(g.suffixes) for g in groups))
             hidden = self._programs.shared(self.params, ids, lengths, suffixes, most, gather)
         else:
             hidden = self._programs.plain(self.params, ids, gather)
-        return found, head(self.params, hidden, asked.reshape(n * room, -1), counts)
+        return found, head(self.params, hidden, asked.reshape(n * padded, -1), counts)
 
 
 def _fetch(places: list[np.ndarray], results: Any) -> Iterator[tuple]:
@@ -236,7 +245,7 @@ class _Query(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """A batch of one device: `rows` rows of `prefix` tokens, each with continuations of `suffix` tokens (0: none)."""
+    """A batch of one device: `rows` rows of `prefix` tokens, each with suffixes of `suffix` tokens (0: none)."""
 
     rows: int
     prefix: int
@@ -248,7 +257,7 @@ class _Shape(NamedTuple):
 
 @dataclass
 class _Group:
-    """Queries that begin with the same tokens. A member is (query, number of its suffix; any if it has none)."""
+    """Queries with the same prefix. A member is (query, index of its suffix; any if it has none)."""
 
     prefix: np.ndarray
     suffixes: list[np.ndarray] = field(default_factory=list)
@@ -299,7 +308,7 @@ class _Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _programs(config: GPTConfig, mesh: Mesh | None, chunk: int) -> _Programs:
-    """The four jitted functions; every array's first axis (second of three) is dealt to the devices of the mesh."""
+    """The four jitted functions; every array's first axis (second of three) is sharded over the devices of the mesh."""
     C = config.n_embd
 
     def plain(params, ids_RP, index_1K):
@@ -310,12 +319,12 @@ def _programs(config: GPTConfig, mesh: Mesh | None, chunk: int) -> _Programs:
         shape = config.n_kv_head, config.head_dim, config.dtype
         empty = KVCache.create(config.n_layer, R, shape[0], P, *shape[1:])
         hidden_RPC, prefix = gpt.forward_cached(config, params, ids_RP, empty)
-        room = KVCache.create(config.n_layer, R, shape[0], S, *shape[1:])
+        own = KVCache.create(config.n_layer, R, shape[0], S, *shape[1:])
         cache = KVCache(
             prefix.new_keys,
             prefix.new_values,
-            room.new_keys,
-            room.new_values,
+            own.new_keys,
+            own.new_values,
             start=length_R1[:, 0],
             filled=jnp.zeros((), jnp.int32),
             capacity=P + S,
@@ -358,15 +367,15 @@ def _programs(config: GPTConfig, mesh: Mesh | None, chunk: int) -> _Programs:
     if mesh is None:
         return _Programs(*map(jax.jit, (plain, shared, nll, letters)))
 
-    whole, rows, options = sharding.replicated_spec(), sharding.batch_spec(2), sharding.batch_spec(3)
+    full, rows, options = sharding.replicated_spec(), sharding.batch_spec(2), sharding.batch_spec(3)
 
     def spread(function, in_specs, out_specs):
         mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped)
 
     return _Programs(
-        spread(plain, (whole, rows, rows), rows),
-        spread(shared, (whole, rows, rows, options, whole, rows), rows),
-        spread(nll, (whole, rows, rows, rows), (rows, rows)),
-        spread(letters, (whole, rows, rows, rows), rows),
+        spread(plain, (full, rows, rows), rows),
+        spread(shared, (full, rows, rows, options, full, rows), rows),
+        spread(nll, (full, rows, rows, rows), (rows, rows)),
+        spread(letters, (full, rows, rows, rows), rows),
     )

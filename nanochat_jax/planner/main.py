@@ -40,8 +40,8 @@ class PlanSettings:
     target_param_data_ratio: float = flag(20.0, "training tokens per parameter")
     device_batch_size: int = flag(0, "rows per device and micro-step; 0: every power of two that divides")
     remat: str = flag("none", "activations recomputed in the backward pass", choices=("none", "mlp", "block"))
-    fsdp: int = flag(1, "devices over which the parameters are cut too")
-    tensor: int = flag(1, "devices over which heads, MLP and vocabulary are cut")
+    fsdp: int = flag(1, "devices over which the parameters are sharded too")
+    tensor: int = flag(1, "devices over which heads, MLP and vocabulary are sharded")
     compile: bool = flag(True, "compile the real programs for the card (needs the CUDA plugin, no GPU)")
     json: bool = flag(False, "print JSON instead of text")
 

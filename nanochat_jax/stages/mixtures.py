@@ -46,7 +46,7 @@ def mid(settings: ChatStageSettings, parent: Parent) -> tuple[Conversations, Con
 
 def sft(settings: ChatStageSettings, parent: Parent, data: Path | None) -> tuple[Conversations, Conversations]:
     """(training, held-out) conversations of finetuning: the user's own (`data`) or the usual mixture. Beside the user's
-    own, the name is learnt only if it is given: what stands in them is theirs to choose."""
+    own, the name is trained on only if it is given: what they contain is the user's choice."""
     if data is not None:
         train, val = own(data, parent.tokenizer)
         if not settings.model_name:
@@ -78,13 +78,13 @@ def rl(settings: ChatStageSettings) -> tuple[Task, Task]:
 
 
 def own(path: Path, tokenizer) -> tuple[Conversations, Conversations]:
-    """The user's conversations, one in twenty held out; shows what was read and how it will be learnt."""
+    """The user's conversations, one in twenty held out; shows what was read and what will be trained on."""
     file = load_chat_file(path)
     for line, reason in file.problems[:10]:
         print(f"{path}, line {line}: left out: {reason}")
     if file.bad_lines > 10:
         print(f"{path}: {file.bad_lines - 10} more lines left out")
-    print(f"{path}: {len(file):,} conversations; the first ones, with what is learnt marked:")
+    print(f"{path}: {len(file):,} conversations; the first ones, with the tokens that are trained on marked:")
     print(describe_samples(file, tokenizer))
     return file.held_out()
 
