@@ -107,7 +107,7 @@ def run(settings: EvalSettings) -> dict[str, Result]:
     print(f"evaluating {meta['run']}, stage {stage}, step {step}: {', '.join(names)}")
     evaluator = Evaluator(config, params, tokenizer, stage, settings, trained_with)
     found = evaluate_tasks(names, evaluator, folder, step, again=settings.again)
-    print(f"\n{results.table({stage: results.load(folder, step)})}\n\nkept in {results.folder_of(folder, step)}")
+    print(f"\n{results.table({stage: results.load(folder, step)})}\n\nsaved in {results.folder_of(folder, step)}")
     return found
 
 

@@ -78,7 +78,7 @@ def test_chat_tasks_are_kept_and_made_again_only_when_asked(make_run, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(evaluator.Evaluator, "evaluate", refuse)
         assert run.main(flags) == 0
-        assert "kept from" in capsys.readouterr().out
+        assert "(saved " in capsys.readouterr().out
         for changed in (["--again"], ["--max_problems=2"]):
             with pytest.raises(AssertionError, match="not made again"):
                 run.main([*flags, *changed])
