@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def results(cases: Sequence[Case], say: Callable[[str], None] = lambda line: Non
     What is not cached is compiled in one child process, and cached as soon as it is done. Raises NoPlugin
     without the CUDA plugin (cached numbers are found without it), CompileError when the compiler fails.
     """
+    # 1. the environment in which XLA believes it has these cards, and what was compiled in it before
     env = environment(CARDS[cases[0].gpu], cases[0].gpus) if cases else {}
     paths = [_cache_path(case, env.get("XLA_FLAGS", "")) for case in cases]
     found = [_read(path) for path in paths]
@@ -62,7 +63,9 @@ def results(cases: Sequence[Case], say: Callable[[str], None] = lambda line: Non
     if missing:
         if plugin_version() is None:
             raise NoPlugin("the CUDA plugin of JAX is not installed (pip install '.[cuda12]'; no GPU is needed)")
+        # 2. the rest in one child process, since a process sees one kind of card only
         done = _compile([cases[i] for i in missing], env, say)
+        # 3. each case is cached as soon as its line has come
         for i, facts in zip(missing, done, strict=True):
             found[i] = facts
             with contextlib.suppress(OSError):  # a full disk costs the next call a compilation, no more
@@ -70,7 +73,8 @@ def results(cases: Sequence[Case], say: Callable[[str], None] = lambda line: Non
     return [facts for facts in found if facts is not None]
 
 
-def _compile(cases: Sequence[Case], env: dict[str, str], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _compile(cases: Sequence[Case], env: dict[str, str], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The numbers of every case, each as soon as the child process prints its line."""
     command = [sys.executable, "-m", "nanochat_jax.planner.child"]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         child = subprocess.Popen(
@@ -81,7 +85,6 @@ def _compile(cases: Sequence[Case], env: dict[str, str], say: Callable[[str], No
         try:
             child.stdin.write(json.dumps([asdict(case) for case in cases]))
             child.stdin.close()
-            answers = []
             for case in cases:
                 say(f"compiling {_name(case)} ...")
                 line = child.stdout.readline()
@@ -90,8 +93,7 @@ def _compile(cases: Sequence[Case], env: dict[str, str], say: Callable[[str], No
                     errors.seek(0)
                     end = errors.read()[-1500:].strip()
                     raise CompileError(f"compiling {_name(case)} failed (exit status {child.returncode}): {end}")
-                answers.append(json.loads(line))
-            return answers
+                yield json.loads(line)
         finally:
             child.kill()
             child.wait()

@@ -5,7 +5,7 @@
     <base>/runs/<run>/checkpoints/00000200/     state/ (orbax arrays) + meta.json
 
 A checkpoint is written under a temporary name and renamed when all of it is on disk, so one that can be seen is
-complete. Arrays are stored in device-independent form: a run continues on any number of devices.
+complete. Arrays are stored in device-independent form: a run resumes on any number of devices.
 """
 
 import json
@@ -88,17 +88,24 @@ def save(run: Path, step: int, state: Any, meta: dict, keep: int = 2, keep_every
 
 
 def begin_save(run: Path, step: int, state: Any, meta: dict, keep: int = 2, keep_every: int = 0) -> Callable[[], Path]:
-    """The first part of `save`, after which the state may be overwritten; the returned function does the rest, in any
-    thread. Nothing else may be saved to the run before that has ended."""
+    """Steps 1 and 2 of a save, after which the state may be overwritten; the returned function does the rest, in any
+    thread. Nothing else may be saved to the run before that has ended.
+
+    1. remove what an interrupted save left behind, check that the disk has room;
+    2. orbax copies the arrays to the host and begins to write them under a temporary name;
+    3. when they are written: checksums of all files into meta.json, everything flushed to disk;
+    4. one rename makes the checkpoint visible: killed before it, the run resumes from the previous checkpoint;
+    5. checkpoints beyond `keep` and `keep_every` are removed, each renamed away first.
+    """
     final = step_dir(run, step)
     temporary = final.with_name(f".{final.name}.writing")
     main = multihost.is_main()
-    if main:
+    if main:  # 1.
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(final.parent)
         _check_free_space(run, state)
     multihost.barrier(f"save {step}")
-    try:
+    try:  # 2.
         writing = ocp.save_async(str(temporary / "state"), state)
     except Exception as error:
         raise _failed(run, step, temporary, error) from error
@@ -107,8 +114,8 @@ def begin_save(run: Path, step: int, state: Any, meta: dict, keep: int = 2, keep
         try:
             writing.result()
             if main:
-                _publish(run, step, temporary, meta)
-                _drop_old(run, keep, keep_every)
+                _publish(run, step, temporary, meta)  # 3. and 4.
+                _drop_old(run, keep, keep_every)  # 5.
         except Exception as error:
             raise _failed(run, step, temporary, error) from error
         return final
@@ -239,7 +246,7 @@ def _damaged(run: Path, step: int, name: str) -> CheckpointError:
     folder = step_dir(run, step)
     others = [s for s in steps(run) if s < step]
     hint = f"the previous checkpoint is step {others[-1]}" if others else "there is no earlier checkpoint"
-    return CheckpointError(f"{folder / name} is missing or damaged; delete {folder} to go on: {hint}")
+    return CheckpointError(f"{folder / name} is missing or damaged; delete {folder} to resume: {hint}")
 
 
 def restore(run: Path, step: int, target: Any) -> Any:
