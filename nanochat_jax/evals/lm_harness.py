@@ -151,7 +151,7 @@ class NanochatLM(LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """What identifies the rendering in the harness's records."""
-        return "nanochat_jax.text.chat_format"
+        return "nanochat_jax.conversation"
 
     @property
     def tokenizer_name(self) -> str:
