@@ -79,7 +79,7 @@ def read(settings: ImportSettings) -> Found:
             return _safetensors(path, manifest)
         if (path / "config.json").is_file():
             return _huggingface(path, settings, manifest)
-    found = reference_files.find(path, settings.stage, settings.step)
+    found = reference_files.find_checkpoint(path, settings.stage, settings.step)
     if found is None:
         raise InterchangeError(
             f"{path} is neither a model_<step>.pt of the reference, nor a folder with one, nor a Hugging Face folder "
@@ -88,7 +88,7 @@ def read(settings: ImportSettings) -> Found:
     return _reference(found, settings)
 
 
-def _reference(found: reference_files.Checkpoint, settings: ImportSettings) -> Found:
+def _reference(found: reference_files.ReferenceCheckpoint, settings: ImportSettings) -> Found:
     stage = settings.stage or found.stage
     if stage is None:
         raise InterchangeError(

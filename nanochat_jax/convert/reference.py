@@ -21,13 +21,21 @@ from nanochat_jax.text.tokenizer import Tokenizer
 STAGE_FOLDERS = {
     "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"
 }  # fmt: skip
-SIX = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+CONFIG_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 _MODEL = re.compile(r"model_(\d+)\.pt")
-_LATER = ("resid_lambdas", "x0_lambdas", "value_embeds", "smear_gate", "smear_lambda", "backout_lambda", "ve_gate")
+_MODERN_TENSORS = (
+    "resid_lambdas",
+    "x0_lambdas",
+    "value_embeds",
+    "smear_gate",
+    "smear_lambda",
+    "backout_lambda",
+    "ve_gate",
+)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ReferenceCheckpoint:
     """Where one checkpoint of the reference lies. stage is None where its folder does not tell."""
 
     model: Path
@@ -39,14 +47,14 @@ class Checkpoint:
         return self.model.with_name(self.model.name.replace("model_", "meta_").replace(".pt", ".json"))
 
 
-def find(path: Path, stage: str | None = None, step: int | None = None) -> Checkpoint | None:
+def find_checkpoint(path: Path, stage: str | None = None, step: int | None = None) -> ReferenceCheckpoint | None:
     """The checkpoint that a path means: a model file, its folder, or the reference's base directory; None: none there.
 
     Among several steps the last, among several stages the latest. Raises InterchangeError where that leaves two models,
     or the step asked for is not there.
     """
     if path.is_file():
-        return _of(path) if _MODEL.fullmatch(path.name) else None
+        return _checkpoint_at(path) if _MODEL.fullmatch(path.name) else None
     folders = [path] if any(path.glob("model_*.pt")) else []
     if not folders:
         for name in [stage] if stage else reversed(STAGE_FOLDERS):
@@ -56,19 +64,19 @@ def find(path: Path, stage: str | None = None, step: int | None = None) -> Check
         raise InterchangeError(f"{path} has several models: give one of {', '.join(map(str, folders))}")
     if not folders:
         return None
-    found = {c.step: c for p in folders[0].glob("model_*.pt") if (c := _of(p))}
+    found = {c.step: c for p in folders[0].glob("model_*.pt") if (c := _checkpoint_at(p))}
     if step is not None and step not in found:
         raise InterchangeError(f"{folders[0]} has no model of step {step}; it has {sorted(found)}")
     return found[max(found) if step is None else step] if found else None
 
 
-def _of(model: Path) -> Checkpoint | None:
+def _checkpoint_at(model: Path) -> ReferenceCheckpoint | None:
     match = _MODEL.fullmatch(model.name)
     if match is None:
         return None
     folder = model.resolve().parent.parent.name
     stage = next((s for s, name in STAGE_FOLDERS.items() if name == folder), None)
-    return Checkpoint(model, int(match[1]), stage)
+    return ReferenceCheckpoint(model, int(match[1]), stage)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -79,7 +87,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     arrays = {name.removeprefix("_orig_mod."): array for name, array in tree.items()}
     if len(arrays) < len(tree):
         raise InterchangeError(f"{path} has tensors both with and without the prefix _orig_mod.")
-    if later := sorted(name for name in arrays if any(part in name for part in _LATER)):
+    if later := sorted(name for name in arrays if any(part in name for part in _MODERN_TENSORS)):
         raise InterchangeError(
             f"{path} is of a later nanochat than that of October 2025, whose model runs here: it has {', '.join(later)}"
         )
@@ -89,12 +97,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 def read_config(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path: Path) -> tuple[GPTConfig, list[str]]:
     """(config, notes on what was assumed): the meta file's `model_config`, and from the tensors what it leaves out."""
     given = meta.get("model_config", {})
-    if not isinstance(given, dict) or not all(isinstance(given.get(k, 1), int) for k in SIX):
-        raise InterchangeError(f"{path}: model_config must hold integers: {', '.join(SIX)}")
-    if unknown := sorted(set(given) - set(SIX)):
+    if not isinstance(given, dict) or not all(isinstance(given.get(k, 1), int) for k in CONFIG_FIELDS):
+        raise InterchangeError(f"{path}: model_config must hold integers: {', '.join(CONFIG_FIELDS)}")
+    if unknown := sorted(set(given) - set(CONFIG_FIELDS)):
         raise InterchangeError(f"{path}: model_config has fields that the reference of October 2025 has not: {unknown}")
     inferred, notes = _infer(arrays, given), []
-    assumed = [k for k in SIX if k not in given]
+    assumed = [k for k in CONFIG_FIELDS if k not in given]
     if assumed:
         notes.append(f"{path.name} lacks {', '.join(f'{k} (taken: {inferred[k]})' for k in assumed)}")
     try:
@@ -163,7 +171,9 @@ def cannot_express(config: GPTConfig, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], tokenizer: Tokenizer, meta: dict) -> None:
+def write_checkpoint(
+    folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], tokenizer: Tokenizer, meta: dict
+) -> None:
     """Writes a checkpoint and its tokenizer as the reference's base directory holds them."""
     place = folder / STAGE_FOLDERS[meta["stage"]] / f"d{config.n_layer}"
     place.mkdir(parents=True)
@@ -173,7 +183,7 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], tok
         pt_files.write(file, arrays)
     document = {
         "step": step,
-        "model_config": {name: getattr(config, name) for name in SIX},
+        "model_config": {name: getattr(config, name) for name in CONFIG_FIELDS},
         "user_config": {k: v for k, v in meta.get("settings", {}).items() if isinstance(v, int | float | bool | str)},
         "device_batch_size": meta.get("settings", {}).get("device_batch_size", 1),
         "max_seq_len": config.sequence_len,

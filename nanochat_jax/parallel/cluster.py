@@ -9,6 +9,10 @@ Who takes part comes from the environment:
 
 JAX_COORDINATOR_ADDRESS also overrides what SLURM and MPI say about the address. The base directory must be one that all
 hosts see. Process 0 is the main one: it writes metrics, reports and what describes a checkpoint, and alone prints.
+
+`jax.distributed.initialize` detects SLURM and Open MPI as well, but not MPICH, Intel MPI or Open MPI 5, gives a process
+that is alone on its host one GPU of eight, and ends the process in C++ with a stack trace when another is missing, so
+all that it needs is found here first.
 """
 
 import ipaddress
@@ -186,7 +190,7 @@ def refuse_loopback(cluster: Cluster) -> None:
         raise DistributedError(
             f"the coordinator's address {cluster.address} is a loopback one ({', '.join(addresses)}), but the job runs "
             f"on several hosts, on each of which that is the host itself. Set JAX_COORDINATOR_ADDRESS=HOST:{port} "
-            "to an address of process 0's host that all can reach, or mend /etc/hosts"
+            "to an address of process 0's host that all can reach, or fix /etc/hosts"
         )
 
 
@@ -202,7 +206,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def start(mode: str = "auto", time_limit_s: float = TIME_LIMIT_S) -> Cluster | None:
-    """Joins this process to its job, before JAX touches a device; only the main process goes on printing.
+    """Joins this process to its job, before JAX touches a device; only the main process still prints.
 
     Waits until all processes have come, saying who is missing; raises DistributedError naming them after the limit.
     """
@@ -239,7 +243,9 @@ def _own_gpus(cluster: Cluster, hosts: list[str]) -> list[int] | None:
     if len(here) == 1 or visible <= 1:
         return None
     if visible % len(here):
-        raise DistributedError(f"{visible} GPUs cannot be dealt to {len(here)} processes on {hosts[cluster.index]}")
+        raise DistributedError(
+            f"{visible} GPUs cannot be divided among {len(here)} processes on {hosts[cluster.index]}"
+        )
     each, place = visible // len(here), here.index(cluster.index)
     return list(range(place * each, (place + 1) * each))
 

@@ -43,7 +43,7 @@ def local_mesh(mesh: Mesh) -> Mesh:
 
 
 def local(params: Any, mesh: Mesh) -> Any:
-    """Parameters whole on each of this process's devices; untouched where they are that already."""
+    """Full parameters on each of this process's devices; untouched where they are that already."""
     if not several() and sharding.row_shards(mesh) == mesh.shape[sharding.DATA] == mesh.size:
         return params
     whole = jax.jit(lambda p: p, out_shardings=sharding.named(mesh, sharding.replicated_spec()))(params)

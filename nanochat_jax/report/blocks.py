@@ -19,7 +19,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
     """A paragraph. `note` is set in small print."""
 
     text: str
@@ -63,7 +63,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Plot:
+class LinePlot:
     """Curves over the step in one pair of axes."""
 
     title: str
@@ -77,7 +77,7 @@ class Plot:
 class Plots:
     """Plots side by side where there is room."""
 
-    plots: Sequence[Plot]
+    plots: Sequence[LinePlot]
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class Code:
     text: str
 
 
-Block = Section | Text | Tiles | Facts | Table | Plots | Dots | Samples | Quotes | Code
+Block = Section | Paragraph | Tiles | Facts | Table | Plots | Dots | Samples | Quotes | Code
 
 
 @dataclass(frozen=True)
-class Card:
+class ReportCard:
     """The whole report."""
 
     title: str

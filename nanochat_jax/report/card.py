@@ -7,13 +7,13 @@ from nanochat_jax.report import reproduce
 from nanochat_jax.report.blocks import (
     ABSENT,
     Block,
-    Card,
     Code,
     Dots,
     Facts,
+    Paragraph,
+    ReportCard,
     Section,
     Table,
-    Text,
     Tiles,
     clean,
     count_of,
@@ -21,20 +21,20 @@ from nanochat_jax.report.blocks import (
     number,
 )
 from nanochat_jax.report.collect import STAGES, Run, rows_manifest
-from nanochat_jax.report.cost import NOT_COUNTED, Cost, cost, elapsed
+from nanochat_jax.report.cost import NOT_COUNTED, RunsCost, cost, elapsed
 from nanochat_jax.report.stage import stage_section, tokens_seen
 from nanochat_jax.report.summary import Row, Value, stage_label, summary
 from nanochat_jax.utils.progress import duration
 from nanochat_jax.utils.provenance import Source, source, this_machine
 
 
-def build(runs: list[Run], price_per_hour: float | None = None, left_out: list[str] | None = None) -> Card:
+def build(runs: list[Run], price_per_hour: float | None = None, left_out: list[str] | None = None) -> ReportCard:
     """The card of a chain of runs (at least one), in the order of their stages."""
     rows, money, code = summary(runs), cost(runs, price_per_hour), source()
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     blocks: list[Block] = [
         Tiles(_tiles(runs, rows, money)),
-        *(Text(remark) for remark in remarks(runs, left_out or [])),
+        *(Paragraph(remark) for remark in remarks(runs, left_out or [])),
         Section("Summary", _summary_blocks(runs, rows)),
     ]
     if core := _core_tasks(runs):
@@ -50,7 +50,7 @@ def build(runs: list[Run], price_per_hour: float | None = None, left_out: list[s
         Section("Provenance", _provenance(runs, code)),
         Section("Do it again", [Code(reproduce.commands(runs))]),
     ]
-    return Card("nanochat_jax report card", f"{' → '.join(run.name for run in runs)} · {now}", blocks)
+    return ReportCard("nanochat_jax report card", f"{' → '.join(run.name for run in runs)} · {now}", blocks)
 
 
 def summary_table(runs: list[Run], rows: list[Row]) -> Table:
@@ -105,7 +105,7 @@ def remarks(runs: list[Run], left_out: list[str]) -> list[str]:
     return found
 
 
-def _tiles(runs: list[Run], rows: list[Row], money: Cost) -> list[tuple[str, str, str]]:
+def _tiles(runs: list[Run], rows: list[Row], money: RunsCost) -> list[tuple[str, str, str]]:
     """The headline: at most ten numbers."""
     tiles = [("parameters", number(reproduce.parameters(runs[-1])), f"depth {runs[-1].meta['config'].get('n_layer')}")]
     tiles.append(("tokens seen", number(sum(tokens_seen(run) for run in runs)), count_of(len(runs), "stage")))
@@ -127,7 +127,7 @@ def _tiles(runs: list[Run], rows: list[Row], money: Cost) -> list[tuple[str, str
 
 def _summary_blocks(runs: list[Run], rows: list[Row]) -> list[Block]:
     if not rows:
-        return [Text("Nothing has been evaluated yet: `python -m scripts.eval` does it.")]
+        return [Paragraph("Nothing has been evaluated yet: `python -m scripts.eval` does it.")]
     blocks: list[Block] = [summary_table(runs, rows)]
     shown = [row for row in rows if row.accuracy]
     if shown:
@@ -146,7 +146,7 @@ def _summary_blocks(runs: list[Run], rows: list[Row]) -> list[Block]:
         )
     if any(row.metric == "ChatCORE" for row in rows):
         note += " ChatCORE is the mean of the six chat tasks' accuracies, each rescaled so that guessing is 0."
-    return [*blocks, Text(note.strip(), note=True)] if note else blocks
+    return [*blocks, Paragraph(note.strip(), note=True)] if note else blocks
 
 
 def _cell(value: Value | None) -> str:
@@ -200,12 +200,12 @@ def _tokenizer(run: Run) -> list[Block]:
             rows.append([encoding, *(number(m["bytes"] / m["tokens"]) if m and m["tokens"] else ABSENT for m in found)])
         blocks += [
             Table(["Encoding", *texts], rows),
-            Text("Bytes per token, more is better (scripts.tok_eval).", note=True),
+            Paragraph("Bytes per token, more is better (scripts.tok_eval).", note=True),
         ]
     return blocks
 
 
-def _time(runs: list[Run], money: Cost) -> list[Block]:
+def _time(runs: list[Run], money: RunsCost) -> list[Block]:
     rows = []
     if "seconds" in runs[0].tokenizer:
         rows.append(["tokenizer", ABSENT, duration(runs[0].tokenizer["seconds"]), ABSENT])
@@ -219,14 +219,14 @@ def _time(runs: list[Run], money: Cost) -> list[Block]:
         facts.append(("cost", "not known: give --price_per_hour"))
     else:
         facts.append(("cost", f"${money.dollars:,.2f} ({money.rate})"))
-    return [Table(["What", "steps", "training", "evaluation"], rows), Facts(facts), Text(NOT_COUNTED, note=True)]
+    return [Table(["What", "steps", "training", "evaluation"], rows), Facts(facts), Paragraph(NOT_COUNTED, note=True)]
 
 
 def _machine(runs: list[Run]) -> Block:
     """The machines of the last session of every run, one column each; one column if they are all the same."""
     columns = [(run.name, machine_of(run)) for run in runs if run.sessions]
     if not columns:
-        return Text(f"The runs did not record where they ran. This report was made on {this_machine()}.")
+        return Paragraph(f"The runs did not record where they ran. This report was made on {this_machine()}.")
     if all(facts == columns[0][1] for _, facts in columns):
         return Facts(list(columns[0][1].items()))
     names = list(dict.fromkeys(n for _, facts in columns for n in facts))
@@ -265,7 +265,7 @@ def _provenance(runs: list[Run], code: Source) -> list[Block]:
         if key := run.meta.get("identity", {}).get("rows"):
             facts.append((f"{run.name}: training rows", f"{key}{_rows(str(key))}"))
     note = "Now: when this report was made. The rest is what the runs recorded, in their newest checkpoints."
-    return [Facts(facts), Text(note, note=True)]
+    return [Facts(facts), Paragraph(note, note=True)]
 
 
 def _code(run: Run, now: Source) -> str:

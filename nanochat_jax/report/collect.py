@@ -39,7 +39,7 @@ class Run:
     samples: list[dict] = field(default_factory=list)
     sessions: list[dict] = field(default_factory=list)
     transcripts: list[dict] = field(default_factory=list)
-    skips: list[dict] = field(default_factory=list)  # steps that were not learnt from
+    skips: list[dict] = field(default_factory=list)  # steps that were not trained on
     incidents: list[dict] = field(default_factory=list)  # memory that ran out, steps that hung
     kept: dict[int, dict[str, Result]] = field(default_factory=dict)  # results of scripts.eval: step -> task -> result
     tokenizer: dict[str, Any] = field(default_factory=dict)  # what tokenizer.json says of its training

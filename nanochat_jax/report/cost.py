@@ -14,7 +14,7 @@ NOT_COUNTED = (
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunsCost:
     """Counted seconds of the whole chain, and dollars with an explanation ("" and None without a rate)."""
 
     seconds: float
@@ -22,21 +22,23 @@ class Cost:
     rate: str
 
 
-def cost(runs: list[Run], price_per_hour: float | None) -> Cost:
+def cost(runs: list[Run], price_per_hour: float | None) -> RunsCost:
     """Sums the time; money at the given price of the whole machine, else at what its cards usually cost."""
     tokenizer = runs[0].tokenizer.get("seconds", 0.0)
     seconds = sum(run.train_seconds + run.eval_seconds for run in runs) + tokenizer
     if price_per_hour is not None:
-        return Cost(seconds, price_per_hour * seconds / 3600, f"${price_per_hour:g} an hour, as given")
+        return RunsCost(seconds, price_per_hour * seconds / 3600, f"${price_per_hour:g} an hour, as given")
     dollars, used = 0.0, set()
     for run in runs:
         rate = known_rate(run)
         if rate is None:
-            return Cost(seconds, None, "")
+            return RunsCost(seconds, None, "")
         gpus, card = rate
         dollars += card.price * gpus * (run.train_seconds + run.eval_seconds) / 3600
         used.add(f"{gpus} x {card.name} at ${card.price:.2f} an hour each")
-    return Cost(seconds, dollars, "assumed rate, " + " and ".join(sorted(used)) + "; give --price_per_hour for yours")
+    return RunsCost(
+        seconds, dollars, "assumed rate, " + " and ".join(sorted(used)) + "; give --price_per_hour for yours"
+    )
 
 
 def known_rate(run: Run) -> tuple[int, cards.Card] | None:

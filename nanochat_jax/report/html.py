@@ -9,16 +9,16 @@ from pathlib import Path
 from nanochat_jax.report.blocks import (
     ABSENT,
     Block,
-    Card,
     Code,
     Dots,
     Facts,
+    Paragraph,
     Plots,
     Quotes,
+    ReportCard,
     Samples,
     Section,
     Table,
-    Text,
     Tiles,
 )
 from nanochat_jax.report.plots import dots_svg, plot_svg
@@ -26,7 +26,7 @@ from nanochat_jax.report.plots import dots_svg, plot_svg
 STYLE = Path(__file__).with_name("style.css")
 
 
-def render(card: Card) -> str:
+def render(card: ReportCard) -> str:
     """The whole card as one page."""
     sections = [b for b in card.blocks if isinstance(b, Section)]
     links = "".join(f'<a href="#{_anchor(s)}">{escape(s.title)}</a>' for s in sections)
@@ -65,7 +65,7 @@ def _block(block: Block) -> str:
             inner = "\n".join(_block(b) for b in block.blocks)
             tag, name = f"h{block.level}", f' id="{_anchor(block)}"' if block.level == 2 else ""
             return f"<section{name}>\n<{tag}>{escape(block.title)}</{tag}>\n{inner}\n</section>"
-        case Text():
+        case Paragraph():
             return f"<p{' class=note' if block.note else ''}>{escape(block.text)}</p>"
         case Tiles():
             return f'<div class="tiles">{"".join(_tile(*tile) for tile in block.tiles)}</div>'

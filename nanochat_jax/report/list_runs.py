@@ -30,7 +30,7 @@ class ModelsSettings:
 
 
 @dataclass(frozen=True)
-class Model:
+class ListedRun:
     """One run. Hashes are whole; "" where nothing was recorded. problem: why it cannot be used, "" if it can."""
 
     run: str
@@ -49,7 +49,7 @@ class Model:
     problem: str = ""
 
 
-def models(run: str = "", stage: str = "") -> list[Model]:
+def models(run: str = "", stage: str = "") -> list[ListedRun]:
     """All runs with a checkpoint, the newest last. A damaged one is listed with its problem."""
     found = [p for p in paths.runs_dir().glob(run or "*") if not p.name.startswith(".") and checkpoint.steps(p)]
     found.sort(key=lambda p: (checkpoint.step_dir(p, checkpoint.steps(p)[-1]) / "meta.json").stat().st_mtime)
@@ -57,17 +57,17 @@ def models(run: str = "", stage: str = "") -> list[Model]:
     return [model for model in listed if not stage or model.stage == stage]
 
 
-def _model(folder: Path) -> Model:
+def _model(folder: Path) -> ListedRun:
     done = checkpoint.steps(folder)
     size = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
     try:
         meta = checkpoint.load_meta(folder)
     except (checkpoint.CheckpointError, ValueError, KeyError) as error:
-        return Model(folder.name, "?", done[-1], None, done, None, size, "", "", "", "", "", {}, str(error))
+        return ListedRun(folder.name, "?", done[-1], None, done, None, size, "", "", "", "", "", {}, str(error))
     identity, parent = meta.get("identity", {}), meta.get("parent") or {}
     code = meta.get("code") or {}
     imported = meta.get("imported") or {}
-    return Model(
+    return ListedRun(
         run=folder.name,
         stage=meta.get("stage", "?"),
         step=meta["step"],
@@ -120,7 +120,7 @@ def _scores(folder: Path, step: int) -> dict[str, str]:
     return found if at == step else {f"{name} (step {at})": value for name, value in found.items()}
 
 
-def shown(model: Model) -> str:
+def shown(model: ListedRun) -> str:
     """A model in some lines, for people."""
     planned = f" of {model.planned:,}" if model.planned and model.planned > model.step else ""
     size = f"{model.parameters:,} parameters" if model.parameters else "unknown configuration"

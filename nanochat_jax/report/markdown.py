@@ -5,22 +5,22 @@ import re
 
 from nanochat_jax.report.blocks import (
     Block,
-    Card,
     Code,
     Dots,
     Facts,
+    Paragraph,
     Plots,
     Quotes,
+    ReportCard,
     Samples,
     Section,
     Table,
-    Text,
     Tiles,
 )
 from nanochat_jax.report.plots import sparkline
 
 
-def render(card: Card) -> str:
+def render(card: ReportCard) -> str:
     """The whole card as Markdown."""
     parts = [f"# {plain(card.title)}", plain(card.subtitle), *(_block(b) for b in card.blocks)]
     return "\n\n".join(p for p in parts if p) + "\n"
@@ -58,7 +58,7 @@ def _block(block: Block) -> str:
         case Section():
             inner = [_block(b) for b in block.blocks]
             return "\n\n".join([f"{'#' * block.level} {plain(block.title)}", *(b for b in inner if b)])
-        case Text():
+        case Paragraph():
             return f"*{plain(block.text)}*" if block.note else plain(block.text)
         case Tiles():
             remarks = [f" ({plain(remark)})" if remark else "" for _, _, remark in block.tiles]

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-from nanochat_jax.report.blocks import Dots, Plot, Series, number  # noqa: E402
+from nanochat_jax.report.blocks import Dots, LinePlot, Series, number  # noqa: E402
 
 COLORS = ("#3f86e0", "#e2792b", "#2f9e6e", "#a465d6", "#cf4a63", "#8a8f98")
 MAX_POINTS = 400
@@ -64,7 +64,7 @@ def thinned(x: Sequence[float], y: Sequence[float] | np.ndarray, points: int = M
     return [float(np.mean(x[s])) for s in stretches], [float(np.mean(y[s])) for s in stretches]
 
 
-def plot_svg(plot: Plot) -> str:
+def plot_svg(plot: LinePlot) -> str:
     """One plot as an <svg> element."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.8, 2.7), layout="constrained")

@@ -7,7 +7,7 @@ from nanochat_jax.report.blocks import (
     ABSENT,
     Block,
     Facts,
-    Plot,
+    LinePlot,
     Plots,
     Quotes,
     Samples,
@@ -109,7 +109,7 @@ def _first_to_last(values: list[float]) -> str:
     )
 
 
-def _plots(run: Run) -> list[Plot]:
+def _plots(run: Run) -> list[LinePlot]:
     """Loss and held-out numbers first, then the schedule, then whatever else a step logged (reward, entropy, ...)."""
     extra = dict.fromkeys(
         k
@@ -118,21 +118,23 @@ def _plots(run: Run) -> list[Plot]:
         if k not in {"kind", "step", *_PACE, *_FIRST} and isinstance(v, int | float) and not isinstance(v, bool)
     )
     skips = [float(r["step"]) for r in run.skips]
-    plots = [Plot("loss", [Series("loss", *curve(run.train, "loss"), kind="noisy")], marks=skips, marks_name="skipped")]
+    plots = [
+        LinePlot("loss", [Series("loss", *curve(run.train, "loss"), kind="noisy")], marks=skips, marks_name="skipped")
+    ]
     plots += _eval_plots(run)
     if passes := [k for k in extra if PASS_AT.fullmatch(k)]:
         series = [Series(k, *curve(run.train, k), kind="noisy") for k in passes]
-        plots.append(Plot("pass@k of the rollouts", series))
+        plots.append(LinePlot("pass@k of the rollouts", series))
     plots += [
-        Plot(k.replace("_", " "), [Series(k, *curve(run.train, k), kind="noisy")]) for k in extra if k not in passes
+        LinePlot(k.replace("_", " "), [Series(k, *curve(run.train, k), kind="noisy")]) for k in extra if k not in passes
     ]
     for key in ("lr_multiplier", "grad_norm"):
         kind = "line" if key == "lr_multiplier" else "noisy"
-        plots.append(Plot(_FIRST[key], [Series(key, *curve(run.train, key), kind=kind)]))
+        plots.append(LinePlot(_FIRST[key], [Series(key, *curve(run.train, key), kind=kind)]))
     return [p for p in plots if any(s.x for s in p.series)]
 
 
-def _eval_plots(run: Run) -> list[Plot]:
+def _eval_plots(run: Run) -> list[LinePlot]:
     keys = main_keys(run)
     groups: dict[str, list[str]] = {}
     for k in keys:
@@ -146,7 +148,7 @@ def _eval_plots(run: Run) -> list[Plot]:
             low, high = zip(*limits, strict=True) if limits and len(limits) == len(x) else ((), ())
             series.append(Series(k, x, y, kind="points", low=low, high=high))
         if max(len(s.x) for s in series) > 1:
-            plots.append(Plot(title, series))
+            plots.append(LinePlot(title, series))
     return plots
 
 

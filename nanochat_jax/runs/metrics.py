@@ -1,7 +1,7 @@
 """The run's numbers: `metrics.jsonl` always, other sinks on request.
 
 Kinds of records: "session" (a process began or went on training: when, on what, with which versions), "train" (one a
-step), "skip" (instead, for a step that was not learnt from), "eval", "sample", "transcripts" (of rollouts), "incident"
+step), "skip" (instead, for a step that was not trained on), "eval", "sample", "transcripts" (of rollouts), "incident"
 (memory ran out, or a step hung). All have the step; a resumed run drops what it will write again.
 
 A sink can be slow, hang or raise without stopping or slowing the run: records go through a bounded queue to a daemon
@@ -49,7 +49,7 @@ class MetricsLog:
                 raise no_space(self._path, error, len(line)) from error
             raise StorageError(
                 f"{self._path} cannot be written ({error.strerror}). What the run saved last is whole: as soon as that "
-                "disk takes it, the same command goes on from there"
+                "disk takes it, the same command resumes from there"
             ) from error
         for sink in self._sinks:
             sink.put(record)
@@ -85,7 +85,7 @@ class _BackgroundSink:
     def _give_up(self, why) -> None:
         if not self._failed:
             self._failed = True
-            logger.warning("metrics sink %s is switched off: %s (metrics.jsonl goes on)", self._name, why)
+            logger.warning("metrics sink %s is switched off: %s (metrics.jsonl is still written)", self._name, why)
 
     def _work(self) -> None:
         while (record := self._queue.get()) is not None:
@@ -136,7 +136,7 @@ def open_sinks(names: str, run: str, folder: Path, settings: dict) -> dict[str, 
             sinks[name] = makers[name](run, folder, settings)
         except ImportError as error:
             logger.warning("metrics sink %s cannot start (%s): pip install '.[%s]'", name, error, name)
-        except Exception as error:  # no account, no network: the run goes on without it
+        except Exception as error:  # no account, no network: the run continues without it
             logger.warning("metrics sink %s cannot start: %s", name, error)
     return sinks
 

@@ -1,4 +1,7 @@
-"""Saving beside the training loop: the loop copies the state and goes on, a thread writes it."""
+"""Asynchronous checkpointing: the loop copies the state and resumes, a thread writes it.
+
+orbax's own Checkpointer is not used: it publishes a step before checksums of its files can be written into it.
+"""
 
 import logging
 import threading

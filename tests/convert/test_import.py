@@ -221,13 +221,13 @@ def test_among_stages_and_steps_the_latest(theirs):
     shutil.copy(place / "model_000007.pt", place / "model_000012.pt")
     later = theirs / "chatsft_checkpoints" / "d1"
     shutil.copytree(place, later)
-    found = reference.find(theirs)
+    found = reference.find_checkpoint(theirs)
     assert found and (found.stage, found.step) == ("sft", 12)
-    found = reference.find(theirs, stage="mid", step=7)
+    found = reference.find_checkpoint(theirs, stage="mid", step=7)
     assert found and (found.stage, found.step) == ("mid", 7)
     shutil.copytree(place, theirs / "chatsft_checkpoints" / "d2")
     with pytest.raises(InterchangeError, match="several models"):
-        reference.find(theirs)
+        reference.find_checkpoint(theirs)
 
 
 def test_the_command_line(theirs, capsys):
