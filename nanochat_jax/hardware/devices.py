@@ -26,6 +26,17 @@ class DeviceError(UserError, RuntimeError):
     """The wanted device cannot be used; the message says how to fix it."""
 
 
+class OutOfMemory(UserError, RuntimeError):
+    """A device ran out of memory during a step; what there was to save is saved."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of JAX means that a device had no memory left."""
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def prepare(device: str = "auto", *, alone: bool = False) -> None:
     """Sets what must be set before JAX starts: memory reuse, platform, GPU flags, the persistent compilation cache.
 

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from nanochat_jax.evals.bpb import loss_sums_fn
+from nanochat_jax.hardware.devices import is_out_of_memory
 from nanochat_jax.inference import model_runner
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
@@ -24,16 +25,11 @@ from nanochat_jax.parallel import sharding
 from nanochat_jax.training.step import abstract_state
 from nanochat_jax.utils.errors import InputError, UserError
 
-AUTO = 0  # --device_batch_size=auto
 MARGIN = 0.03  # of the memory, left for what the allocator cannot place
 
 
 class DoesNotFit(UserError, RuntimeError):
     """Not even the smallest batch fits; the message says what to change."""
-
-
-class OutOfMemory(UserError, RuntimeError):
-    """A device ran out of memory during a step; what there was to save is saved."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +120,7 @@ def choose(
         n = needed[candidates[0]]
         raise DoesNotFit(
             f"a step with one row per device needs {gib(n) if n is not None else 'more memory than there is'}, and "
-            f"{gib(allowed)} are free. Recompute activations (--remat=block), cut the parameters over the devices "
+            f"{gib(allowed)} are free. Recompute activations (--remat=block), shard the parameters over the devices "
             "(--fsdp), use shorter rows (--max_seq_len) or a smaller --depth"
         )
     return Choice(candidates[at], needed, limit)
@@ -138,11 +134,6 @@ def halved(rows: int) -> int:
             "smaller --depth"
         )
     return rows // 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of JAX means that a device had no memory left."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def free_memory(device: Any) -> int | None:

@@ -14,7 +14,14 @@ from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.hardware import xla_flags
 from nanochat_jax.planner import compile as compiled
 from nanochat_jax.planner import cost, fit_batch, memory
-from nanochat_jax.planner.plan import BasePlan, PlanError
+from nanochat_jax.planner.plan import (
+    DEPTH,
+    SEQUENCE_LEN,
+    TOKENS_PER_PARAMETER,
+    TOTAL_BATCH_SIZE,
+    BasePlan,
+    PlanError,
+)
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 
@@ -27,7 +34,7 @@ SLOTS, SLOT_TOKENS = 64, 1024  # of reinforcement learning, which samples most a
 class PlanSettings:
     """Flags of scripts.plan."""
 
-    depth: int = flag(0, "the one dial: layers (default 20; with --hours or --dollars it is what is proposed)")
+    depth: int = flag(0, f"the one dial: layers (default {DEPTH}; with --hours or --dollars it is what is proposed)")
     gpu: str = flag("h100", f"the card: {', '.join(cards.CARDS)}")
     gpus: int = flag(8, "cards of one node")
     hours: float = flag(0.0, "propose the depth whose whole run takes at most so many hours")
@@ -35,9 +42,9 @@ class PlanSettings:
     price: float = flag(0.0, "dollars per GPU and hour; 0: a typical price of the card")
     mfu: float = flag(0.45, "share of the card's peak FLOP/s assumed for time and dollars")
     vocab_size: int = flag(65536, "vocabulary")
-    max_seq_len: int = flag(2048, "context length in tokens")
-    total_batch_size: int = flag(524288, "tokens per optimizer step")
-    target_param_data_ratio: float = flag(20.0, "training tokens per parameter")
+    max_seq_len: int = flag(SEQUENCE_LEN, "context length in tokens")
+    total_batch_size: int = flag(TOTAL_BATCH_SIZE, "tokens per optimizer step")
+    target_param_data_ratio: float = flag(TOKENS_PER_PARAMETER, "training tokens per parameter")
     device_batch_size: int = flag(0, "rows per device and micro-step; 0: every power of two that divides")
     remat: str = flag("none", "activations recomputed in the backward pass", choices=("none", "mlp", "block"))
     fsdp: int = flag(1, "devices over which the parameters are sharded too")
@@ -88,7 +95,7 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
         return memory.estimate(p.config, rows, mesh, settings.remat)
 
     limit = int(card.memory_bytes * xla_flags.MEMORY_FRACTION * (1 - fit_batch.MARGIN))
-    depth, why = settings.depth or 20, "--depth"
+    depth, why = settings.depth or DEPTH, "--depth"
     if settings.hours or settings.dollars:
         hours, dollars = settings.hours or None, settings.dollars or None
         depth = cost.propose_depth(plan_of, cost_of, lambda p: estimated(p, 1) <= limit, hours, dollars)
@@ -159,7 +166,7 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
 
 def _check(settings: PlanSettings) -> None:
     if settings.depth and (settings.hours or settings.dollars):
-        raise PlanError("--depth says how deep, --hours and --dollars ask how deep: give one or the other")
+        raise PlanError("--depth cannot be combined with --hours or --dollars")
     for name in ("depth", "hours", "dollars", "price", "device_batch_size"):
         if getattr(settings, name) < 0:
             raise PlanError(f"--{name} must not be negative, got {getattr(settings, name)}")

@@ -1,12 +1,16 @@
 """From one dial to everything a pretraining run needs, printed before anything is spent."""
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from nanochat_jax.model.gpt import GPTConfig, flops_per_token, num_params
 from nanochat_jax.training import optim
 from nanochat_jax.utils.errors import UserError
+
+DEPTH = 20
+SEQUENCE_LEN = 2048
+TOTAL_BATCH_SIZE = 524288  # tokens per optimizer step
+TOKENS_PER_PARAMETER = 20.0
 
 
 class PlanError(UserError, ValueError):
@@ -15,7 +19,7 @@ class PlanError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class BasePlan:
-    """A pretraining run, derived by `derive`. Every field is final: nothing is decided later.
+    """A pretraining run, derived by `derive`. Every field is final but for the rows per device, which memory decides.
 
     Units: batch sizes of devices in rows, the total batch in tokens; FLOPs count forward and backward.
     """
@@ -38,16 +42,18 @@ class BasePlan:
         *,
         depth: int,
         vocab_size: int,
-        max_seq_len: int = 2048,
+        max_seq_len: int = SEQUENCE_LEN,
         device_batch_size: int = 32,
-        total_batch_size: int = 524288,
+        total_batch_size: int = TOTAL_BATCH_SIZE,
         num_iterations: int = -1,
         target_flops: float = -1.0,
-        target_param_data_ratio: float = 20.0,
+        target_param_data_ratio: float = TOKENS_PER_PARAMETER,
         devices: int = 1,
+        tensor: int = 1,
         hyper: optim.OptimHyper | None = None,
     ) -> "BasePlan":
-        """The plan of the reference's rules. Raises PlanError for anything that cannot work.
+        """The plan of the reference's rules. The arguments are the flags of those names; `devices` counts those that
+        have rows of their own. Raises PlanError for anything that cannot work.
 
         The horizon is the first that applies: num_iterations if positive; round(target_flops / FLOPs per step) if
         positive; floor(target_param_data_ratio * all parameters / total_batch_size).
@@ -69,29 +75,12 @@ class BasePlan:
         except ValueError as error:
             raise PlanError(f"--{error}") from None
         shape = depth, max_seq_len, device_batch_size, total_batch_size
-        return cls(*shape, steps, horizon, vocab_size, devices, config, hyper)
+        return cls(*shape, steps, horizon, vocab_size, devices, config, hyper, tensor)
 
-    @classmethod
-    def from_settings(cls, settings: Any, *, vocab_size: int, devices: int) -> "BasePlan":
-        """The plan of a settings object with the flags as attributes (optimizer flags included where it has them)."""
-        given = {f.name: getattr(settings, f.name) for f in fields(optim.OptimHyper) if hasattr(settings, f.name)}
-        try:
-            hyper = optim.OptimHyper(**given)
-        except ValueError as error:
-            raise PlanError(f"--{error}") from None
-        plan = cls.derive(
-            depth=settings.depth,
-            vocab_size=vocab_size,
-            max_seq_len=settings.max_seq_len,
-            device_batch_size=settings.device_batch_size,
-            total_batch_size=settings.total_batch_size,
-            num_iterations=settings.num_iterations,
-            target_flops=settings.target_flops,
-            target_param_data_ratio=settings.target_param_data_ratio,
-            devices=devices,
-            hyper=hyper,
-        )
-        return replace(plan, tensor=getattr(settings, "tensor", 1))
+    def with_rows(self, rows: int) -> "BasePlan":
+        """The same plan with so many rows per device and micro-step. PlanError if they do not divide the batch."""
+        check_batch(self.total_batch_size, rows, self.max_seq_len, self.devices)
+        return replace(self, device_batch_size=rows)
 
     @property
     def n_params(self) -> int:
@@ -128,7 +117,7 @@ class BasePlan:
     def state_bytes(self) -> int:
         """Bytes of float32 parameters, gradients and optimizer state on each device (activations come on top).
 
-        Parameters and gradients are whole on every device; moments are split over the devices.
+        Parameters and gradients are unsharded on every device; moments are sharded over the devices.
         """
         embeddings = 2 * self.vocab_size * self.config.n_embd
         matrices = self.n_params - embeddings

@@ -1,9 +1,7 @@
-"""Pretraining: its flags, its rows, its evaluation. The loop is `train.fit`."""
+"""Pretraining: its flags, its rows, its evaluation."""
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
 
 from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.loader import RowLoader
@@ -11,119 +9,127 @@ from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.evals.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
 from nanochat_jax.parallel import sharding
-from nanochat_jax.planner.plan import BasePlan
+from nanochat_jax.planner.plan import DEPTH, SEQUENCE_LEN, TOKENS_PER_PARAMETER, BasePlan
 from nanochat_jax.runs import checkpoint
-from nanochat_jax.stages.batch_size import Shapes, with_batch_size
-from nanochat_jax.stages.pipeline import (
-    Recipe,
-    StageSettings,
-    batch_flag,
-    held_out,
-    micro_batches,
-    open_devices,
-    open_run,
-    train,
-)
+from nanochat_jax.stages.batch_size import with_batch_size
+from nanochat_jax.stages.pipeline import held_out, micro_batches, open_devices, open_run, train
+from nanochat_jax.stages.settings import DEMO_ROWS, StageSettings
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.training.loop import Evaluation, Outcome
-from nanochat_jax.training.optim import lr_schedule
+from nanochat_jax.training.job import Evaluation, Outcome, TrainJob
+from nanochat_jax.training.optim import OptimHyper, lr_schedule
 from nanochat_jax.utils.flags import flag
 from nanochat_jax.utils.progress import RowsProgress
 
 
 @dataclass(frozen=True)
 class BaseSettings(StageSettings):
-    """Flags of --stage=base."""
+    """Pretraining: model, horizon, schedule, text."""
 
-    run_name: str = flag("", "name of the run's folder; default base-d<depth>")
-    depth: int = flag(20, "the one dial: layers; width is 64 x depth, everything else follows")
-    max_seq_len: int = flag(2048, "context length in tokens")
-    num_iterations: int = flag(-1, "optimizer steps; -1: from target_flops or target_param_data_ratio")
-    target_flops: float = flag(-1.0, "stop at about this many training FLOPs; -1: not used")
-    target_param_data_ratio: float = flag(20.0, "training tokens per parameter")
-    warmup_ratio: float = flag(0.0, "share of the steps with a rising learning rate")
-    warmdown_ratio: float = flag(0.2, "share of the steps with a falling learning rate")
-    final_lr_frac: float = flag(0.0, "learning rate at the very end, as a share")
-    data: str = flag("", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards")
-    text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
+    depth: int = flag(DEPTH, "the one dial: layers; width is 64 x depth, everything else follows")
+    max_seq_len: int = flag(SEQUENCE_LEN, "context length in tokens")
+    target_flops: float = flag(-1.0, "stop at about this many training FLOPs; -1: not used", decides="num_iterations")
+    target_param_data_ratio: float = flag(
+        TOKENS_PER_PARAMETER, "training tokens per parameter", decides="num_iterations"
+    )
+    warmup_ratio: float = flag(OptimHyper.warmup_ratio, "share of the steps with a rising learning rate")
+    warmdown_ratio: float = flag(OptimHyper.warmdown_ratio, "share of the steps with a falling learning rate")
+    final_lr_frac: float = flag(OptimHyper.final_lr_frac, "learning rate at the very end, as a share")
+    data: str = flag(
+        "", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards", decides="rows"
+    )
+    text_column: str = flag("text", "name of the text column or key in parquet and jsonl files", decides="rows")
 
 
-@dataclass(frozen=True)
-class DemoSettings(BaseSettings):
-    """The same flags with defaults for the embedded demo data on two CPU cores."""
-
-    ROWS: ClassVar[int] = 16
-
-    demo: bool = flag(True, "train on the embedded demo data with these small defaults")
-    depth: int = flag(4, "the one dial: layers; width is 64 x depth, everything else follows")
-    max_seq_len: int = flag(256, "context length in tokens")
-    num_iterations: int = flag(190, "optimizer steps")
-    device_batch_size: int = batch_flag(ROWS)
-    total_batch_size: int = flag(4096, "tokens per optimizer step, reached by accumulation")
-    warmdown_ratio: float = flag(0.4, "share of the steps with a falling learning rate")
-    eval_every: int = flag(100, "steps between evaluations; 0: only at the end")
-    eval_tokens: int = flag(65536, "tokens of held-out text per evaluation")
-    sample_every: int = flag(100, "steps between samples; 0: only at the end")
-    save_every: int = flag(50, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+DEFAULTS = BaseSettings()
+DEMO = dataclasses.replace(
+    DEFAULTS,
+    demo=True,
+    depth=4,
+    max_seq_len=256,
+    num_iterations=190,
+    total_batch_size=4096,
+    warmdown_ratio=0.4,
+    eval_every=100,
+    eval_tokens=65536,
+    sample_every=100,
+    save_every=50,
+)
 
 
 def run(settings: BaseSettings) -> Outcome:
-    """Pretrains, or goes on pretraining, one model. Returns what `fit` returns; prints as it goes."""
+    """Pretrains one model, or resumes its run. Prints as it goes."""
+    # 1. devices, tokenizer, the plan of the run
     mesh = open_devices(settings)
     tokenizer = Tokenizer.load()
-
-    def plan_of(settings: BaseSettings) -> BasePlan:
-        return BasePlan.from_settings(settings, vocab_size=tokenizer.vocab_size, devices=sharding.row_shards(mesh))
-
-    plan = plan_of(dataclasses.replace(settings, device_batch_size=settings.device_batch_size or 1))
-    config = dataclasses.replace(plan.config, remat=settings.remat)
-
-    def attempt(settings: BaseSettings) -> Outcome:
-        plan = plan_of(settings)
-        print(plan.describe())
-        source = text_source(settings.data, settings.demo, settings.text_column, plan.total_tokens)
-        with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}")) as folder:
-            return _train(settings, folder, tokenizer, plan, config, source, mesh)
-
-    shapes = Shapes(config, plan.total_batch_size // plan.max_seq_len, plan.max_seq_len, sampled=(len(TEXTS), 64))
-    return with_batch_size(settings, mesh, shapes, lr_schedule(plan.hyper, plan.num_iterations), attempt)
-
-
-def _train(settings: BaseSettings, folder: Path, tokenizer: Tokenizer, plan: BasePlan, config, source, mesh) -> Outcome:
-    """Everything that happens inside the run's folder, which nobody else uses meanwhile."""
-    open_run(folder, settings, tokenizer)
-    train_rows, val_rows = make_rows(source, tokenizer, plan, settings.eval_tokens)
-    rows_per_step = plan.total_batch_size // plan.max_seq_len
-    bits = held_out(config, val_rows, settings.device_batch_size, tokenizer, mesh)
-    recipe = Recipe(
+    plan = plan_of(settings, tokenizer.vocab_size, sharding.row_shards(mesh))
+    # 2. the job, without its data: what decides how many rows fit on a device
+    job = TrainJob(
         stage="base",
         settings=settings,
+        run=checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}"),
         tokenizer=tokenizer,
-        config=config,
-        num_iterations=plan.num_iterations,
+        config=dataclasses.replace(plan.config, remat=settings.remat),
+        mesh=mesh,
+        hyper=plan.hyper,
         schedule=lr_schedule(plan.hyper, plan.num_iterations),
-        tokens_per_step=plan.total_batch_size,
-        # content decides, not where it lies; the horizon's flags have decided num_iterations
-        identity={"rows": train_rows.key, **dict.fromkeys(_DECIDED)},
-        batches=lambda step: micro_batches(
-            RowLoader(train_rows, rows_per_step, settings.seed), step, plan.grad_accum, mesh
-        ),
-        evaluations=(Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, settings.eval_every),),
-        sample=greedy_sampler(config, tokenizer, text_prompts(tokenizer), TEXT_TOKENS),
+        num_iterations=plan.num_iterations,
+        rows_per_step=plan.total_batch_size // plan.max_seq_len,
+        sequence_len=plan.max_seq_len,
+        sampled=(len(TEXTS), 64),
+        usual_rows=DEMO_ROWS if settings.demo else 32,
     )
-    return train(recipe, folder, mesh)
+
+    # 3. with a number of rows: text, rows, training
+    def attempt(job: TrainJob) -> Outcome:
+        print(plan.with_rows(job.settings.device_batch_size).describe())
+        source = text_source(settings.data, settings.demo, settings.text_column, plan.total_tokens)
+        with checkpoint.exclusive(job.run):
+            return _train(job, source, settings.eval_tokens)
+
+    return with_batch_size(job, attempt)
 
 
-_DECIDED = ("target_flops", "target_param_data_ratio", "data", "text_column")
+def plan_of(settings: BaseSettings, vocab_size: int, devices: int) -> BasePlan:
+    """The plan that the flags describe, for so many devices with rows of their own."""
+    return BasePlan.derive(
+        depth=settings.depth,
+        vocab_size=vocab_size,
+        max_seq_len=settings.max_seq_len,
+        device_batch_size=settings.device_batch_size or 1,
+        total_batch_size=settings.total_batch_size,
+        num_iterations=settings.num_iterations,
+        target_flops=settings.target_flops,
+        target_param_data_ratio=settings.target_param_data_ratio,
+        devices=devices,
+        tensor=settings.tensor,
+        hyper=settings.hyper(),
+    )
 
 
-def make_rows(source: TextSource, tokenizer: Tokenizer, plan: BasePlan, eval_tokens: int) -> tuple[RowSet, RowSet]:
+def _train(job: TrainJob, source: TextSource, eval_tokens: int) -> Outcome:
+    """Everything that happens inside the run's folder, which nobody else uses meanwhile."""
+    open_run(job)
+    train_rows, val_rows = make_rows(source, job, eval_tokens)
+    loader = RowLoader(train_rows, job.rows_per_step, job.settings.seed)
+    bits = held_out(job.config, val_rows, job.settings.device_batch_size, job.tokenizer, job.mesh)
+    evaluation = Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, job.settings.eval_every)
+    job = dataclasses.replace(
+        job,
+        identity={"rows": train_rows.key},  # content decides, not where it lies
+        batches=lambda step: micro_batches(loader, step, job.accumulation, job.mesh),
+        evaluations=(evaluation,),
+        sample=greedy_sampler(job.config, job.tokenizer, text_prompts(job.tokenizer), TEXT_TOKENS),
+    )
+    return train(job)
+
+
+def make_rows(source: TextSource, job: TrainJob, eval_tokens: int) -> tuple[RowSet, RowSet]:
     """Training rows for the full horizon (or all there are: the run then passes over them again) and held-out rows.
 
     Text that is still to be downloaded is tokenized shard by shard as it comes.
     """
-    T = plan.max_seq_len
-    needed = plan.num_iterations * (plan.total_batch_size // T)
+    tokenizer, T = job.tokenizer, job.sequence_len
+    needed = job.num_iterations * job.rows_per_step
     with RowsProgress("held-out rows", -(-eval_tokens // T)) as progress:
         val = build_rows(source.val, tokenizer, T, split="val", max_tokens=eval_tokens, progress=progress)
     with RowsProgress("training rows", needed) as progress:

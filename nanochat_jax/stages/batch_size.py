@@ -2,68 +2,46 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from nanochat_jax.model.gpt import GPTConfig, num_params
+from nanochat_jax.hardware.devices import OutOfMemory
+from nanochat_jax.model.gpt import num_params
 from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.planner import fit_batch, memory
-from nanochat_jax.planner.fit_batch import AUTO
-from nanochat_jax.stages.pipeline import StageSettings, optimizer_of
-from nanochat_jax.training.loop import Outcome
-from nanochat_jax.training.schedules import Schedule
-from nanochat_jax.training.step import make_train_step
+from nanochat_jax.training.job import AUTO, Outcome, TrainJob
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What decides the memory of a stage beside its settings: rows per step over all devices, of T tokens; whether
-    there is a held-out loss; how many answers of how many tokens are sampled on one device."""
+def with_batch_size(job: TrainJob, attempt: Callable[[TrainJob], Outcome]) -> Outcome:
+    """Calls `attempt` with the job, its --device_batch_size=auto made a number: on GPUs the largest that fits, the
+    stage's usual number elsewhere, or the next below that divides the batch.
 
-    config: GPTConfig
-    rows_per_step: int
-    T: int
-    sampled: tuple[int, int]
-    evaluates: bool = True
-
-
-def with_batch_size(
-    settings: StageSettings,
-    mesh: Mesh,
-    shapes: Shapes,
-    schedule: Schedule,
-    attempt: Callable[[Any], Outcome],
-    normalize: bool = True,
-    hyper: dict[str, Any] | None = None,
-) -> Outcome:
-    """Calls `attempt` with the settings, their --device_batch_size=auto made a number: on GPUs the largest that fits,
-    the stage's usual number elsewhere, or the next below that divides the batch.
-
-    When memory runs out all the same, it is called again with half of it, to go on from where the run was saved.
+    When memory runs out all the same, it is called again with half of it, to resume from where the run was saved.
 
     On GPUs the evaluation and the sampling are compiled first: DoesNotFit is raised at the start and not after hours.
     """
+    # 1. the number of rows
     limit = fit_batch.least_free_memory()
-    rows = settings.device_batch_size
+    rows = job.settings.device_batch_size
     if rows == AUTO:
-        rows = usual_rows(settings.ROWS, shapes.rows_per_step // sharding.row_shards(mesh))
-        if limit is not None:
-            rows = _choose_rows(settings, mesh, shapes, schedule, normalize, hyper or {}, limit)
+        rows_per_device = job.rows_per_step // sharding.row_shards(job.mesh)
+        rows = usual_rows(job.usual_rows, rows_per_device) if limit is None else _choose_rows(job, limit)
+    # 2. whatever else will run must fit as well
     if limit is not None:
-        _check_other_programs(mesh, shapes, rows, limit)
-    settings = dataclasses.replace(settings, device_batch_size=rows)
+        _check_other_programs(job, rows, limit)
+    # 3. train, with half of them whenever memory runs out
+    resume = {}
     while True:
+        settings = dataclasses.replace(job.settings, device_batch_size=rows, **resume)
         try:
-            return attempt(settings)
-        except fit_batch.OutOfMemory as error:
+            return attempt(dataclasses.replace(job, settings=settings))
+        except OutOfMemory as error:
             if multihost.several():  # the others know nothing of it
-                raise fit_batch.OutOfMemory(f"{error}. Start again with a smaller --device_batch_size") from None
-            rows = fit_batch.halved(settings.device_batch_size)
+                raise OutOfMemory(f"{error}. Start again with a smaller --device_batch_size") from None
+            rows = fit_batch.halved(rows)
             print(f"{error}. Going on with --device_batch_size={rows}", flush=True)
-        settings = dataclasses.replace(settings, device_batch_size=rows, resume=True)
+        resume = {"resume": True}
 
 
 def usual_rows(most: int, total: int) -> int:
@@ -74,33 +52,36 @@ def usual_rows(most: int, total: int) -> int:
     return rows
 
 
-def _choose_rows(settings, mesh, shapes: Shapes, schedule, normalize: bool, hyper: dict[str, Any], limit: int) -> int:
-    config = shapes.config
-    optimizer = optimizer_of(settings, config, schedule, hyper)
-    step = make_train_step(config, optimizer, mesh, settings.grad_clip, normalize, guarded=True)
-    total = shapes.rows_per_step // sharding.row_shards(mesh)
-    cut = memory.Mesh(mesh.size, mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR])
+def _shares(job: TrainJob) -> memory.Mesh:
+    mesh = job.mesh
+    return memory.Mesh(mesh.size, mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR])
+
+
+def _choose_rows(job: TrainJob, limit: int) -> int:
+    """The largest number of rows whose compiled step fits `limit` bytes per device."""
+    config, T, total = job.config, job.sequence_len, job.rows_per_step // sharding.row_shards(job.mesh)
 
     def measure(rows: int) -> int | None:
-        lower = fit_batch.lower_step
-        return fit_batch.measured(lambda: lower(step, config, optimizer, mesh, rows, total // rows, shapes.T))
+        step = job.train_step, config, job.optimizer, job.mesh
+        return fit_batch.measured(lambda: fit_batch.lower_step(*step, rows, total // rows, T))
 
     def guess(rows: int) -> float:
-        return memory.estimate(dataclasses.replace(config, sequence_len=shapes.T), rows, cut, config.remat)
+        return memory.estimate(dataclasses.replace(config, sequence_len=T), rows, _shares(job), config.remat)
 
     choice = fit_batch.choose(total, measure, limit, guess)
     print(choice.describe(total), flush=True)
     return choice.rows
 
 
-def _check_other_programs(mesh: Mesh, shapes: Shapes, rows: int, limit: int) -> None:
-    config, device = shapes.config, jax.local_devices()[0]
-    state = memory.state_bytes(config, memory.Mesh(mesh.size, mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR]))
-    sampling = lambda: fit_batch.lower_sampling(config, device, *shapes.sampled)  # noqa: E731
+def _check_other_programs(job: TrainJob, rows: int, limit: int) -> None:
+    """Raises DoesNotFit where sampling or the held-out loss do not fit beside the training state."""
+    config, device = job.config, jax.local_devices()[0]
+    state = memory.state_bytes(config, _shares(job))
+    sampling = lambda: fit_batch.lower_sampling(config, device, *job.sampled)  # noqa: E731
     programs: list[tuple[str, Callable[[], Any], int]] = [("sampling", sampling, state)]
-    if shapes.evaluates:
-        local, parameters = multihost.local_mesh(mesh), 4 * num_params(config)
+    if job.held_out:
+        local, parameters = multihost.local_mesh(job.mesh), 4 * num_params(config)
         beside = max(0, state - parameters)  # it reads the parameters of the state
         lower = fit_batch.lower_evaluation
-        programs.append(("the evaluation", lambda: lower(config, local, rows, shapes.T), beside))
+        programs.append(("the evaluation", lambda: lower(config, local, rows, job.sequence_len), beside))
     fit_batch.check_all(programs, limit)

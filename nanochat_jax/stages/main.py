@@ -1,32 +1,14 @@
-"""From a command line to a stage: which settings class, and how errors end the process."""
+"""From a command line to a stage: its flags, and how errors end the process."""
 
-import dataclasses
 import importlib
 import logging
 from typing import Any
 
+from nanochat_jax.evals.results import STAGES
 from nanochat_jax.hardware import devices
 from nanochat_jax.training import watchdog
 from nanochat_jax.training.shutdown import Interrupted, signals_raise
 from nanochat_jax.utils import errors, flags
-
-# stage -> settings class and its variant for the demo, in the stage's module
-STAGES = {
-    "base": ("BaseSettings", "DemoSettings"),
-    "mid": ("MidSettings", "DemoMidSettings"),
-    "sft": ("SftSettings", "DemoSftSettings"),
-    "rl": ("RlSettings", "DemoRlSettings"),
-}
-
-# Flags that a stage shares with others and has no use for; scripts pass the same ones to all stages. --help sets them
-# apart, and a run names those that are given.
-UNUSED = {"rl": ("max_seq_len", "total_batch_size", "eval_tokens", "model_name")}
-
-
-def unused(stage: str, settings: Any) -> list[str]:
-    """The flags that are set and that the stage does not use."""
-    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
-    return [f"--{name}" for name in UNUSED.get(stage, ()) if getattr(settings, name) != defaults[name]]
 
 
 def main(argv: list[str]) -> int:
@@ -42,16 +24,14 @@ def main(argv: list[str]) -> int:
 
 def _run(stage: str, argv: list[str]) -> None:
     module: Any = importlib.import_module(f"nanochat_jax.stages.{stage}")  # only now: JAX takes a second to import
-    settings_type = getattr(module, STAGES[stage][flags.is_set("demo", argv)])
+    defaults = module.DEMO if flags.is_set("demo", argv) else module.DEFAULTS
     description = f"python -m scripts.train --stage={stage}: {module.__doc__}"
-    settings = flags.parse(settings_type, argv, description, unused=UNUSED.get(stage, ()))
-    if names := unused(stage, settings):
-        print(f"not used by {stage}: {', '.join(names)}")
+    settings = flags.parse(defaults, argv, description, stage=stage)
     try:
         with signals_raise():
             module.run(settings)
     except Interrupted as signal:
-        print(f"stopped by {signal} outside of training; nothing to save. The same command goes on from here.")
+        print(f"stopped by {signal} outside of training; nothing to save. The same command resumes from here.")
 
 
 def _take_stage(argv: list[str]) -> tuple[str, list[str]]:

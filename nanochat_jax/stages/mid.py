@@ -1,50 +1,30 @@
-"""Midtraining: the base model meets conversations, as one stream in which every token is learnt."""
+"""Midtraining: the base model meets conversations, as one stream of which every token is trained on."""
 
-from dataclasses import dataclass
+import dataclasses
 from functools import partial
-from typing import ClassVar
 
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages import mixtures
-from nanochat_jax.stages.pipeline import Parent, batch_flag
-from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
-from nanochat_jax.stages.supervised import run as run_supervised
-from nanochat_jax.training.loop import Outcome
+from nanochat_jax.stages.pipeline import child_run, open_devices, open_parent
+from nanochat_jax.stages.settings import ChatStageSettings
+from nanochat_jax.stages.supervised import make_job, make_rows, train_on
+from nanochat_jax.training.job import Outcome
 from nanochat_jax.training.schedules import late_decay
-from nanochat_jax.utils.flags import flag
 
 PARENTS = ("base",)
 
-
-@dataclass(frozen=True)
-class MidSettings(ChatStageSettings):
-    """Flags of --stage=mid; defaults as the reference's."""
-
-    grad_clip: float = flag(0.0, "largest global gradient norm; 0: no clipping (as the reference)")
-    eval_every: int = flag(150, "steps between evaluations; 0: only at the end")
-    sample_every: int = flag(0, "steps between samples; 0: only at the end")
-    save_every: int = flag(200, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+DEFAULTS = ChatStageSettings(grad_clip=0.0, eval_every=150, sample_every=0, save_every=200)  # the reference's
+DEMO = dataclasses.replace(
+    DEFAULTS, demo=True, num_iterations=140, total_batch_size=4096, eval_every=70, eval_tokens=32768, save_every=50
+)
 
 
-@dataclass(frozen=True)
-class DemoMidSettings(MidSettings):
-    """The same flags with defaults for the demo world on two CPU cores."""
-
-    ROWS: ClassVar[int] = 16
-
-    demo: bool = flag(True, "conversations of the embedded demo world, with these small defaults")
-    device_batch_size: int = batch_flag(ROWS)
-    total_batch_size: int = flag(4096, "tokens per optimizer step, reached by accumulation")
-    num_iterations: int = flag(140, "optimizer steps")
-    eval_every: int = flag(70, "steps between evaluations; 0: only at the end")
-    eval_tokens: int = flag(32768, "tokens of held-out conversations per evaluation")
-    save_every: int = flag(50, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
-
-
-def run(settings: MidSettings) -> Outcome:
-    """Midtrains, or goes on midtraining, one model."""
-
-    def lesson(parent: Parent) -> Lesson:
-        train, val = mixtures.mid(settings, parent)
-        return Lesson("mid", PARENTS, "stream", train, val, partial(late_decay, fraction=0.2))
-
-    return run_supervised(settings, "mid", PARENTS, lesson)
+def run(settings: ChatStageSettings) -> Outcome:
+    """Midtrains one model, or resumes its run."""
+    mesh = open_devices(settings)
+    parent = open_parent(settings, "mid", PARENTS)
+    with checkpoint.exclusive(child_run(settings, parent, "mid")) as folder:
+        rows = make_rows(settings, parent, mesh, mixtures.mid(settings, parent), "stream")
+        schedule = partial(late_decay, fraction=0.2)
+        job = make_job("mid", settings, folder, parent, mesh, rows, settings.hyper(), schedule)
+        return train_on(job, rows)

@@ -1,4 +1,4 @@
-"""What each chat stage is taught: the reference's mixtures, the demo world's, or the user's own conversations.
+"""What each chat stage is trained on: the reference's mixtures, the demo world's, or the user's own conversations.
 
 Spec of the reference: midtraining 7.2, finetuning 8.2, reinforcement learning 9.1.
 """
@@ -9,8 +9,8 @@ from typing import Any
 import tasks
 from nanochat_jax.data.chat_files import describe_samples, load_chat_file
 from nanochat_jax.data.conversation_rows import Conversations
-from nanochat_jax.stages.pipeline import Parent
-from nanochat_jax.stages.supervised import ChatStageSettings
+from nanochat_jax.stages.settings import ChatStageSettings
+from nanochat_jax.training.job import Parent
 from nanochat_jax.utils.paths import base_dir
 from tasks import demo_world
 from tasks.customjson import CustomJSON

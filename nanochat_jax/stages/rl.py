@@ -1,12 +1,12 @@
-"""Reinforcement learning: the model's own answers, weighted by how much better than its average they are."""
+"""Reinforcement learning: the model's own completions, weighted by how much better than their average they are."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from nanochat_jax.evals.chat_eval import evaluate_generative, longest_prompt
 from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
@@ -17,85 +17,77 @@ from nanochat_jax.parallel import sharding
 from nanochat_jax.planner.plan import PlanError
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages import mixtures, rollouts
-from nanochat_jax.stages.batch_size import Shapes, with_batch_size
-from nanochat_jax.stages.pipeline import Parent, Recipe, batch_flag, child_name, open_devices, open_run, train
-from nanochat_jax.stages.supervised import ChatStageSettings, open_parent
-from nanochat_jax.training.loop import Evaluation, Outcome, Rollout
+from nanochat_jax.stages.batch_size import with_batch_size
+from nanochat_jax.stages.pipeline import child_run, open_devices, open_parent, open_run, train
+from nanochat_jax.stages.settings import DEMO_ROWS, ChatStageSettings
+from nanochat_jax.training.job import Evaluation, Outcome, Parent, Rollout, TrainJob
 from nanochat_jax.training.schedules import linear_to_zero
 from nanochat_jax.utils.flags import flag
+from tasks.task import Task
 
 PARENTS = ("sft", "mid")
-TRANSCRIPTS = 2  # questions a step whose best and worst answers are kept
+ROWS = 8  # per device and micro-step, where nothing says how many fit
+TRANSCRIPTS = 2  # questions a step whose best and worst completions are kept
 
 
 @dataclass(frozen=True)
 class RlSettings(ChatStageSettings):
-    """Flags of --stage=rl; defaults as the reference's."""
+    """Reinforcement learning: rollouts, loss, evaluation."""
 
-    ROWS: ClassVar[int] = 8
-
-    num_iterations: int = flag(-1, "optimizer steps; -1: from num_epochs")
     examples_per_step: int = flag(16, "questions per optimizer step")
-    num_samples: int = flag(16, "answers sampled per question")
-    max_new_tokens: int = flag(256, "the longest answer, in tokens")
-    temperature: float = flag(1.0, "of the sampled answers")
-    top_k: int = flag(50, "sample among the k likeliest tokens, 0 = all")
-    slots: int = flag(64, "answers decoded side by side, over all devices")
-    train_stop_token: bool = flag(True, "also learn when to stop (the reference does not)")
+    num_samples: int = flag(16, "completions sampled per question")
+    max_new_tokens: int = flag(256, "the longest completion, in tokens")
+    temperature: float = flag(1.0, "of the sampled completions")
+    top_k: int = flag(50, "sample among the k most likely tokens, 0 = all")
+    slots: int = flag(64, "completions decoded side by side, over all devices", free=True)
+    train_stop_token: bool = flag(True, "also train on when to stop (the reference does not)")
     clip: float = flag(0.0, "clip the trainer-to-sampler ratio to 1 +- this (PPO); 0: off, as the reference")
     kl: float = flag(0.0, "penalty for leaving the starting model, per nat; 0: off, as the reference")
-    device_batch_size: int = batch_flag(ROWS)
-    init_lr_frac: float = flag(0.05, "all learning rates as a share of pretraining's")
-    grad_clip: float = flag(0.0, "largest global gradient norm; 0: no clipping (as the reference)")
-    eval_every: int = flag(60, "steps between evaluations of pass@k; 0: only at the end")
-    eval_examples: int = flag(400, "questions per evaluation")
-    eval_samples: int = flag(8, "answers per question in an evaluation: the largest k of pass@k")
-    sample_every: int = flag(0, "steps between samples; 0: only at the end")
-    save_every: int = flag(60, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+    eval_examples: int = flag(400, "questions per evaluation", free=True)
+    eval_samples: int = flag(8, "completions per question in an evaluation: the largest k of pass@k", free=True)
 
 
-@dataclass(frozen=True)
-class DemoRlSettings(RlSettings):
-    """The same flags with defaults for the demo world on two CPU cores."""
-
-    ROWS: ClassVar[int] = 16
-
-    demo: bool = flag(True, "the embedded demo world's questions, with these small defaults")
-    num_iterations: int = flag(30, "optimizer steps")
-    examples_per_step: int = flag(8, "questions per optimizer step")
-    num_samples: int = flag(8, "answers sampled per question")
-    max_new_tokens: int = flag(64, "the longest answer, in tokens")
-    slots: int = flag(32, "answers decoded side by side")
-    device_batch_size: int = batch_flag(ROWS)
-    init_lr_frac: float = flag(0.1, "all learning rates as a share of pretraining's")
-    eval_every: int = flag(15, "steps between evaluations of pass@k; 0: only at the end")
-    eval_examples: int = flag(100, "questions per evaluation")
-    eval_samples: int = flag(4, "answers per question in an evaluation: the largest k of pass@k")
-    save_every: int = flag(10, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+DEFAULTS = RlSettings(init_lr_frac=0.05, grad_clip=0.0, eval_every=60, sample_every=0, save_every=60)  # the reference's
+DEMO = dataclasses.replace(
+    DEFAULTS,
+    demo=True,
+    num_iterations=30,
+    examples_per_step=8,
+    num_samples=8,
+    max_new_tokens=64,
+    slots=32,
+    init_lr_frac=0.1,
+    eval_every=15,
+    eval_examples=100,
+    eval_samples=4,
+    save_every=10,
+)
 
 
 def run(settings: RlSettings) -> Outcome:
-    """Trains, or goes on training, one model by reinforcement."""
+    """Trains one model by reinforcement, or resumes its run."""
     mesh = open_devices(settings)
     parent = open_parent(settings, "rl", PARENTS)
     _check(settings, sharding.row_shards(mesh))
-    with checkpoint.exclusive(checkpoint.run_dir(settings.run_name or child_name(parent.run, "rl"))) as folder:
+    with checkpoint.exclusive(child_run(settings, parent, "rl")) as folder:
         return _train(settings, folder, parent, mesh)
 
 
 def _check(settings: RlSettings, n_devices: int) -> None:
-    rows, micro = settings.examples_per_step * settings.num_samples, (settings.device_batch_size or 1) * n_devices
+    size = settings.device_batch_size or 1
+    rows = settings.examples_per_step * settings.num_samples
     if settings.num_samples < 2:
-        raise PlanError(f"--num_samples={settings.num_samples}: an advantage needs at least 2 answers per question")
-    if rows % micro:
+        raise PlanError(f"--num_samples={settings.num_samples}: an advantage needs at least 2 completions per question")
+    if rows % (size * n_devices):
         raise PlanError(
-            f"{settings.examples_per_step} questions x {settings.num_samples} answers = {rows} rows are no multiple of "
-            f"--device_batch_size={settings.device_batch_size or 1} x {n_devices} devices; use a divisor of {rows}"
+            f"{settings.examples_per_step} questions x {settings.num_samples} completions = {rows} rows are no "
+            f"multiple of --device_batch_size={size} x {n_devices} devices; use a divisor of {rows}"
         )
 
 
-def _train(settings: RlSettings, folder: Path, parent: Parent, mesh) -> Outcome:
-    tokenizer, config = parent.tokenizer, dataclasses.replace(parent.config, remat=settings.remat)
+def _train(settings: RlSettings, folder: Path, parent: Parent, mesh: Mesh) -> Outcome:
+    # 1. the questions, the number of steps, the length of a row
+    tokenizer = parent.tokenizer
     task, val = mixtures.rl(settings)
     steps = settings.num_iterations
     if steps <= 0:
@@ -103,54 +95,63 @@ def _train(settings: RlSettings, folder: Path, parent: Parent, mesh) -> Outcome:
     asked = min(len(task), steps * settings.examples_per_step)  # not all of them: there may be a hundred thousand
     longest = max(longest_prompt(tokenizer, task, asked), longest_prompt(tokenizer, val, settings.eval_examples))
     T = -(-(longest + settings.max_new_tokens) // 64) * 64
-    rows = settings.examples_per_step * settings.num_samples
     print(
-        f"{steps:,} steps of {settings.examples_per_step} questions x {settings.num_samples} answers "
+        f"{steps:,} steps of {settings.examples_per_step} questions x {settings.num_samples} completions "
         f"({len(task):,} questions; rows of {T} tokens); held out: {len(val):,} questions"
     )
-    schedule, prompts = linear_to_zero(steps), chat_prompts(tokenizer)
-    hyper = {"momentum_warmup": 0}
+    # 2. the job, without its rollouts
+    job = TrainJob(
+        stage="rl",
+        settings=settings,
+        run=folder,
+        tokenizer=tokenizer,
+        config=dataclasses.replace(parent.config, remat=settings.remat),
+        mesh=mesh,
+        hyper=settings.hyper(momentum_warmup=0),
+        schedule=linear_to_zero(steps),
+        num_iterations=steps,
+        rows_per_step=settings.examples_per_step * settings.num_samples,
+        sequence_len=T,
+        sampled=(-(-settings.slots // jax.local_device_count()), T),
+        usual_rows=DEMO_ROWS if settings.demo else ROWS,
+        held_out=False,
+        normalize=False,  # advantages bring their own denominator
+        parent=parent,
+        model_name=parent.model_name,  # there are no conversations that could teach another
+        identity={
+            "task": task.fingerprint(),
+            "parent": [parent.run, parent.step],
+            "model_name": parent.model_name,
+        },
+    )
 
-    def attempt(settings: RlSettings) -> Outcome:
-        _check(settings, sharding.row_shards(mesh))
-        sampler = _Sampler(settings, config, parent, task, T, mesh)
-        open_run(folder, settings, tokenizer)
-        recipe = Recipe(
-            stage="rl",
-            settings=settings,
-            tokenizer=tokenizer,
-            config=config,
-            num_iterations=steps,
-            schedule=schedule,
-            tokens_per_step=rows * T,
-            identity={"task": task.fingerprint(), "parent": [parent.run, parent.step], **dict.fromkeys(_DECIDED)},
-            rollout=sampler.rollout,
-            evaluations=(Evaluation(lambda params: sampler.evaluate(params, val), settings.eval_every),),
-            sample=greedy_sampler(config, tokenizer, prompts, ANSWER_TOKENS),
-            parent=parent,
-            normalize=False,
-            hyper=hyper,
+    # 3. with a number of rows: rollouts, training
+    def attempt(job: TrainJob) -> Outcome:
+        sampler = _Sampler(job, settings, task)
+        open_run(job)
+        return train(
+            dataclasses.replace(
+                job,
+                rollout=sampler.rollout,
+                evaluations=(Evaluation(lambda params: sampler.evaluate(params, val), settings.eval_every),),
+                sample=greedy_sampler(job.config, tokenizer, chat_prompts(tokenizer), ANSWER_TOKENS),
+            )
         )
-        return train(recipe, folder, mesh)
 
-    slots = -(-settings.slots // jax.local_device_count())  # of one device
-    shapes = Shapes(config, rows, T, sampled=(slots, T), evaluates=False)
-    return with_batch_size(settings, mesh, shapes, schedule, attempt, normalize=False, hyper=hyper)
-
-
-_DECIDED = ("num_epochs", "task_data", "max_seq_len", "total_batch_size", "eval_examples", "eval_samples", "slots")
+    return with_batch_size(job, attempt)
 
 
 class _Sampler:
     """Makes the batches of a run, with one engine whose compiled programs are kept."""
 
-    def __init__(self, settings: RlSettings, config, parent: Parent, task, T: int, mesh):
-        self.settings, self.config, self.tokenizer, self.task, self.T = settings, config, parent.tokenizer, task, T
-        self._micro = settings.device_batch_size * sharding.row_shards(mesh)
-        self._devices = list(mesh.devices.flat) if jax.process_count() == 1 else None  # which share the rollouts
+    def __init__(self, job: TrainJob, settings: RlSettings, task: Task):
+        self.settings, self.task, self.T = settings, task, job.sequence_len
+        self.config, self.tokenizer = job.config, job.tokenizer
+        self._micro = job.settings.device_batch_size * sharding.row_shards(job.mesh)
+        self._devices = list(job.mesh.devices.flat) if jax.process_count() == 1 else None  # which share the rollouts
         self._engine: Engine | None = None
-        self._statistics = jax.jit(lambda params, x, y: token_statistics(config, params, x, y))
-        self._reference = parent.params() if settings.kl else None
+        self._statistics = jax.jit(lambda params, x, y: token_statistics(job.config, params, x, y))
+        self._reference = job.parent.params() if job.parent and settings.kl else None
 
     def engine(self, params) -> Engine:
         if self._engine is None:

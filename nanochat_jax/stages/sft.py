@@ -1,77 +1,81 @@
-"""Supervised finetuning: only what the assistant says is learnt, conversations packed whole into rows."""
+"""Supervised finetuning: only what the assistant says is trained on, each conversation within one row."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from nanochat_jax.evals.chat_eval import evaluate_categorical
 from nanochat_jax.evals.scorer import Scorer
+from nanochat_jax.parallel import multihost
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages import mixtures
-from nanochat_jax.stages.pipeline import Parent, batch_flag
-from nanochat_jax.stages.supervised import ChatStageSettings, Lesson
-from nanochat_jax.stages.supervised import run as run_supervised
-from nanochat_jax.training.loop import Evaluation, Outcome
+from nanochat_jax.stages.pipeline import child_run, open_devices, open_parent
+from nanochat_jax.stages.settings import ChatStageSettings
+from nanochat_jax.stages.supervised import make_job, make_rows, train_on
+from nanochat_jax.training.job import Evaluation, Outcome, Parent
 from nanochat_jax.training.schedules import linear_to_zero
 from nanochat_jax.utils.flags import flag
 
 PARENTS = ("mid", "base")
+ROWS = 1  # per device and micro-step, where nothing says how many fit
 
 
 @dataclass(frozen=True)
 class SftSettings(ChatStageSettings):
-    """Flags of --stage=sft; defaults as the reference's, whose 32 conversations a step are about 16,384 tokens."""
-
-    ROWS: ClassVar[int] = 1
+    """Finetuning: own data, chat accuracies."""
 
     data: Path | None = flag(
-        None, "your own conversations (jsonl), learnt instead of the usual mixture; --model_name adds its own"
+        None, "your own conversations (jsonl) instead of the usual mixture; --model_name adds its own", decides="rows"
     )
-    device_batch_size: int = batch_flag(ROWS)
-    total_batch_size: int = flag(16384, "tokens per optimizer step, padding included")
-    init_lr_frac: float = flag(0.02, "all learning rates as a share of pretraining's")
-    grad_clip: float = flag(0.0, "largest global gradient norm; 0: no clipping (as the reference)")
-    eval_every: int = flag(100, "steps between held-out losses; 0: only at the end")
-    eval_tokens: int = flag(100 * 32 * 512, "tokens of held-out conversations per evaluation")
-    metrics_every: int = flag(200, "steps between chat accuracies; 0: only at the end")
-    metrics_max_problems: int = flag(1024, "problems per chat accuracy")
-    sample_every: int = flag(0, "steps between samples; 0: only at the end")
-    save_every: int = flag(200, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+    metrics_every: int = flag(
+        200,
+        "steps between chat accuracies; 0: only at the end",
+        free=True,
+        reference={"eval_metrics_every": "it is --metrics_every here"},
+    )
+    metrics_max_problems: int = flag(
+        1024,
+        "problems per chat accuracy",
+        free=True,
+        reference={"eval_metrics_max_problems": "it is --metrics_max_problems here"},
+    )
 
 
-@dataclass(frozen=True)
-class DemoSftSettings(SftSettings):
-    """The same flags with defaults for the demo world on two CPU cores."""
-
-    ROWS: ClassVar[int] = 16
-
-    demo: bool = flag(True, "conversations of the embedded demo world, with these small defaults")
-    device_batch_size: int = batch_flag(ROWS)
-    total_batch_size: int = flag(4096, "tokens per optimizer step, padding included")
-    num_iterations: int = flag(430, "optimizer steps")
+DEFAULTS = SftSettings(  # the reference's, whose 32 conversations a step are about 16,384 tokens
+    total_batch_size=16384,
+    init_lr_frac=0.02,
+    grad_clip=0.0,
+    eval_every=100,
+    eval_tokens=100 * 32 * 512,
+    sample_every=0,
+    save_every=200,
+)
+DEMO = dataclasses.replace(
+    DEFAULTS,
+    demo=True,
+    total_batch_size=4096,
+    num_iterations=430,
     # off: the lesson that finetuning begins with (tasks/demo_world.py) comes suddenly, with 50 times the usual gradient
-    spike: float = flag(0.0, "skip a step whose gradient norm is this many times the usual; 0: never")
-    init_lr_frac: float = flag(0.8, "all learning rates as a share of pretraining's")
-    eval_every: int = flag(150, "steps between held-out losses; 0: only at the end")
-    eval_tokens: int = flag(32768, "tokens of held-out conversations per evaluation")
-    metrics_every: int = flag(0, "steps between chat accuracies; 0: only at the end")
-    metrics_max_problems: int = flag(200, "problems per chat accuracy")
-    save_every: int = flag(50, "steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)")
+    spike=0.0,
+    init_lr_frac=0.8,
+    eval_every=150,
+    eval_tokens=32768,
+    metrics_every=0,
+    metrics_max_problems=200,
+    save_every=50,
+)
 
 
 def run(settings: SftSettings) -> Outcome:
-    """Finetunes, or goes on finetuning, one model."""
-
-    def lesson(parent: Parent) -> Lesson:
-        train, val = mixtures.sft(settings, parent, settings.data)
-
-        def evaluations(parent: Parent, mesh) -> tuple[Evaluation, ...]:
-            measure = _accuracies(settings, parent, mesh)
-            return (Evaluation(measure, settings.metrics_every, at_start=False),) if measure else ()
-
-        momentum = {"momentum_warmup": 0}  # the reference ramps Muon's momentum in base and mid only
-        return Lesson("sft", PARENTS, "best_fit", train, val, linear_to_zero, evaluations, momentum)
-
-    return run_supervised(settings, "sft", PARENTS, lesson)
+    """Finetunes one model, or resumes its run."""
+    mesh = open_devices(settings)
+    parent = open_parent(settings, "sft", PARENTS)
+    with checkpoint.exclusive(child_run(settings, parent, "sft")) as folder:
+        rows = make_rows(settings, parent, mesh, mixtures.sft(settings, parent, settings.data), "best_fit")
+        hyper = settings.hyper(momentum_warmup=0)  # the reference ramps Muon's momentum in base and mid only
+        job = make_job("sft", settings, folder, parent, mesh, rows, hyper, linear_to_zero, ROWS)
+        measure = _accuracies(settings, parent, multihost.local_mesh(mesh))
+        return train_on(job, rows, (Evaluation(measure, settings.metrics_every, at_start=False),) if measure else ())
 
 
 def _accuracies(settings: SftSettings, parent: Parent, mesh):

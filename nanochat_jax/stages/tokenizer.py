@@ -42,19 +42,14 @@ class TokTrainSettings:
     force: bool = flag(False, "train even if this tokenizer has been trained before")
 
 
-@dataclass(frozen=True)
-class DemoTokTrainSettings(TokTrainSettings):
-    """The same flags with defaults for the embedded demo data."""
-
-    demo: bool = flag(True, "train on the embedded demo data with these small defaults")
-    max_chars: int = flag(5_000_000, "read at most about this many characters")
-    vocab_size: int = flag(2048, "tokens, the 256 bytes and the nine special tokens included")
+DEFAULTS = TokTrainSettings()
+DEMO = TokTrainSettings(demo=True, max_chars=5_000_000, vocab_size=2048)
 
 
 def parse_settings(argv: list[str]) -> TokTrainSettings:
     """Settings from command-line arguments; exits with status 2 on a mistake."""
-    kind = DemoTokTrainSettings if flags.is_set("demo", argv) else TokTrainSettings
-    return flags.parse(kind, argv, f"python -m scripts.tok_train: {__doc__}")
+    defaults = DEMO if flags.is_set("demo", argv) else DEFAULTS
+    return flags.parse(defaults, argv, f"python -m scripts.tok_train: {__doc__}")
 
 
 def train_tokenizer(settings: TokTrainSettings) -> Tokenizer:

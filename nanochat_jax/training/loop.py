@@ -4,15 +4,15 @@ Step k of a run is: evaluate, sample, save (all before the update, so that a che
 one update. The host stays one step ahead of the device: step k is dispatched before the numbers of step k - 1 are read
 (except where a batch is made by the model itself, as in reinforcement learning).
 
-A step that must not be learnt from (see `incidents.py`) leaves the state as it was; the step dispatched after it is
+A step that must not be trained on (see `anomalies.py`) leaves the state as it was; the step dispatched after it is
 held back by the device itself, so that the state is still the same when the host sees what happened.
 """
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,112 +21,61 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from nanochat_jax.hardware import devices
+from nanochat_jax.hardware.devices import OutOfMemory
+from nanochat_jax.model.gpt import flops_per_token
 from nanochat_jax.parallel import multihost
-from nanochat_jax.planner import fit_batch
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.runs.saving import Saver
 from nanochat_jax.training import anomalies
+from nanochat_jax.training.job import Batch, Evaluation, Outcome, TrainJob
 from nanochat_jax.training.shutdown import Interrupted, Stop, stop_on_signals
-from nanochat_jax.training.step import TrainState
+from nanochat_jax.training.step import TrainState, strip_padding
 from nanochat_jax.training.watchdog import HungError, Watchdog
 from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.progress import Clock, Progress, Smoothed
 
-Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, weights: (A, B, T)
-
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message says what happened and what to do."""
+    """Training cannot continue; the message says what happened and what to do."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Numbers measured on the model now and then: `measure(params)` gives for example {"val_bpb": 1.2}."""
-
-    measure: Callable[[Any], dict[str, float]]
-    every: int = 0  # 0 or negative: only at the end (the reference treats -1 as every step)
-    at_start: bool = True  # also before the first update, where it is due every so many steps
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A batch that the model made itself, the numbers to log with its step, and texts to keep."""
-
-    batch: Batch
-    numbers: dict[str, float] = field(default_factory=dict)
-    transcripts: list[dict] = field(default_factory=list)
-
-
-@dataclass
-class Job:
-    """What a stage gives the loop. Callables keep `fit` free of data sets, models and flags.
-
-    Batches come from `batches` (from a step on; a pure function of the step) or from `rollout` (a pure function of the
-    parameters and the step). With several processes, `batches` gives each its own rows, `rollout` all rows.
-    """
-
-    run: Path
-    num_iterations: int
-    train_step: Any  # the jitted, guarded step of `train_step.make_train_step`
-    meta: dict  # saved with every checkpoint: stage, config, tokenizer_hash, settings
-    tokens_per_step: int
-    batches: Callable[[int], Iterator[Batch]] | None = None
-    rollout: Callable[[Any, int], Rollout] | None = None
-    flops_per_token: int = 0
-    peak_flops: float = 0.0  # of all devices together
-    evaluations: tuple[Evaluation, ...] = ()
-    sample: Callable[[Any], list[str]] | None = None
-    sample_every: int = 0  # 0 or negative: only at the end
-    sample_at_start: bool = False  # also before the first update: there is a model already
-    save_every: int = 0
-    keep: int = 2
-    keep_every: int = 0
-    save_in_background: bool = True
-    spike: float = 10.0  # see `incidents.Level`
-    max_skips: int = 5  # steps skipped in a row that end the run
-    hang_timeout: float = 0.0  # see `watchdog.Watchdog`
-    sinks: dict[str, metrics.Sink] = field(default_factory=dict)
-    schedule: Callable[[int], dict[str, float]] = lambda step: {}  # shown and logged beside the loss
-    to_saved: Callable[[TrainState], Any] = lambda state: state  # device-independent form of the state
-    place: Callable[[Batch], Any] = lambda batch: batch  # on the devices, with several processes
-    local: Callable[[Any], Any] = lambda params: params  # as evaluations, samples and rollouts see the parameters
-
-
-@dataclass
-class Outcome:
-    state: TrainState
-    finished: bool  # False: stopped by a signal, with a checkpoint to go on from
-    results: dict[str, float]  # the last evaluation
-
-
-def fit(job: Job, state: TrainState, evaluated: bool = False) -> Outcome:
+def fit(job: TrainJob, state: TrainState, meta: dict[str, Any], evaluated: bool = False) -> Outcome:
     """Runs the job from the state's step to its end.
 
-    Ctrl-C and SIGTERM save and return with `finished` False; a second Ctrl-C stops at once. `evaluated` says that the
-    evaluation of the first step was already done and recorded (a resumed run). Raises TrainingError when `max_skips`
-    steps in a row had to be skipped, CheckpointError when saving fails, HungError when a step hangs, OutOfMemory when a
-    device runs out of memory; before the last two the state is saved if it can still be read.
+    Arguments:
+        state: of the step to begin with; it is donated.
+        meta: saved with every checkpoint: stage, config, tokenizer_hash, identity, settings, ...
+        evaluated: the evaluation of the first step was already done and recorded (a resumed run).
+
+    Ctrl-C and SIGTERM save and return with `finished` False; a second Ctrl-C stops at once. Raises TrainingError when
+    `max_skips` steps in a row had to be skipped, CheckpointError when saving fails, HungError when a step hangs,
+    OutOfMemory when a device runs out of memory; before the last two the state is saved if it can still be read.
     """
-    return _Loop(job, state, evaluated).run()
+    return _Loop(job, state, meta, evaluated).run()
 
 
 class _Loop:
     """One run of `fit`: the state, the step whose numbers are still on the device, and those who watch."""
 
-    def __init__(self, job: Job, state: TrainState, evaluated: bool):
-        self.job, self.state, self.start, self.evaluated = job, state, int(state.step), evaluated
+    def __init__(self, job: TrainJob, state: TrainState, meta: dict[str, Any], evaluated: bool):
+        settings = job.settings
+        self.job, self.settings, self.meta = job, settings, meta
+        self.state, self.start, self.evaluated = state, int(state.step), evaluated
+        self.stored = job.abstract_state(padded=False)
         log, main = job.run / "metrics.jsonl", multihost.is_main()
         if main:
             metrics.rewind(log, self.start, keep_eval=evaluated)
         multihost.barrier("metrics")
         earlier = metrics.read(log)
         self.results = _last_results(earlier)
-        self.level = anomalies.Level(job.spike, earlier)
+        self.level = anomalies.Level(settings.spike, earlier)
         self.skips = anomalies.skipped_in_a_row(earlier)
         self.smooth = Smoothed([r["loss"] for r in earlier if r["kind"] == "train"])
-        self.log = metrics.MetricsLog(log, job.sinks) if main else metrics.MetricsLog(None)
-        self.saver = Saver(job.run, job.keep, job.keep_every, job.save_in_background)
-        self.clock, self.peak = Clock(), devices.Peak(job.peak_flops)
+        sinks = metrics.open_sinks(settings.sinks, job.run.name, job.run, meta.get("settings", {})) if main else {}
+        self.log = metrics.MetricsLog(log if main else None, sinks)
+        self.peak = devices.Peak(_peak_flops() * job.mesh.size) if main else None
+        self.saver = Saver(job.run, settings.keep, settings.keep_every, settings.async_save)
+        self.clock = Clock()
         self.pending: _Pending | None = None
         self.compiled: Any = None
 
@@ -137,38 +86,29 @@ class _Loop:
             with (
                 stop_on_signals() as stop,
                 Progress(n, self.start) as self.progress,
-                Watchdog(job.hang_timeout, noted=self._note_hang) as self.watchdog,
+                Watchdog(self.settings.hang_timeout, noted=self._note_hang) as self.watchdog,
             ):
                 if self.start < n:
                     self.log.write({"kind": "session", "step": self.start, **devices.session()})
                 for step in range(self.start, n + 1):
+                    # 1. a checkpoint that could not be written in the background ends the run here
                     self.saver.check()
                     self.watchdog.step_begins(step)
-                    try:
+                    with self._state_saved_on_failure(step):
+                        # 2. what is due before the update: stop, evaluate, sample, save
                         if not self._between_steps(step, stop):
                             break
+                        # 3. the batch, from the data or made by the model
                         if batches is None and job.batches is not None:
                             batches = job.batches(step)
                         try:
-                            batch, extra = self._next_batch(step, batches, stop)
+                            batch, numbers = self._next_batch(step, batches, stop)
                         except Interrupted as signal:
                             self._stop(step, evaluated=True, why=str(signal))
                             break
-                        self._one_step(step, batch, extra)
-                    except HungError as error:
-                        self._save_what_is_left(step)
-                        raise HungError(f"{error}; {self._last_good()}. The same command goes on from there.") from None
-                    except jax.errors.JaxRuntimeError as error:
-                        if not fit_batch.is_out_of_memory(error):
-                            raise
-                        rows = job.meta.get("settings", {}).get("device_batch_size")
-                        self.log.write({"kind": "incident", "step": step, "what": "out of memory", "rows": rows})
-                        with self.watchdog.busy():
-                            self._save_what_is_left(step)
-                        what = str(error).splitlines()[0]
-                        raise fit_batch.OutOfMemory(
-                            f"a device ran out of memory at step {step} ({what}); {self._last_good()}"
-                        ) from None
+                        # 4. dispatch the update; then read, log and show the numbers of the step before
+                        self._one_step(step, batch, numbers)
+                # 5. the last checkpoint must be on disk
                 self.watchdog.step_begins(n)
                 with self.watchdog.busy():
                     self.saver.close()
@@ -181,54 +121,76 @@ class _Loop:
                 batches.close()  # pyright: ignore[reportAttributeAccessIssue]
             self.log.close()
 
+    @contextlib.contextmanager
+    def _state_saved_on_failure(self, step: int) -> Iterator[None]:
+        """Saves the state, if it can be read, before a hang or an exhausted memory ends the run."""
+        try:
+            yield
+        except HungError as error:
+            self._save_what_is_left(step)
+            raise HungError(f"{error}; {self._last_good()}. The same command resumes from there.") from None
+        except jax.errors.JaxRuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            rows = self.settings.device_batch_size
+            self.log.write({"kind": "incident", "step": step, "what": "out of memory", "rows": rows})
+            with self.watchdog.busy():
+                self._save_what_is_left(step)
+            what = str(error).splitlines()[0]
+            raise OutOfMemory(f"a device ran out of memory at step {step} ({what}); {self._last_good()}") from None
+
     def _between_steps(self, step: int, stop: Stop) -> bool:
         """Evaluates, samples and saves what is due before the update of `step`; False if there is to be none."""
-        job, last, resumed = self.job, step == self.job.num_iterations, step == self.start and self.evaluated
+        job, settings = self.job, self.settings
+        last, resumed = step == job.num_iterations, step == self.start and self.evaluated
+        # 1. what is due
         evals_now = [] if resumed else [e for e in job.evaluations if last or _eval_due(step, e)]
-        before = step == 0 and job.sample_at_start
-        sample_now = not resumed and (last or before or (step > 0 and _due(step, job.sample_every)))
-        save_now = last or (step > self.start and _due(step, job.save_every))
-        stopped = stop_requested(stop, step)
-        if stopped:
+        before = step == 0 and job.parent is not None  # there is a model already
+        sample_now = not resumed and (last or before or (step > 0 and _due(step, settings.sample_every)))
+        save_now = last or (step > self.start and _due(step, settings.save_every))
+        # 2. a signal: save and stop
+        if stopped := stop_requested(stop, step):
             self._stop(step, evaluated=resumed, why=stopped)
             return False
-        # all of them, and a rollout, need the numbers of the step before
+        # 3. all of them, and a rollout, need the numbers of the step before
         if evals_now or sample_now or save_now or job.rollout is not None:
             self._settle()
+        # 4. evaluate
         if evals_now:
             began = time.perf_counter()
             with self.watchdog.busy():
-                params = job.local(self.state.params)
+                params = self._local_params()
                 new = {k: v for e in evals_now for k, v in e.measure(params).items()}
             self.results = {**self.results, **new}
             self.log.write({"kind": "eval", "step": step, **new, "seconds": time.perf_counter() - began})
             self.progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in new.items()))
+        # 5. sample
         if sample_now and job.sample is not None:
             with self.watchdog.busy():
-                texts = job.sample(job.local(self.state.params))
+                texts = job.sample(self._local_params())
             self.log.write({"kind": "sample", "step": step, "texts": texts})
             self.progress.say("\n".join(f"  {text!r}" for text in texts))
+        # 6. save
         if save_now and not (resumed and last):
             with self.watchdog.busy():
                 self._save(step, evaluated=True)
         return not last
 
     def _stop(self, step: int, evaluated: bool, why: str) -> None:
-        """Ends the run before the update of `step`, with a checkpoint to go on from."""
+        """Ends the run before the update of `step`, with a checkpoint to resume from."""
         self._settle()
         with self.watchdog.busy():
             self.saver.close()
             if not multihost.agree(step in checkpoint.steps(self.job.run)):
                 self._save(step, evaluated)
                 self.saver.close()
-        self.progress.say(f"stopped by {why} at step {step}; saved. The same command goes on from here.")
+        self.progress.say(f"stopped by {why} at step {step}; saved. The same command resumes from here.")
 
     def _next_batch(self, step: int, batches: Iterator[Batch] | None, stop: Stop) -> tuple[Batch, dict[str, float]]:
         """The batch of `step`, and numbers to log with it. Raises Interrupted when a signal ends the wait for it."""
-        job = self.job
-        if job.rollout is not None:
+        if self.job.rollout is not None:
             self.clock.restart()
-            rollout = job.rollout(job.local(self.state.params), step)
+            rollout = self.job.rollout(self._local_params(), step)
             if rollout.transcripts:
                 self.log.write({"kind": "transcripts", "step": step, "samples": rollout.transcripts})
             return rollout.batch, rollout.numbers
@@ -240,17 +202,22 @@ class _Loop:
         return batch, {}
 
     def _one_step(self, step: int, batch: Batch, extra: dict[str, float]) -> None:
-        job = self.job
-        placed, limits = job.place(batch), self.level.limits(step)
-        if self.compiled is None:  # once, ahead of time: a changed shape later is an error, not a silent recompile
+        """Dispatches the update of `step` and settles the one before; `extra`: numbers to log with it."""
+        rollout = self.job.rollout is not None
+        # 1. on the devices; the largest loss and gradient norm that this step may have
+        placed, limits = multihost.place_batch(self.job.mesh, batch, whole=rollout), self.level.limits(step)
+        # 2. compile once, ahead of time: a changed shape later is an error, not a silent recompile
+        if self.compiled is None:
             self.progress.say("compiling the training step ...")  # minutes for a large model, in which nothing moves
             with self.watchdog.busy():
-                self.compiled = _compile(job, self.state, placed, limits, self.progress)
-            if job.rollout is None:
+                self.compiled = _compile(self.job, self.state, placed, limits, self.progress)
+            if not rollout:
                 self.clock.restart()
+        # 3. dispatch, before the step before is known to be accepted: if it is not, the device holds this one back
         given = limits if self.pending is None else _limits_if_accepted(self.pending.numbers["accepted"], limits)
         self.state, numbers = self.compiled(self.state, *placed, given)
-        if self._settle():  # then this step was held back: the same again
+        # 4. the numbers of the step before; if it was skipped, dispatch this one again
+        if self._settle():
             self.state, numbers = self.compiled(self.state, *placed, limits)
         self.pending = _Pending(step, numbers, extra, placed, limits)
 
@@ -275,42 +242,46 @@ class _Loop:
             "loss": loss,
             "grad_norm": grad_norm,
             **pending.extra,
-            **job.schedule(step),
+            "lr_multiplier": job.schedule(step),
             "seconds": seconds,
             "tok_per_sec": job.tokens_per_step / seconds,
             "data_wait": waited / seconds,
         }
-        if job.peak_flops:
-            record["mfu"] = self.peak.share(job.flops_per_token * record["tok_per_sec"])
+        if self.peak is not None:
+            record["mfu"] = self.peak.share(flops_per_token(job.config) * record["tok_per_sec"])
         self.log.write(record)
         left = statistics.median(self.clock.seconds) * (job.num_iterations - step - 1)
         self.progress.step(record, self.smooth.add(loss), left)
         return False
 
     def _skip(self, pending: "_Pending", loss: float, grad_norm: float) -> None:
-        """Keeps what a skipped step was made of; ends the run when there are too many in a row."""
+        """Saves what a skipped step was made of; ends the run when there are too many in a row."""
         job, step = self.job, pending.step
         self.skips += 1
         why = anomalies.reason(loss, grad_norm, pending.limits)
         numbers = {"loss": anomalies.plain(loss), "grad_norm": anomalies.plain(grad_norm)}
         limits = [anomalies.plain(float(x)) for x in pending.limits]
-        facts = {**numbers, "limits": limits, "reason": why, "backend": jax.default_backend(), "meta": job.meta}
+        facts = {**numbers, "limits": limits, "reason": why, "backend": jax.default_backend(), "meta": self.meta}
         with self.watchdog.busy():
             batch = multihost.whole_batch(pending.batch)
             kept = anomalies.keep(job.run, step, batch, self.state.params, facts, self.skips)
         self.log.write({"kind": "skip", "step": step, **numbers, "reason": why, **pending.extra})
         replay = f"python -m scripts.replay {job.run.name} {step}"
-        self.progress.say(f"step {step} skipped: {why}; its batch is kept in {kept} (`{replay}`)")
-        if self.skips >= job.max_skips:
+        self.progress.say(f"step {step} skipped: {why}; its batch is saved in {kept} (`{replay}`)")
+        if self.skips >= self.settings.max_skips:
             raise TrainingError(
                 f"{self.skips} steps in a row up to step {step} had to be skipped, the last one with {why}: training "
-                f"cannot go on ({self._last_good()}). `{replay}` shows what happened in it. Lower the learning rates "
-                "(--matrix_lr, --embedding_lr, --unembedding_lr), or look at the data."
+                f"cannot continue ({self._last_good()}). `{replay}` shows what happened in it. Lower the learning "
+                "rates (--matrix_lr, --embedding_lr, --unembedding_lr), or look at the data."
             )
         self.clock.restart()
 
+    def _local_params(self) -> Any:
+        """The parameters as evaluations, samples and rollouts see them: unsharded on this process's devices."""
+        return multihost.local(self.state.params, self.job.mesh)
+
     def _save(self, step: int, evaluated: bool) -> None:
-        self.saver.save(step, self.job.to_saved(self.state), {**self.job.meta, "evaluated": evaluated})
+        self.saver.save(step, strip_padding(self.state, self.stored), {**self.meta, "evaluated": evaluated})
 
     def _save_what_is_left(self, step: int) -> None:
         """After a hang or an exhausted memory: a checkpoint, if the devices still have the state (if they do not answer
@@ -333,6 +304,12 @@ class _Loop:
         self.saver.close()
         done = checkpoint.steps(self.job.run)
         return f"the last good checkpoint is step {done[-1]}" if done else "no checkpoint was written yet"
+
+
+def _peak_flops() -> float:
+    peak, source = devices.peak_flops()
+    print(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s per device ({source})")
+    return peak
 
 
 @jax.jit
@@ -360,12 +337,12 @@ def _due(step: int, every: int) -> bool:
 class _Pending:
     step: int
     numbers: dict[str, jax.Array]
-    extra: dict[str, float]  # of the rollout that the step learnt from
+    extra: dict[str, float]  # of the rollout that the step is trained on
     batch: Any  # as placed on the devices
     limits: np.ndarray
 
 
-def _compile(job: Job, state: TrainState, batch: Batch, limits: np.ndarray, progress: Progress):
+def _compile(job: TrainJob, state: TrainState, batch: Batch, limits: np.ndarray, progress: Progress):
     began = time.perf_counter()
     compiled = job.train_step.lower(state, *batch, limits).compile()
     memory = compiled.memory_analysis()

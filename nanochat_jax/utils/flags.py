@@ -8,7 +8,9 @@
     settings = parse(Settings, sys.argv[1:], "what the script does")
 
 Flags are written `--key=value` or `--key value`, with underscores or dashes; a bool also as a bare `--key`; a repeated
-flag's last value wins. A mistake ends the process with status 2 and one line on how to put it right.
+flag's last value wins. A mistake ends the process with status 2 and one line that names the remedy.
+
+Other defaults, as for `--demo`, are another instance: `parse(dataclasses.replace(Settings(), depth=4), argv)`.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -33,27 +35,43 @@ _KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "tex
 
 
 def flag(
-    default: Any, help: str, *, short: str = "", choices: Sequence[str] = (), words: Mapping[str, Any] | None = None
+    default: Any,
+    help: str,
+    *,
+    short: str = "",
+    choices: Sequence[str] = (),
+    words: Mapping[str, Any] | None = None,
+    free: bool = False,
+    decides: str = "",
+    unused_by: Sequence[str] = (),
+    reference: Mapping[str, str] | None = None,
 ) -> Any:
-    """A dataclass field that is a flag: its default, its line in --help, a one-letter form (-p), the values allowed,
-    words that stand for values ({"auto": 0})."""
-    meta = {"help": help, "short": short, "choices": tuple(choices), "words": dict(words or {})}
-    return dataclasses.field(default=default, metadata=meta)
+    """A dataclass field that is a flag, with everything that is known of it.
 
-
-# Flags of the reference that have another name here. They are not taken, since their meaning may differ a little.
-RENAMED = {
-    "core_metric_every": "scripts.eval evaluates CORE after training (--tasks=CORE)",
-    "core_metric_max_per_task": "scripts.eval evaluates CORE after training (--max_per_task)",
-    "run": "--run_name here",
-    "model_tag": "--run_name here, and --source for the run to start from",
-    "device_type": "--device here (auto, cpu or gpu)",
-    "eval_steps": "--eval_tokens here, in tokens",
-    "target_examples_per_step": "--total_batch_size here, in tokens",
-    "eval_metrics_every": "--metrics_every here",
-    "eval_metrics_max_problems": "--metrics_max_problems here",
-    "dry_run": "not needed here: nothing is logged elsewhere unless --sinks asks for it",
-}
+    Arguments:
+        help: its line in --help.
+        short: a one-letter form ("p" for -p).
+        choices: the values allowed.
+        words: words that stand for values ({"auto": 0}).
+        free: the flag may change when a run is resumed: it alters neither the numbers nor the order of the data.
+        decides: what a run records and compares in place of the flag ("num_iterations", "rows", "parent").
+        unused_by: stages that accept the flag, since scripts pass the same flags to all of them, and ignore it.
+        reference: nanochat's flags that this one replaces, {name: what to write instead}. They are not accepted, since
+            their meaning may differ a little.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "short": short,
+            "choices": tuple(choices),
+            "words": dict(words or {}),
+            "free": free,
+            "decides": decides,
+            "unused_by": tuple(unused_by),
+            "reference": dict(reference or {}),
+        },
+    )
 
 
 class _BadValue(Exception):
@@ -66,10 +84,23 @@ class _Flag:
     kind: type
     optional: bool
     default: Any
-    help: str
-    short: str
-    choices: tuple[str, ...]
-    words: dict[str, Any]
+    group: str  # the heading in --help: the first line of the docstring of the class that declares it
+    help: str = ""
+    short: str = ""
+    choices: tuple[str, ...] = ()
+    words: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    free: bool = False
+    decides: str = ""
+    unused_by: tuple[str, ...] = ()
+    reference: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    def hint(self) -> str:
+        """How its value is written: INT, none|mlp|block."""
+        return "|".join(self.choices or [self.kind.__name__.upper(), *self.words])
 
     def expects(self) -> str:
         what = f"one of {', '.join(self.choices)}" if self.choices else _KINDS[self.kind]
@@ -92,6 +123,10 @@ class _Flag:
             raise _BadValue(self.expects())
         return value
 
+    def takes(self, text: str) -> bool:
+        """Whether the next argument belongs to this flag. A bare bool takes it only if it is a truth value."""
+        return text.lower() in _TRUE | _FALSE if self.kind is bool else not text.startswith("--")
+
 
 def _convert(kind: type, text: str) -> Any:
     if kind is bool:
@@ -100,7 +135,7 @@ def _convert(kind: type, text: str) -> Any:
             raise ValueError
         return lowered in _TRUE
     if kind is int:
-        number = Decimal(text)  # exact, so 1e6 is the integer it says, while 1.5 is refused instead of cut
+        number = Decimal(text)  # exact, so 1e6 is the integer it says, while 1.5 is refused instead of rounded
         if not number.is_finite() or number != number.to_integral_value():
             raise ValueError
         return int(number)
@@ -112,9 +147,11 @@ def _convert(kind: type, text: str) -> Any:
     return kind(text)
 
 
-def _flags_of(settings: type) -> dict[str, _Flag]:
-    hints, flags = typing.get_type_hints(settings), {}
-    for field in dataclasses.fields(settings):
+def _flags_of(settings: Any) -> dict[str, _Flag]:
+    """The flags of a dataclass, or of an instance, whose values are then the defaults."""
+    cls = settings if isinstance(settings, type) else type(settings)
+    hints, flags = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
         kind: Any = hints[field.name]
         optional = False
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -122,61 +159,69 @@ def _flags_of(settings: type) -> dict[str, _Flag]:
             optional, kind = len(kinds) < len(typing.get_args(kind)), kinds[0] if len(kinds) == 1 else None
         if kind not in _KINDS:
             raise TypeError(
-                f"{settings.__name__}.{field.name}: flags are int, float, bool, str or Path, or one of them | None"
+                f"{cls.__name__}.{field.name}: flags are int, float, bool, str or Path, or one of them | None"
             )
-        default = field.default
-        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        meta = field.metadata
-        extras = meta.get("help", ""), meta.get("short", ""), meta.get("choices", ()), meta.get("words", {})
-        flags[field.name] = _Flag(field.name, kind, optional, default, *extras)
+        default = field.default if settings is cls else getattr(settings, field.name)
+        group = next(c for c in reversed(cls.__mro__) if field.name in c.__dict__.get("__annotations__", {}))
+        heading = (group.__doc__ or "").partition("\n")[0]
+        flags[field.name] = _Flag(field.name, kind, optional, default, heading, **field.metadata)
     return flags
 
 
 def parse(
-    settings: type[T], argv: Sequence[str], description: str = "", *, echo: bool = True, unused: Sequence[str] = ()
+    settings: type[T] | T, argv: Sequence[str], description: str = "", *, echo: bool = True, stage: str = ""
 ) -> T:
-    """An instance of the dataclass `settings` from command-line arguments; --help prints and exits with status 0.
+    """Settings from command-line arguments; --help prints and exits with status 0.
 
-    echo: print the flags that differ from their defaults. unused: flags that are taken but do nothing in this command;
-    --help only names them. Types come from the annotations: int, float, bool, str, Path, or one of these `| None`; an
-    int accepts 1e6, a float accepts 1. Exits with status 2 and a line on stderr for an unknown flag (naming the
-    nearest), a value of another type, a missing value, a positional argument, and for what `settings` itself refuses
-    with a UserError.
+    Arguments:
+        settings: the dataclass, or an instance of it, whose values are then the defaults. Types come from the
+            annotations: int, float, bool, str, Path, or one of these `| None`; an int accepts 1e6, a float accepts 1.
+        description: what --help begins with.
+        echo: print the flags that differ from their defaults.
+        stage: whose flags these are; what is marked as unused by it is listed apart in --help, and named when given.
+
+    Exits with status 2 and one line on stderr for an unknown flag (naming the nearest), a value of another type, a
+    missing value, a positional argument, and for what the dataclass itself refuses with a UserError.
     """
     flags = _flags_of(settings)
-    values: dict[str, Any] = {}
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(_help(flags, description, stage))
+        raise SystemExit(0)
+    values = dict(_values(flags, argv))
+    for spec in flags.values():
+        if spec.required and spec.name not in values:
+            fail(f"--{spec.name} is required: --{spec.name}={spec.hint()}")
+    cls: Any = settings if isinstance(settings, type) else type(settings)
+    defaults = {spec.name: spec.default for spec in flags.values() if not spec.required}
+    try:
+        result = cls(**{**defaults, **values})
+    except UserError as error:
+        fail(str(error))
+    changed = [flags[name] for name, value in values.items() if value != flags[name].default]
+    if echo:
+        for spec in changed:
+            default = "" if spec.required else f" (default {spec.shown(spec.default)})"
+            print(f"--{spec.name} = {spec.shown(values[spec.name])}{default}")
+        if unused := [f"--{spec.name}" for spec in changed if stage in spec.unused_by]:
+            print(f"not used by {stage}: {', '.join(unused)}")
+    return result
+
+
+def _values(flags: dict[str, _Flag], argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every flag on the command line, in order."""
     rest = list(argv)
     while rest:
-        argument = rest.pop(0)
-        if argument in ("-h", "--help"):
-            print(_help(flags, description, unused))
-            raise SystemExit(0)
-        spec, value = _lookup(flags, argument)
-        if value is None and rest and _is_value(spec, rest[0]):
+        spec, value = _lookup(flags, rest.pop(0))
+        if value is None and rest and spec.takes(rest[0]):
             value = rest.pop(0)
         if value is None and spec.kind is bool:
             value = "True"
         if value is None:
-            fail(f"--{spec.name} needs a value: --{spec.name}={_hint(spec)}")
+            fail(f"--{spec.name} needs a value: --{spec.name}={spec.hint()}")
         try:
-            values[spec.name] = spec.convert(value)
+            yield spec.name, spec.convert(value)
         except _BadValue as expected:
             fail(f"--{spec.name} expects {expected}, got {value!r}")
-    missing = [name for name, spec in flags.items() if spec.default is dataclasses.MISSING and name not in values]
-    if missing:
-        fail(f"--{missing[0]} is required: --{missing[0]}={_hint(flags[missing[0]])}")
-    try:
-        result = settings(**values)
-    except UserError as error:
-        fail(str(error))
-    if echo:
-        for name, value in values.items():
-            if value != flags[name].default:
-                spec = flags[name]
-                default = "" if spec.default is dataclasses.MISSING else f" (default {spec.shown(spec.default)})"
-                print(f"--{name} = {spec.shown(value)}{default}")
-    return result
 
 
 def is_set(name: str, argv: Sequence[str]) -> bool:
@@ -195,35 +240,20 @@ def _normal(key: str) -> str:
 
 
 def _lookup(flags: dict[str, _Flag], argument: str) -> tuple[_Flag, str | None]:
+    """The flag that an argument names, and the value behind its "="."""
     key, equals, value = argument.partition("=")
+    name = _normal(key)
     if argument.startswith("--") and len(key) > 2:
-        if _normal(key) in flags:
-            return flags[_normal(key)], value if equals else None
-        if instead := _renamed(key, flags):
+        if name in flags:
+            return flags[name], value if equals else None
+        if instead := next((spec.reference[name] for spec in flags.values() if name in spec.reference), ""):
             fail(f"unknown flag {key}: {instead} (--help lists all)")
-        nearest = difflib.get_close_matches(_normal(key), flags, n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(name, flags, n=1, cutoff=0.0)
         fail(f"unknown flag {key}" + (f"; did you mean --{nearest[0]}?" if nearest else "") + " (--help lists all)")
     for spec in flags.values():
         if spec.short and key == f"-{spec.short}":
             return spec, value if equals else None
     fail(f"unexpected argument {argument!r}: settings are given as --key=value (--help lists them)")
-
-
-def _renamed(key: str, flags: Mapping[str, Any]) -> str:
-    """What to write instead of a flag of the reference; "" where this command has nothing of the kind."""
-    instead = RENAMED.get(_normal(key), "")
-    if instead.startswith("scripts"):
-        return instead
-    return f"it is {instead}" if set(re.findall(r"--(\w+)", instead)) & set(flags) else ""
-
-
-def _is_value(spec: _Flag, text: str) -> bool:
-    """Whether the next argument belongs to the flag before it. A bare bool takes it only if it is a truth value."""
-    return text.lower() in _TRUE | _FALSE if spec.kind is bool else not text.startswith("--")
-
-
-def _hint(spec: _Flag) -> str:
-    return "|".join(spec.choices or [spec.kind.__name__.upper(), *spec.words])
 
 
 def fail(message: str) -> NoReturn:
@@ -232,16 +262,26 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _help(flags: dict[str, _Flag], description: str, unused: Sequence[str]) -> str:
+# ---------------------------------------------------------------------------------------------------------------------
+# --help
+
+
+def _help(flags: dict[str, _Flag], description: str, stage: str) -> str:
+    """All flags, in groups by the class that declares them, the most special ones first."""
     lines = [*_paragraphs(description), ""] if description.strip() else []
-    for spec in (spec for name, spec in flags.items() if name not in unused):
-        short = f"-{spec.short}, " if spec.short else ""
-        lines.append(f"  {short}--{spec.name}={_hint(spec)}")
-        default = "required" if spec.default is dataclasses.MISSING else f"default {spec.shown(spec.default)}"
-        lines += textwrap.wrap(f"{spec.help} ({default})" if spec.help else f"({default})", 92, **_INDENT)
-    if unused:
-        names = ", ".join(f"--{name}" for name in unused)
-        lines += ["", *textwrap.wrap(f"Taken, since other commands share them, but not used here: {names}", 100)]
+    used = [spec for spec in flags.values() if stage not in spec.unused_by]
+    groups = list(dict.fromkeys(spec.group for spec in used))
+    for group in reversed(groups):
+        if len(groups) > 1:
+            lines += ["", group, ""] if lines and lines[-1] else [group, ""]
+        for spec in (spec for spec in used if spec.group == group):
+            short = f"-{spec.short}, " if spec.short else ""
+            lines.append(f"  {short}--{spec.name}={spec.hint()}")
+            default = "required" if spec.required else f"default {spec.shown(spec.default)}"
+            lines += textwrap.wrap(f"{spec.help} ({default})".strip(), 92, **_INDENT)
+    if unused := [f"--{spec.name}" for spec in flags.values() if stage in spec.unused_by]:
+        named = f"Accepted, since other stages share them, but not used here: {', '.join(unused)}"
+        lines += ["", *textwrap.wrap(named, 100)]
     return "\n".join(lines)
 
 

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.hardware.devices import is_out_of_memory
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.parallel import sharding
 from nanochat_jax.planner import fit_batch
-from nanochat_jax.planner.fit_batch import MARGIN, DoesNotFit, bytes_needed, choose, halved, is_out_of_memory, sizes
+from nanochat_jax.planner.fit_batch import MARGIN, DoesNotFit, bytes_needed, choose, halved, sizes
 from nanochat_jax.training.optim import OptimHyper, make_optimizer
 from nanochat_jax.training.step import init_state, make_train_step
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 
 from nanochat_jax.model.gpt import abstract
 from nanochat_jax.planner.plan import BasePlan, PlanError
+from nanochat_jax.stages import base
 from nanochat_jax.training.optim import OptimHyper
 
 
@@ -119,38 +119,35 @@ def test_impossible_plans_name_flag_and_remedy(change, words):
 @pytest.mark.parametrize("change", [dict(device_batch_size=48), dict(total_batch_size=1000), dict(devices=3)])
 def test_the_proposed_values_work(change):
     """Every value an error proposes is accepted in place of the one it complains about."""
-    base: dict[str, Any] = {"depth": 2, "vocab_size": 4096, "num_iterations": 1, **change}
+    flags: dict[str, Any] = {"depth": 2, "vocab_size": 4096, "num_iterations": 1, **change}
     with pytest.raises(PlanError) as error:
-        BasePlan.derive(**base)
+        BasePlan.derive(**flags)
     proposals = str(error.value).split("; use ")[1].split(", or ")
     assert proposals
     for proposal in proposals:
         flag, _, values = proposal.partition("=")
         for value in values.split(" or "):
-            assert BasePlan.derive(**{**base, flag.removeprefix("--"): int(value)}).grad_accum >= 1
+            assert BasePlan.derive(**{**flags, flag.removeprefix("--"): int(value)}).grad_accum >= 1
 
 
-def settings(**changes):
-    flags = dict(
-        depth=4, max_seq_len=256, device_batch_size=4, total_batch_size=4096, num_iterations=10, target_flops=-1.0,
-        target_param_data_ratio=20.0, matrix_lr=0.01, embedding_lr=0.3, weight_decay=0.1, warmdown_ratio=0.4,
-    )  # fmt: skip
-    return SimpleNamespace(**{**flags, **changes})
+SETTINGS = dataclasses.replace(
+    base.DEMO, device_batch_size=4, num_iterations=10, matrix_lr=0.01, embedding_lr=0.3, weight_decay=0.1, tensor=2
+)
 
 
-def test_from_settings_takes_optimizer_flags_along():
-    plan = BasePlan.from_settings(settings(), vocab_size=512, devices=2)
+def test_a_plan_takes_the_flags_of_the_optimizer_along():
+    plan = base.plan_of(SETTINGS, vocab_size=512, devices=2)
     assert (plan.grad_accum, plan.num_iterations, plan.devices, plan.config.vocab_size) == (2, 10, 2, 512)
     assert plan.hyper == OptimHyper(matrix_lr=0.01, embedding_lr=0.3, weight_decay=0.1, warmdown_ratio=0.4)
+    assert plan.tensor == 2 and plan.with_rows(2).grad_accum == 4
+    with pytest.raises(PlanError, match="--device_batch_size=2 or 4"):
+        plan.with_rows(3)
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [(dict(matrix_lr=-0.1), "--matrix_lr must be >= 0"), (dict(warmdown_ratio=1.5), "--warmdown_ratio")],
-)
-def test_from_settings_names_the_flag(change, words):
-    with pytest.raises(PlanError, match=words):
-        BasePlan.from_settings(settings(**change), vocab_size=512, devices=1)
+@pytest.mark.parametrize("flag, value", [("matrix_lr", -0.1), ("warmdown_ratio", 1.5)])
+def test_a_plan_names_the_flag_of_the_optimizer(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        base.plan_of(dataclasses.replace(SETTINGS, **{flag: value}), vocab_size=512, devices=1)
 
 
 def test_devices_that_share_matrices_are_counted():

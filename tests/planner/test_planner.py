@@ -259,7 +259,7 @@ def test_compiled_numbers_reach_the_output(capsys, compiler, monkeypatch):
     ("arguments", "words"),
     [
         (["--gpu=h1000"], "--gpu=h1000 is not known; give one of: h100"),
-        (["--depth=20", "--hours=4"], "one or the other"),
+        (["--depth=20", "--hours=4"], "--depth cannot be combined"),
         (["--hours=0.1"], "--hours=0.1 is not enough for any model"),
         (["--dollars=-1"], "--dollars must not be negative"),
         (["--gpus=0"], "--gpus must be at least 1"),

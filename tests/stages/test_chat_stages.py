@@ -13,8 +13,9 @@ import pytest
 from nanochat_jax.evals import results, stats
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.runs.saving import Saver
-from nanochat_jax.stages import mid, mixtures, sft
+from nanochat_jax.stages import mixtures, sft
 from nanochat_jax.stages.pipeline import find_parent
+from nanochat_jax.stages.settings import ChatStageSettings
 from tests import toy_runs
 
 COMMON = dict(device_batch_size=1, eval_tokens=2048)
@@ -222,5 +223,5 @@ def test_the_given_name_is_taught_beside_own_conversations_and_else_the_parents(
     assert "Ada" not in texts(val)
     assert train.fingerprint() != taught(model_name="Eve")[0].fingerprint()
     assert "Robin" not in texts(taught()[0]), "the user's own conversations alone"
-    assert "Robin" in texts(mixtures.mid(mid.MidSettings(demo=True), parent)[1])
-    assert "Robin" not in texts(mixtures.mid(mid.MidSettings(demo=True, model_name="Ada"), parent)[1])
+    assert "Robin" in texts(mixtures.mid(ChatStageSettings(demo=True), parent)[1])
+    assert "Robin" not in texts(mixtures.mid(ChatStageSettings(demo=True, model_name="Ada"), parent)[1])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 from nanochat_jax.evals import compression as tok_eval
 from nanochat_jax.evals.compression import Measure, TokEvalSettings, evaluate, relative_saving
 from nanochat_jax.stages import tokenizer as tok
-from nanochat_jax.stages.tokenizer import DemoTokTrainSettings, TokTrainSettings, main, parse_settings, train_tokenizer
+from nanochat_jax.stages.tokenizer import DEMO, TokTrainSettings, main, parse_settings, train_tokenizer
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 from tests import children
 from tests.tokenizer_fixtures import golden, golden_tokenizer
@@ -92,7 +93,7 @@ def test_mistakes_become_one_line_and_a_status(data, capsys):
 
 
 def test_flags():
-    assert isinstance(parse_settings(["--demo"]), DemoTokTrainSettings)
+    assert parse_settings(["--demo"]) == DEMO
     settings = parse_settings(["--data=x", "--vocab_size=512", "--max_chars", "2e9"])
     assert settings == TokTrainSettings(data="x", vocab_size=512, max_chars=2_000_000_000)
     assert TokTrainSettings().max_chars == 10_000_000_000 and TokTrainSettings().doc_cap == 10_000
@@ -158,6 +159,6 @@ def test_the_scripts_run(data, base):
 
 
 def test_the_demo_needs_no_data(base):
-    tokenizer = train_tokenizer(DemoTokTrainSettings(max_chars=50_000, vocab_size=400))
+    tokenizer = train_tokenizer(dataclasses.replace(DEMO, max_chars=50_000, vocab_size=400))
     assert tokenizer.vocab_size == 400 and 50_000 <= tokenizer.training["characters"] < 60_000
     assert tokenizer.encode(" the") != [*b" the"]

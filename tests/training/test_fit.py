@@ -1,19 +1,26 @@
 """The training loop: cadence, resume, signals, errors. A toy step stands in for the model; the real one is tested with
 its processes killed in test_kill.py."""
 
+import dataclasses
 import os
 import signal
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanochat_jax.hardware import devices
+from nanochat_jax.model.gpt import GPTConfig, flops_per_token
+from nanochat_jax.parallel import sharding
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.training import anomalies
-from nanochat_jax.training.loop import Evaluation, Job, Rollout, TrainingError, fit
+from nanochat_jax.training import anomalies, loop
+from nanochat_jax.training.job import Evaluation, Rollout, TrainJob, TrainSettings
+from nanochat_jax.training.loop import TrainingError
+from nanochat_jax.training.optim import OptimHyper
 from nanochat_jax.training.step import TrainState
 from nanochat_jax.training.watchdog import HungError
 
@@ -42,19 +49,54 @@ def fresh() -> TrainState:
     return TrainState({"a": jnp.ones(3)}, {"m": jnp.zeros(2)}, jnp.int32(0))
 
 
-def job(run, n=10, **changes) -> Job:
+class ToyJob(TrainJob):
+    """A job with the toy step and state in place of the model's."""
+
+    train_step: Any = staticmethod(toy_step)
+
+    def abstract_state(self, padded: bool) -> TrainState:
+        return target()
+
+
+class DonatingJob(ToyJob):
+    train_step: Any = staticmethod(jax.jit(toy_step, donate_argnums=0))
+
+
+CONFIG = GPTConfig.from_depth(1, 64, 8)
+
+
+def job(run, n=10, kind=ToyJob, **changes) -> TrainJob:
+    flags = {f.name for f in dataclasses.fields(TrainSettings)}
+    settings = {"save_every": 3, "sample_every": 0, "async_save": True, "hang_timeout": 0.0}
+    settings |= {k: changes.pop(k) for k in flags & set(changes)}
+    tokenizer: Any = None
     defaults = dict(
+        stage="base",
+        settings=TrainSettings(**settings),
         run=run,
+        tokenizer=tokenizer,
+        config=CONFIG,
+        mesh=sharding.make_mesh(jax.devices()[:1]),
+        hyper=OptimHyper(),
+        schedule=lambda step: 1.0 - step / n,
         num_iterations=n,
-        train_step=toy_step,
+        rows_per_step=2,
+        sequence_len=3,
+        sampled=(1, 1),
         batches=batches,
-        meta={"stage": "base"},
-        tokens_per_step=6,
         evaluations=(Evaluation(bpb, 4),),
         sample=lambda params: ["text"],
-        save_every=3,
     )
-    return Job(**{**defaults, **changes})
+    return kind(**{**defaults, **changes})
+
+
+def fit(job: TrainJob, state: TrainState, evaluated: bool = False):
+    return loop.fit(job, state, {"stage": "base"}, evaluated)
+
+
+@pytest.fixture(autouse=True)
+def peak(monkeypatch):
+    monkeypatch.setattr(devices, "peak_flops", lambda: (1e12, "given"))
 
 
 def bpb(params) -> dict[str, float]:
@@ -131,7 +173,7 @@ def test_signals_save_and_return_and_the_rest_is_identical(tmp_path, number, mom
     def schedule(step):  # of the step whose numbers are read
         if step == 4 and moment.startswith("in"):
             os.kill(os.getpid(), number)
-        return {}
+        return 1.0 - step / 10
 
     stopped = fit(job(tmp_path / "cut", batches=with_signal, schedule=schedule), fresh())
     assert not stopped.finished
@@ -284,8 +326,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         publish(run, step, temporary, meta)
 
     monkeypatch.setattr(checkpoint, "_publish", slow)
-    donating = jax.jit(toy_step, donate_argnums=0)
-    fit(job(tmp_path, n=40, train_step=donating, evaluations=(), save_every=20, keep=0), fresh())
+    fit(job(tmp_path, n=40, kind=DonatingJob, evaluations=(), save_every=20, keep=0), fresh())
     assert during[0] > 25, "the loop waited for the disk"
     a = np.ones(3, np.float32)
     for _, (x, _, _) in zip(range(20), batches(0), strict=False):
@@ -331,10 +372,10 @@ def test_errors_of_the_data_reach_the_caller_and_nothing_saved_is_lost(tmp_path)
 
 
 def test_mfu_uses_the_given_peak(tmp_path):
-    fit(job(tmp_path, n=3, flops_per_token=100, peak_flops=1e9), fresh())
+    fit(job(tmp_path, n=3), fresh())
     for r in metrics.read(tmp_path / "metrics.jsonl"):
         if r["kind"] == "train":
-            assert r["mfu"] == pytest.approx(100 * r["tok_per_sec"] / 1e9)
+            assert r["mfu"] == pytest.approx(flops_per_token(CONFIG) * r["tok_per_sec"] / 1e12)
 
 
 def test_several_evaluations_keep_their_own_cadence(tmp_path):

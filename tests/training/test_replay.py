@@ -11,7 +11,7 @@ import pytest
 
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.stages import pipeline
-from nanochat_jax.training import anomalies, replay
+from nanochat_jax.training import anomalies, job, replay
 from tests import toy_runs
 
 BAD_STEP, BAD_ROW = 2, 5
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         toy_runs.use(home, patch)
-        honest, make_train_step = pipeline.micro_batches, pipeline.make_train_step
+        honest, make_train_step = pipeline.micro_batches, job.make_train_step
 
         def poisoned(loader, step, accumulation, mesh):
             for at, (x, y, w) in enumerate(honest(loader, step, accumulation, mesh), step):
@@ -38,9 +38,7 @@ def run(tmp_path_factory):
         import nanochat_jax.stages.base as base
 
         patch.setattr(base, "micro_batches", poisoned)
-        patch.setattr(
-            pipeline, "make_train_step", lambda *a, **k: STEPS.append(made := make_train_step(*a, **k)) or made
-        )
+        patch.setattr(job, "make_train_step", lambda *a, **k: STEPS.append(made := make_train_step(*a, **k)) or made)
         patch.setattr(base, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
         assert toy_runs.start("base", "--demo", run_name="r", **toy_runs.FLAGS) == 0
         yield checkpoint.run_dir("r")

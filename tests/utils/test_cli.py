@@ -1,7 +1,6 @@
 """Flags from a dataclass: every way to write them, every mistake named."""
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,8 @@ class Settings:
     depth: int = flag(20, "the number of layers")
     grad_clip: float = flag(1.0, "largest gradient norm")
     demo: bool = flag(False, "small defaults")
-    resume: bool = flag(True, "go on with an existing run")
-    run_name: str = flag("", "name of the run")
+    resume: bool = flag(True, "resume an existing run", free=True)
+    run_name: str = flag("", "name of the run", reference={"run": "it is --run_name here"})
     prompt: str = flag("", "text to complete", short="p")
     top_k: int | None = flag(None, "most likely tokens to draw from")
     remat: str = flag("none", "what to recompute", choices=("none", "mlp", "block"))
@@ -195,15 +194,39 @@ def test_round_trip(depth, clip, demo, name):
 
 def test_the_references_names_lead_to_ours(capsys):
     assert "--run: it is --run_name here" in fails(capsys, "--run=d20")
-    assert "scripts.eval" in fails(capsys, "--core-metric-every", "10")
 
 
-def test_every_renamed_flag_leads_to_one_that_exists():
-    from nanochat_jax.evals.settings import EvalSettings
-    from nanochat_jax.stages import base, mid, sft
+def test_an_instance_gives_the_defaults(capsys):
+    demo = Settings(depth=4, demo=True, remat="mlp")
+    assert flags.parse(demo, ["--depth=5"]) == dataclasses.replace(demo, depth=5)
+    assert capsys.readouterr().out == "--depth = 5 (default 4)\n"
+    with pytest.raises(SystemExit):
+        flags.parse(demo, ["--help"])
+    assert "(default 4)" in capsys.readouterr().out
 
-    fields = {f.name for s in (base.BaseSettings, mid.MidSettings, sft.SftSettings) for f in dataclasses.fields(s)}
-    fields |= {f.name for f in dataclasses.fields(EvalSettings)}
-    for old, instead in flags.RENAMED.items():
-        named = re.findall(r"--(\w+)", instead)
-        assert named and set(named) <= fields, old
+
+@dataclass(frozen=True)
+class Later(Settings):
+    """Later stages."""
+
+    length: int = flag(8, "tokens", unused_by=("rl",))
+    kl: float = flag(0.0, "a penalty")
+
+
+def test_help_groups_flags_by_the_class_that_declares_them(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse(Later, ["--help"], "Trains.")
+    out = capsys.readouterr().out
+    assert out.index("Trains.") < out.index("Later stages.") < out.index("--length=") < out.index("--depth=")
+
+
+def test_flags_that_a_stage_does_not_use_are_accepted_and_named(capsys):
+    assert flags.parse(Later, ["--length=4", "--kl=1"], stage="rl").length == 4
+    assert capsys.readouterr().out.splitlines()[-1] == "not used by rl: --length"
+    assert flags.parse(Later, ["--length=4"], stage="sft").length == 4
+    assert "not used" not in capsys.readouterr().out
+    for stage in ("rl", "sft"):
+        with pytest.raises(SystemExit):
+            flags.parse(Later, ["--help"], stage=stage)
+        listed, apart, named = capsys.readouterr().out.partition("not used here")
+        assert ("--length=" in listed) == (stage == "sft") and bool(apart) == ("--length" in named) == (stage == "rl")

@@ -280,32 +280,3 @@ def test_models_lists_a_damaged_run_with_what_is_wrong(base, capsys):
     path.write_text("{")
     assert list_runs.main([]) == 0
     assert "cannot be used" in capsys.readouterr().out
-
-
-# --- flags that a stage has no use for --------------------------------------------------------------------------------
-
-
-def test_flags_that_a_stage_has_no_use_for_are_named():
-    from nanochat_jax.stages import main as launch
-    from nanochat_jax.stages import rl
-
-    given = rl.RlSettings(max_seq_len=64, eval_tokens=5, slots=8)
-    assert launch.unused("rl", given) == ["--max_seq_len", "--eval_tokens"]
-    assert launch.unused("rl", rl.DemoRlSettings()) == [] == launch.unused("sft", given)
-
-
-@pytest.mark.parametrize("demo", [[], ["--demo"]])
-@pytest.mark.parametrize("stage", ["base", "mid", "sft", "rl"])
-def test_help_sets_them_apart(stage, demo, capsys):
-    from nanochat_jax.stages import main as launch
-
-    with pytest.raises(SystemExit) as stop:
-        launch.main([f"--stage={stage}", *demo, "--help"])
-    assert stop.value.code == 0
-    listed, apart, named = capsys.readouterr().out.partition("\nTaken, since other commands share them, but not used")
-    unused = launch.UNUSED.get(stage, ())
-    assert bool(apart) == bool(unused) and "--eval_every=INT" in listed
-    for name in ("max_seq_len", "total_batch_size", "eval_tokens", "model_name"):
-        if stage != "base" or name != "model_name":
-            assert (f"--{name}=" in listed) != (f"--{name}" in named)
-            assert (f"--{name}" in named) == (name in unused)
