@@ -51,7 +51,7 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class ExportedModel:
     """What is exported."""
 
     config: GPTConfig
@@ -68,7 +68,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     """
     if settings.to is None or settings.out is None:
         raise InterchangeError(f"say for whom and where: python -m scripts.export --to={'|'.join(TARGETS)} OUT")
-    model = TrainedModel(*checkpoint.load_model(settings.run, settings.stage, settings.step))
+    model = ExportedModel(*checkpoint.load_model(settings.run, settings.stage, settings.step))
     if reason := cannot_express(settings.to, model.config, model.tokenizer):
         raise InterchangeError(f"{model.meta['run']} cannot be exported to {settings.to}: {reason}")
     with folders.new_folder(settings.out.expanduser(), settings.overwrite) as folder:
@@ -88,7 +88,7 @@ def cannot_express(target: str, config: GPTConfig, tokenizer: Tokenizer) -> str 
     return reference.cannot_express(config, tokenizer) if target == "reference" else None
 
 
-def write(folder: Path, target: str, model: TrainedModel) -> None:
+def write(folder: Path, target: str, model: ExportedModel) -> None:
     """Fills a folder: weights, configuration, tokenizer, manifest."""
     config, tokenizer, meta = model.config, model.tokenizer, model.meta
     arrays = params_to_reference(config, model.params, "hugging_face" if target == "hf" else "reference")
@@ -115,7 +115,7 @@ def _json(path: Path, content: Any, indent: int | None = 2) -> None:
 # --- the check ------------------------------------------------------------------------------------------------------
 
 
-def check(folder: Path, target: str, model: TrainedModel) -> dict[str, Any]:
+def check(folder: Path, target: str, model: ExportedModel) -> dict[str, Any]:
     """Loads the folder in a child process with the target's library and compares (see `verify.py`)."""
     with tempfile.TemporaryDirectory() as temporary:
         expected = Path(temporary) / "expected.npz"
@@ -128,7 +128,7 @@ def check(folder: Path, target: str, model: TrainedModel) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _expected(target: str, model: TrainedModel) -> dict[str, Any]:
+def _expected(target: str, model: ExportedModel) -> dict[str, Any]:
     config = dataclasses.replace(model.config, compute_dtype="float32")
     tables = "float32" if target == "hf" else config.rotary_dtype
     equal = dataclasses.replace(config, rotary_dtype=tables)
@@ -158,7 +158,7 @@ _TEXTS = (
 )
 
 
-def _prompts(model: TrainedModel) -> list[list[int]]:
+def _prompts(model: ExportedModel) -> list[list[int]]:
     """Five prompts of different lengths: bos alone, texts, a question to the assistant, and a long one."""
     tokenizer, bos = model.tokenizer, model.tokenizer.bos_id
     prompts = [[bos], *([bos, *tokenizer.encode_text(text)] for text in ("The", "The capital of France is"))]
@@ -172,7 +172,7 @@ def _prompts(model: TrainedModel) -> list[list[int]]:
     return [prompt[:room] for prompt in prompts]
 
 
-def _chats(model: TrainedModel) -> list[list[dict[str, Any]]]:
+def _chats(model: ExportedModel) -> list[list[dict[str, Any]]]:
     if model.meta["stage"] == "base" or chat_format.USER_START not in model.tokenizer.special_tokens:
         return []
     user, system = {"role": "user", "content": "What is 12+30?"}, {"role": "system", "content": "Be brief."}
