@@ -7,7 +7,7 @@
 #   PRESET=d32 bash speedrun_jax.sh      depth 32, more than ten times the work
 #   bash speedrun_jax.sh --plan_only     only prints the commands and, for GPUs, what they need, take and cost
 #
-# Every stage goes on where it stopped, and what is done is not done again: after an interruption, run it once more.
+# Every stage resumes where it stopped, and what is done is not done again: after an interruption, run it once more.
 # Further arguments go to all training stages, or to one of them: --num_iterations=50, --base.depth=12, --sft.num_epochs=2.
 # --model_name=Ada gives the model a name.
 # WANDB_RUN=name logs to Weights & Biases and names the runs (name-base, name-mid, ...). MAX_PROBLEMS=100 limits every
@@ -86,7 +86,7 @@ step() {
   done
   running=
   if [ "$stopped" ]; then
-    echo "=== $title: stopped. To go on, run the same again."
+    echo "=== $title: stopped. To resume, run the same command again."
     exit "$stopped"
   fi
   [ "$status" -eq 0 ] || exit "$status"
@@ -99,7 +99,7 @@ train() {
   local stage=$1 argument name= own=()
   shift
   for argument in ${arguments[@]+"${arguments[@]}"}; do
-    if [ "$stage" = base ]; then # the base model has not learnt yet to say what it is called
+    if [ "$stage" = base ]; then # the base model has not been trained yet to say what it is called
       if [ "$name" ]; then name=; continue; fi
       case $argument in
         --model_name=* | --model-name=*) continue ;;

@@ -139,7 +139,7 @@ def test_pretraining_downloads_what_it_lacks_and_further_runs_resume(speedrun, h
     wait_for(lambda: "=== evaluate: base" in logs[2].read_text(), process, logs[2])
     process.terminate()
     assert process.wait(60) == 143
-    assert f"going on with {run} from step {step}" in logs[2].read_text()
+    assert f"resuming {run} from step {step}" in logs[2].read_text()
     trained = [r["step"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"]
     assert trained == list(range(STEPS)) and checkpoint.steps(run)[-1] == STEPS
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == shards

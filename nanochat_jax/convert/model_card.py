@@ -106,8 +106,8 @@ def _limits(target: str, meta: dict[str, Any]) -> list[str]:
         lines.append("- A base model: it continues text and holds no conversation.")
     else:
         lines += [
-            "- It was trained to call a calculator (`<|python_start|>` expression `<|python_end|>`) and to go on after "
-            "its answer (`<|output_start|>` ... `<|output_end|>`). Plain generation does not run it: the model then "
+            "- It was trained to call a calculator (`<|python_start|>` expression `<|python_end|>`) and to continue "
+            "after its answer (`<|output_start|>` ... `<|output_end|>`). Plain generation does not run it: the model then "
             "invents an answer.",
             "- The chat template refuses messages that contain the names of special tokens.",
         ]

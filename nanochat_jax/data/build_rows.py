@@ -121,7 +121,7 @@ def build_rows(
     # 3. lock the directory (a second process waits here), take over the complete shards of an interrupted build
     with RowWriter(directory, identity, T, dtype, rows_per_shard=rows_per_shard) as writer:
         if not writer.complete:
-            # 4. read, encode and cut the documents that are left
+            # 4. read, encode and slice the documents that are left
             facts = _fill(writer, documents, tokenizer, batch_rows, limit, progress, num_threads)
             # 5. say what the text was like, refuse too little of it
             if facts["invalid_utf8"] or facts["bad_lines"]:

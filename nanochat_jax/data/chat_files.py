@@ -333,16 +333,18 @@ def _unzipped(path: Path) -> IO[bytes]:
 
 
 def describe_samples(conversations: Any, tokenizer: Tokenizer, n: int = 3, color: bool | None = None) -> str:
-    """The first ``n`` conversations as they are trained on: special tokens, and which tokens are learnt.
+    """The first ``n`` conversations as they are trained on: special tokens, and which tokens are trained on.
 
-    With ``color`` (default: whether stdout is a terminal) one coloured token after another, green where it is learnt;
-    else one stretch a line, marked "learn" or "read".
+    With ``color`` (default: whether stdout is a terminal) one coloured token after another, green where it is trained
+    on; else one stretch a line, marked "learn" or "read".
     """
     color = sys.stdout.isatty() if color is None else color
     shown = []
     for number in range(min(n, len(conversations))):
         ids, mask = tokenizer.render_conversation(conversations[number])
-        shown.append(f"sample {number + 1} of {len(conversations):,}: {len(ids)} tokens, {sum(mask)} of them learnt")
+        shown.append(
+            f"sample {number + 1} of {len(conversations):,}: {len(ids)} tokens, {sum(mask)} of them trained on"
+        )
         if color:
             shown.append(tokenizer.visualize_tokenization(ids[:_SHOWN_TOKENS], mask[:_SHOWN_TOKENS]))
             if len(ids) > _SHOWN_TOKENS:

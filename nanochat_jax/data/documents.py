@@ -76,7 +76,7 @@ class Documents(Protocol):
 
 
 class _AtHand:
-    """Documents in any order that nobody has to wait for."""
+    """Documents in any order, all available at once."""
 
     in_blocks = False
 

@@ -126,7 +126,7 @@ class BatchIterator(Iterator[Batch]):
             threading.Thread(target=self._verify, args=(loader.rows,), name="verify-rows", daemon=True).start()
 
     def _verify(self, rows: RowSet) -> None:
-        """Compares checksums while training goes on: shuffled rows come from all files at once, so waiting for it would
+        """Compares checksums while training runs: shuffled rows come from all files at once, so waiting for it would
         mean to read everything first."""
         try:
             rows.verify()
@@ -154,7 +154,7 @@ class BatchIterator(Iterator[Batch]):
 
 
 def val_batches(rows: Rows, batch: int, max_tokens: int | None = None) -> Iterator[Batch]:
-    """Rows from the beginning, in order, in batches of ``batch``: floor(max_tokens / (batch * T)) of them, or all.
+    """Rows from the first on, in order, in batches of ``batch``: floor(max_tokens / (batch * T)) of them, or all.
 
     If the rows end earlier, the last batch is filled up with rows of target -1 and weight 0, which count for nothing.
     """

@@ -69,7 +69,7 @@ class Stream:
         return range(self._next, count)
 
     def state(self) -> dict[str, Any]:
-        """From where the rows that follow can be made again."""
+        """From where the rows that follow can be rebuilt."""
         now = asdict(self.tally)
         if not self._waiting:
             return {"next": self._next, "token": 0, "before": now, "now": now}
@@ -127,7 +127,7 @@ class BestFit:
         return itertools.chain(self._resumed, range(self._next, count))
 
     def state(self) -> dict[str, Any]:
-        """From where the rows that follow can be made again."""
+        """From where the rows that follow can be rebuilt."""
         buffer = [index for index, _ in self._buffer.values()]
         return {"next": self._next, "buffer": buffer, "now": asdict(self.tally)}
 

@@ -65,9 +65,9 @@ class RowWriter:
 
     Use as a context manager; a second process that wants the same directory waits. ``identity`` (JSON-able) says what
     the rows are made from: shards left by a writer with another identity are discarded. After entering, ``complete``
-    tells that there is nothing to do and ``state`` is what the last ``commit`` was given (None at the beginning).
+    tells that there is nothing to do and ``state`` is what the last ``commit`` was given (None at first).
     ``add`` takes rows up to the end of a shard; when ``full``, call ``commit`` with the state from which the rows that
-    follow can be made again. ``finish`` writes the last shard and the manifest.
+    follow can be rebuilt. ``finish`` writes the last shard and the manifest.
     """
 
     def __init__(

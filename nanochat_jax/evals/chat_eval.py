@@ -116,8 +116,8 @@ def evaluate_generative(
     judges (running programs) do not hold up the decoder. A completion is decoded with its tool calls and their forced
     results, without the end token. Answers depend on the model, the problem and the seed, not on the engine's slots.
 
-    Beyond `results.scored`: "pass_at_k" and "pass_at_k_interval" ({"1": ...}), "unfinished" (share of answers cut off
-    at max_new_tokens), "cut_prompts" (prompts that left no room in a slot and lost their beginning), "new_tokens". An
+    Beyond `results.scored`: "pass_at_k" and "pass_at_k_interval" ({"1": ...}), "unfinished" (share of completions cut
+    off at max_new_tokens), "cut_prompts" (prompts too long for a slot, which lost their first tokens), "new_tokens". An
     item has "n_correct", "unfinished" (of its samples) and "completion" (its first). Where the host cannot isolate the
     programs that a task runs the result has "skipped" instead of figures.
 

@@ -119,7 +119,7 @@ def relative_saving(ours: Measure, theirs: Measure) -> float:
 
 
 def collect_texts(settings: TokEvalSettings) -> dict[str, str]:
-    """The project's own texts, and the beginnings of the training and held-out text where there is any."""
+    """The project's own texts, and the first part of the training and held-out text where there is any."""
     texts = {name: text.strip() for name, text in TEXTS.items()}
     try:
         source = text_source(settings.data, settings.demo, settings.text_column)

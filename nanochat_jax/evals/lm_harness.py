@@ -33,8 +33,8 @@ SLOTS = 8
 class NanochatLM(LM):
     """A run as the harness sees it. Build it with `run=...` (as --model_args does) or with `of`.
 
-    max_length: context in tokens, default the model's; longer prompts lose their beginning. max_gen_toks: the longest
-    answer where a task does not say.
+    max_length: context in tokens, default the model's; longer prompts lose their first tokens. max_gen_toks: the
+    longest completion where a task does not say.
     """
 
     def __init__(

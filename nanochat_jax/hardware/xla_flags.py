@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 # context, NCCL's buffers, kernels.
 MEMORY_FRACTION = 0.92
 
-# The pool's share under both its names, and other ways to size the pool: whoever sets one of these has decided.
+# The pool's share under both its names, and other ways to size the pool: a user who sets one of these has decided.
 _MEMORY_VARIABLES = (
     "XLA_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",

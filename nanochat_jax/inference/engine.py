@@ -1,7 +1,7 @@
 """The engine: text generation for everyone (chat, web, evaluations, reinforcement learning rollouts).
 
 A fixed number of slots share one KV cache. Requests wait in a queue, take a free slot, have their prompt prefilled in
-chunks while other slots go on, then all live slots decode together, several tokens per call of one compiled loop, each
+chunks while other slots decode, then all live slots decode together, several tokens per call of one compiled loop, each
 row with its own position and `SamplingParams`. They may join, end and be cancelled between any two calls. What a slot
 holds of an earlier request is used again where a prompt begins with it (`scheduler`). The programs that run on the
 device are `model_runner`'s.
@@ -38,7 +38,7 @@ from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.errors import InputError
 
 # A decode call ends when this share of its rows has stopped. Ending at the first would let the host in after nearly
-# every token when many rows run; waiting for more would let stopped rows compute tokens that nobody reads.
+# every token when many rows run; waiting for more would let stopped rows compute tokens that are thrown away.
 ENOUGH_STOPPED = 8
 TOOL_GRACE = 0.002  # seconds a call waits for the calculator (20 microseconds of work) so that its row loses no call
 
@@ -71,8 +71,8 @@ class Engine:
         steps_per_call: tokens per compiled call (default: fewer the larger the model, so that streaming stays smooth).
         logprobs: requests may ask for the log-probabilities of their tokens. devices: what the slots are sharded over,
         a multiple of their number (rounded up); default the first device alone. tool: what a tool call runs, from text
-        to an answer or None, on a thread of its own. wait_for_tools: no row goes on before every tool is done, so that
-        which rows are decoded together depends on no clock: rollouts and evaluations are to repeat to the bit.
+        to an answer or None, on a thread of its own. wait_for_tools: no row is decoded before every tool is done, so
+        that which rows are decoded together depends on no clock: rollouts and evaluations are to repeat to the bit.
         """
         limit = 10 * config.sequence_len
         self.capacity = config.sequence_len if capacity is None else capacity

@@ -26,7 +26,7 @@ class SamplingParams:
             to an end token.
         seed: any integer, of which 32 bits count.
         sample_index: which of several samples of one prompt and seed.
-        ignore_eos: go on after an end token.
+        ignore_eos: continue after an end token.
         logprobs: also the tokens' log-probabilities under the model; the engine must have been built with them.
     """
 

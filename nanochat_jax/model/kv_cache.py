@@ -29,7 +29,7 @@ class KVCache:
     (b * G, room, D): rows and heads are merged because XLA keeps two copies of a buffer that is updated in one shape
     and multiplied in another. Row r holds old tokens 0 .. start[r] - 1, then `filled` new ones, the same number for
     every row. Entries beyond are masked, never read as content. places (b,) int32: the old arrays are a whole storage
-    (B * G, S, D), in which row r has place places[r], or -1: nobody wants the row, so what is read for it does not
+    (B * G, S, D), in which row r has place places[r], or -1: the row is unused, so what is read for it does not
     matter; None: they hold these rows alone, in order. `capacity` bounds every position (it sizes the rotary tables).
     """
 

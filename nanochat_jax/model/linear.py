@@ -15,7 +15,7 @@ from nanochat_jax.hardware import cpu_kernels
 
 # Entries of a matrix from which on the kernel is used: it is faster from about there (decoding 1.1 to 1.3 times against
 # 2^18). And somewhere between 2^14 and 2^16 XLA begins to sum in another order for several rows than for one, and the
-# kernel sums in that of one: what a row becomes does not depend on its company (up to `rustbpe.skinny_rows()`).
+# kernel sums in that of one: results are batch-invariant (up to `rustbpe.skinny_rows()` rows).
 LARGE = 1 << 15
 
 

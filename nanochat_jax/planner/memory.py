@@ -28,7 +28,7 @@ class Mesh:
 
     @property
     def rows(self) -> int:
-        """Into how many parts a batch is cut."""
+        """Into how many shards a batch is divided."""
         return self.devices // self.tensor
 
 
@@ -56,7 +56,7 @@ def terms(config: GPTConfig, rows: int, mesh: Mesh, remat: str) -> dict[str, flo
 
 def estimate(config: GPTConfig, rows: int, mesh: Mesh | None = None, remat: str = "none") -> int:
     """Bytes per device of a training step: state and temporaries. With `tensor` above 1 it errs upwards: activations
-    are partly cut too."""
+    are partly sharded too."""
     mesh = mesh or Mesh()
     sizes = terms(config, rows, mesh, remat)
     return state_bytes(config, mesh) + int(sum(FIT[name] * size for name, size in sizes.items()))

@@ -205,14 +205,14 @@ def _evaluations(run: Run) -> Table | None:
 
 
 def _more(result: dict) -> str:
-    """What a result says beside its figure: pass@k of several answers, answers that were cut off."""
+    """What a result says beside its figure: pass@k of several samples, completions that were cut off."""
     more, passes = [], result.get("pass_at_k") or {}
     if len(passes) > 1:
         k = max(passes, key=int)
         limits = (result.get("pass_at_k_interval") or {}).get(k) or (None, None)
         more.append(f"pass@{k} {number(passes[k])} {interval(*limits)}".strip())
     if result.get("unfinished"):
-        more.append(f"{number(100 * float(result['unfinished']))} % of answers cut off")
+        more.append(f"{number(100 * float(result['unfinished']))} % of completions cut off")
     return ", ".join(more)
 
 

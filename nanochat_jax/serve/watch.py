@@ -17,7 +17,7 @@ class Watcher:
     """A thread that looks for a newer checkpoint in `run` (a run's directory) every `poll` seconds.
 
     A checkpoint that cannot be used (another shape, another tokenizer, removed or damaged meanwhile) is logged once and
-    passed over; the server goes on with the one it has.
+    passed over; the server keeps the one it has.
     """
 
     def __init__(self, worker: Worker, run: Path, meta: dict, poll: float = POLL_S):

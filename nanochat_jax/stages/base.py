@@ -107,7 +107,7 @@ def plan_of(settings: BaseSettings, vocab_size: int, devices: int) -> BasePlan:
 
 
 def _train(job: TrainJob, source: TextSource, eval_tokens: int) -> Outcome:
-    """Everything that happens inside the run's folder, which nobody else uses meanwhile."""
+    """Everything that happens inside the run's folder, which this process has locked."""
     open_run(job)
     train_rows, val_rows = make_rows(source, job, eval_tokens)
     loader = RowLoader(train_rows, job.rows_per_step, job.settings.seed)

@@ -187,7 +187,7 @@ def _resume(job: TrainJob, identity: dict[str, Any]) -> tuple[TrainState, bool]:
             "another --run_name for a new run beside it, or --resume=False to set the old one aside."
         )
     saved = checkpoint.restore(folder, meta["step"], job.abstract_state(padded=False))
-    print(f"going on with {folder} from step {meta['step']}")
+    print(f"resuming {folder} from step {meta['step']}")
     return restore_padding(saved, job.abstract_state(padded=True)), meta["evaluated"]
 
 

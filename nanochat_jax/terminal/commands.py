@@ -67,7 +67,7 @@ def _help(chat: Chat, _: str) -> str:
     lines = [f"  {'/' + name + ' N':<18}{meaning} (now {getattr(chat.settings, field):g})"
              for name, (field, _, meaning) in _SETTINGS.items()]  # fmt: skip
     lines += [f"  {'/' + (name + ' ' + argument).strip():<18}{meaning}" for name, (_, argument, meaning) in _LISTED]
-    lines.append('A line that ends in \\ goes on in the next; """ begins and ends a text of several lines.')
+    lines.append('A line that ends in \\ continues on the next; """ begins and ends a text of several lines.')
     lines.append("Ctrl-C stops the answer; twice leaves.")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ as an assistant message of a later request:
 - part lists, as `nanochat_jax.text.chat_format` takes them: ``as_parts(pieces)``; exact.
 - plain text: ``as_text(pieces)`` writes a call and its result as ``<12+30=42>`` (a call that got no result:
   ``<12+>``). On the way back ``<expression=result>`` is a tool call only where the calculator gives exactly that result
-  for that expression; everything else is the text that it is. So nobody can put a wrong result into the model's
+  for that expression; everything else is the text that it is. So no client can put a wrong result into the model's
   mouth, and answers that happen to hold angle brackets survive.
 """
 
@@ -34,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """What the model hands to the calculator; whole, also where the answer ended inside it."""
+    """What the model hands to the calculator; complete, also where the completion ended inside it."""
 
     expression: str
 
@@ -54,7 +54,7 @@ class AnswerStream:
 
     Text is never cut inside a character and never holds a special token's name. It ends at an end token
     (assistant_end, bos) and before the first of the `stop` strings, which are looked for in the text between tool
-    calls; text that may be the beginning of one is held back. How the tokens are spread over the pushes makes no
+    calls; text that may be the start of one is held back. How the tokens are spread over the pushes makes no
     difference to the joined text. Works with a stock tokenizer that has no chat tokens.
 
     Raises ValueError for an empty stop string.
@@ -157,7 +157,7 @@ class AnswerStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop` (shorter than all of it)."""
+    """Length of the longest suffix of `text` that is a prefix of `stop` (shorter than all of it)."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n

@@ -1,6 +1,6 @@
 """The tokenizer: byte-level BPE, trained by ``rustbpe``, encoding through tiktoken, saved as JSON. No JAX here.
 
-Ids are 0..255 for the single bytes, then the merges in the order they were learnt, then the nine special tokens.
+Ids are 0..255 for the single bytes, then the merges in the order they were trained, then the nine special tokens.
 Special strings inside ordinary text are never recognised: they are encoded as the plain text they are.
 """
 

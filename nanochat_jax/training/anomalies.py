@@ -1,10 +1,10 @@
-"""Steps that must not be learnt from: how they are told apart, and what is kept of them.
+"""Detects NaN and spiking steps and saves a reproducer of each.
 
     <run>/incidents/00000123/batch.npz       inputs, targets, weights (A, B, T) of the skipped step
     <run>/incidents/00000123/params/         the parameters it was computed with (orbax arrays)
     <run>/incidents/00000123/incident.json   numbers, reason, the run's meta; written last
 
-Steps skipped one after the other have the same parameters: only the first of them keeps a copy. `scripts.replay`
+Consecutive skipped steps have the same parameters: only the first of them keeps a copy. `scripts.replay`
 computes such a step again.
 """
 

@@ -164,8 +164,8 @@ def describe(incident: Incident, result: Replay, settings: ReplaySettings) -> st
     for row in worst_rows(result, settings.rows):
         text = tokenizer.decode([int(t) for t in incident.inputs[row]])
         cut = f" (the first {settings.characters} characters)" if 0 < settings.characters < len(text) else ""
-        learnt = int(((incident.weights[row] != 0) & (incident.targets[row] >= 0)).sum())
-        lines.append(f"row {row}: loss {result.row_nats[row]:.4f} over {learnt} learnt tokens{cut}")
+        trained = int(((incident.weights[row] != 0) & (incident.targets[row] >= 0)).sum())
+        lines.append(f"row {row}: loss {result.row_nats[row]:.4f} over {trained} tokens trained on{cut}")
         lines.append(f"  {text[: settings.characters or None]!r}")
     return "\n".join(lines)
 

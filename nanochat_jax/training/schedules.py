@@ -71,7 +71,7 @@ def linear_to_zero(num_iterations: int) -> Schedule:
 def late_decay(num_iterations: int, fraction: float = 0.2) -> Schedule:
     """Midtraining's multiplier: 1, then over the last `fraction` of the steps linear to 0, where it stays.
 
-    The reference counts progress through the data instead of steps, and lets the line go on below zero when it
+    The reference counts progress through the data instead of steps, and lets the line continue below zero when it
     overshoots, which would climb the loss.
     """
     if num_iterations < 1:

@@ -118,7 +118,7 @@ class Watchdog:
             if self._stop.wait(self._grace_s):
                 return
         print(
-            "error: the main thread cannot be woken, so nothing more is saved. The same command goes on from the last "
+            "error: the main thread cannot be woken, so nothing more is saved. The same command resumes from the last "
             "checkpoint.",
             file=sys.stderr,
             flush=True,

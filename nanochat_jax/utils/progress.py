@@ -41,7 +41,7 @@ class Live:
             print(text, flush=True)
 
     def left(self, share_done: float) -> str:
-        """How long the rest takes if it goes on as until now; "?" at the beginning."""
+        """How long the rest takes at the present pace; "?" at first."""
         if not share_done > 0:
             return "?"
         return time_left((time.monotonic() - self._began) * (1 - share_done) / share_done)

@@ -274,7 +274,7 @@ def test_samples_show_what_is_learnt(tmp_path):
     ids, mask = TOKENIZER.render_conversation({"messages": SYSTEM})
     lines = text.splitlines()
     assert lines[:6] == [
-        f"sample 1 of 4: {len(ids)} tokens, {sum(mask)} of them learnt",
+        f"sample 1 of 4: {len(ids)} tokens, {sum(mask)} of them trained on",
         "  read  | <|bos|><|user_start|>Be brief.\\n\\nHi<|user_end|><|assistant_start|>",
         "  learn | Hello.<|assistant_end|>",
         lines[3],

@@ -226,7 +226,7 @@ def test_a_full_chain_is_found_and_its_card_says_what_is_on_disk(chain):
     visible = " ".join(page.text)
     for fact in (HASH, "cd" * 32, "A CPU, 2 cores", "24 GiB", "0.10.2", provenance.source().sha256):
         assert fact in visible and fact in text
-    assert "pass@4 0.8125, 3.000 % of answers cut off" in visible
+    assert "pass@4 0.8125, 3.000 % of completions cut off" in visible
 
 
 def test_time_and_money_are_sums_of_what_was_logged(chain):
