@@ -107,8 +107,8 @@ def _limits(target: str, meta: dict[str, Any]) -> list[str]:
     else:
         lines += [
             "- It was trained to call a calculator (`<|python_start|>` expression `<|python_end|>`) and to continue "
-            "after its answer (`<|output_start|>` ... `<|output_end|>`). Plain generation does not run it: the model then "
-            "invents an answer.",
+            "after its answer (`<|output_start|>` ... `<|output_end|>`). Plain generation does not run it: the model "
+            "then invents an answer.",
             "- The chat template refuses messages that contain the names of special tokens.",
         ]
     lines.append("- Small models state falsehoods with ease. No safety training was done.")
