@@ -33,7 +33,7 @@ REFERENCE = {  # (depth, vocabulary, rows): tokens per second of the reference's
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchDecodeSettings:
     cases: str = flag("d4-v4096,d4-v65536,d12-v65536", "depth and vocabulary of each model")
     rows: str = flag("1,8", "batch sizes")
     tokens: int = flag(96, "tokens to generate per row")
@@ -43,7 +43,7 @@ class Settings:
     steps_per_call: int | None = flag(None, "None = the engine's own choice")
 
 
-def through_engine(engine: Engine, rows: int, s: Settings) -> float:
+def through_engine(engine: Engine, rows: int, s: BenchDecodeSettings) -> float:
     """Tokens per second of `rows` requests, from the first decoded call's end to the last token."""
     prompt = list(range(1, 17))
     params = SamplingParams(s.tokens, s.temperature, s.top_k)
@@ -57,7 +57,7 @@ def through_engine(engine: Engine, rows: int, s: Settings) -> float:
     return (sum(len(r.tokens) for r in requests) - done) / (time.perf_counter() - begin)
 
 
-def bare(engine: Engine, rows: int, s: Settings) -> float:
+def bare(engine: Engine, rows: int, s: BenchDecodeSettings) -> float:
     """Tokens per second of the compiled decode program, called again on the same inputs."""
     steps = engine.steps_per_call
     per_row = np.zeros((rows, model_runner.N_COLUMNS + steps), np.int32)
@@ -86,7 +86,7 @@ def bare(engine: Engine, rows: int, s: Settings) -> float:
     return rows * calls * steps / (time.perf_counter() - begin)
 
 
-def main(s: Settings) -> None:
+def main(s: BenchDecodeSettings) -> None:
     print(
         f"{jax.devices()[0].device_kind}, temperature {s.temperature:g}, top_k {s.top_k}; tokens per second, all rows"
     )
@@ -108,4 +108,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(flags.parse(Settings, sys.argv[1:], __doc__ or ""))
+    main(flags.parse(BenchDecodeSettings, sys.argv[1:], __doc__ or ""))

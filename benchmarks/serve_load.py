@@ -43,7 +43,7 @@ from nanochat_jax.utils.flags import flag
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServeLoadSettings:
     run: str | None = flag(None, "the run to serve; default: the newest")
     depth: int | None = flag(None, "serve random weights of this depth instead")
     vocab_size: int = flag(65536, "their vocabulary")
@@ -98,7 +98,7 @@ def fairness(streams: Sequence[Stream]) -> dict[str, float]:
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
-def random_run(folder: Path, s: Settings) -> str:
+def random_run(folder: Path, s: ServeLoadSettings) -> str:
     """A run of random weights in the base directory `folder`; returns its name."""
     from nanochat_jax.model.gpt import GPTConfig
     from nanochat_jax.runs import checkpoint
@@ -313,7 +313,7 @@ class Bare:
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
-def measure(s: Settings, run: str | None) -> dict[str, Any]:
+def measure(s: ServeLoadSettings, run: str | None) -> dict[str, Any]:
     """Runs all measurements, printing progress; returns the figures of the JSON line."""
     slots = s.slots or s.streams
     numbers = iter(range(1 << 30))
@@ -409,7 +409,7 @@ def verdicts(r: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    s = flags.parse(Settings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
+    s = flags.parse(ServeLoadSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
     if s.run and s.depth:
         print("error: --depth serves random weights, --run a trained model: give one of them", file=sys.stderr)
         return 2

@@ -33,7 +33,7 @@ class NoBrowser(UserError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class ImageSettings:
     """Flags."""
 
     run: str | None = flag(None, "the run to show; default: the newest")
@@ -152,11 +152,11 @@ def photograph_chat(address: str, questions: Sequence[str], chromium: str, path:
 
 
 def main(argv: Sequence[str]) -> int:
-    s = parse(Settings, argv, (__doc__ or "").split("\n\n")[0])
+    s = parse(ImageSettings, argv, (__doc__ or "").split("\n\n")[0])
     return errors.exit_status(lambda: _make(s))
 
 
-def _make(s: Settings) -> None:
+def _make(s: ImageSettings) -> None:
     out = Path(s.out)
     chromium = find_chromium(s.chromium)
     run = s.run or find_run().name

@@ -10,7 +10,7 @@ from nanochat_jax.utils.progress import ShareProgress
 
 
 @dataclass(frozen=True)
-class Settings:
+class RepackageSettings:
     """Flags."""
 
     data: str = flag("", "file or folder of text (parquet, jsonl, txt, md)")
@@ -22,14 +22,14 @@ class Settings:
 
 
 def main() -> int:
-    s = parse(Settings, sys.argv[1:], "Makes shuffled pretraining shards of any text.")
+    s = parse(RepackageSettings, sys.argv[1:], "Makes shuffled pretraining shards of any text.")
     if not s.data or not s.out:
         print("error: give --data=PATH and --out=FOLDER", file=sys.stderr)
         return 2
     return errors.exit_status(lambda: _run(s))
 
 
-def _run(s: Settings) -> None:
+def _run(s: RepackageSettings) -> None:
     with ShareProgress("repackaging") as progress:
         made = repackage(
             s.data,

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanochat_jax.data.build_rows import Progress, read_ahead
-from nanochat_jax.data.packing import BestFit, Rendered, Source, Stream, Tally
+from nanochat_jax.data.packing import BestFit, Rendered, Source, Tally, TokenStream
 from nanochat_jax.data.row_store import (
     MANIFEST,
     ROWS_FORMAT,
@@ -188,7 +188,7 @@ def build_conversation_rows(
         if not writer.complete:
             limit = max(rendering.DEFAULT_MAX_TOKENS, T)
             if packing == "stream":
-                packer: Stream | BestFit = Stream(T, batch_rows, writer.state)
+                packer: TokenStream | BestFit = TokenStream(T, batch_rows, writer.state)
             else:
                 packer = BestFit(T + 1, tokenizer.bos_id, dtype, writer.state, BUFFER)
                 limit = min(limit, T + 1)
@@ -249,7 +249,7 @@ def _render_ahead(conversations: Conversations, order: Iterable[int], tokenizer:
 
 def _fill(
     writer: RowWriter,
-    packer: Stream | BestFit,
+    packer: TokenStream | BestFit,
     source: Source,
     max_rows: int | None,
     progress: Progress | None,

@@ -26,7 +26,7 @@ class LoaderError(UserError, ValueError):
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """What a loader reads: T, a length, rows of T+1 ids, and a mask per row or None (see ``data/row_store.py``)."""
 
     T: int
@@ -71,7 +71,7 @@ class RowLoader:
     Rows that say so (``RowSet.block``) are shuffled within blocks, all others together.
     """
 
-    def __init__(self, rows: Rows, global_batch: int, seed: int = 0, shuffle: bool = True):
+    def __init__(self, rows: RowSource, global_batch: int, seed: int = 0, shuffle: bool = True):
         if global_batch < 1:
             raise LoaderError(f"global_batch is {global_batch}; it must be 1 or more")
         if len(rows) < 1:
@@ -153,7 +153,7 @@ class BatchIterator(Iterator[Batch]):
         self.close()
 
 
-def val_batches(rows: Rows, batch: int, max_tokens: int | None = None) -> Iterator[Batch]:
+def val_batches(rows: RowSource, batch: int, max_tokens: int | None = None) -> Iterator[Batch]:
     """Rows from the first on, in order, in batches of ``batch``: floor(max_tokens / (batch * T)) of them, or all.
 
     If the rows end earlier, the last batch is filled up with rows of target -1 and weight 0, which count for nothing.
@@ -177,7 +177,7 @@ def val_batches(rows: Rows, batch: int, max_tokens: int | None = None) -> Iterat
         yield inputs, targets, weights
 
 
-def _as_batch(rows: Rows, indices: Any) -> Batch:
+def _as_batch(rows: RowSource, indices: Any) -> Batch:
     tokens = np.stack([rows[i] for i in indices])
     masks = [rows.mask(i) for i in indices]
     inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)

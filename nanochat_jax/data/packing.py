@@ -46,7 +46,7 @@ class Tally:
             self.problems.append([index, reason])
 
 
-class Stream:
+class TokenStream:
     """Rows from all conversations one after another.
 
     Its state is where the next row begins (a conversation's number and a token in it) and the tally before that

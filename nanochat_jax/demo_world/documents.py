@@ -62,18 +62,18 @@ _DECK: tuple[Kind, ...] = tuple(kind for kind in KINDS for _ in range(kind.weigh
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class WorldDocument:
     """A text and the name of its kind."""
 
     kind: str
     text: str
 
 
-def make_document(index: int, split: str, seed: int = 0, world: World | None = None) -> Document:
+def make_document(index: int, split: str, seed: int = 0, world: World | None = None) -> WorldDocument:
     """Document number `index` of `split` with its kind; see `document`. `world` defaults to the public one."""
     draw = Draw(seed, split, index)
     kind = draw.pick(_DECK)
-    return Document(kind.name, kind.make(make_world(0) if world is None else world, draw))
+    return WorldDocument(kind.name, kind.make(make_world(0) if world is None else world, draw))
 
 
 def document(index: int, split: str, seed: int = 0) -> str:

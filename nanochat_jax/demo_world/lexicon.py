@@ -37,7 +37,7 @@ class Animal:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Profession:
     """A job: where it is done ("in a bakery"), what is done (a verb phrase), and the tool with its article."""
 
     name: str
@@ -52,7 +52,7 @@ _WORDS = read_table("lexicon")
 
 CHILDREN: Pairs = _WORDS["children"]
 ADULTS: Pairs = _WORDS["adults"]
-JOBS: tuple[Job, ...] = tuple(Job(*row) for row in _WORDS["jobs"])
+JOBS: tuple[Profession, ...] = tuple(Profession(*row) for row in _WORDS["jobs"])
 TOWNS: tuple[Town, ...] = tuple(Town(*row) for row in _WORDS["towns"])
 ANIMALS: tuple[Animal, ...] = tuple(Animal(*row) for row in _WORDS["animals"])
 FOODS: Words = _WORDS["foods"]

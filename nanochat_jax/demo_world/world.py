@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nanochat_jax.demo_world import lexicon as lex
-from nanochat_jax.demo_world.lexicon import Animal, Job, Town, number_word
+from nanochat_jax.demo_world.lexicon import Animal, Profession, Town, number_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class World:
     people: tuple[Person, ...]
     towns: tuple[Town, ...]
     animals: tuple[Animal, ...]
-    jobs: tuple[Job, ...]
+    jobs: tuple[Profession, ...]
 
     @property
     def children(self) -> tuple[Person, ...]:
@@ -83,7 +83,7 @@ class World:
         """The town called `name`; KeyError where there is none."""
         return {t.name: t for t in self.towns}[name]
 
-    def job(self, name: str) -> Job:
+    def job(self, name: str) -> Profession:
         """The job called `name`; KeyError where there is none."""
         return {j.name: j for j in self.jobs}[name]
 

@@ -37,7 +37,7 @@ class DoesNotFit(UserError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class BatchChoice:
     """rows: per device and micro-step. needed: bytes per device of every size compiled (None: the compiler itself ran
     out of memory). limit: bytes there are; the margin comes off it."""
 
@@ -92,7 +92,7 @@ def choose(
     measure: Callable[[int], int | None],
     limit: int,
     guess: Callable[[int], float] | None = None,
-) -> Choice:
+) -> BatchChoice:
     """The largest size that fits the limit less the margin.
 
     measure(rows) compiles a step and returns its bytes, or None if that ran out of memory; it is asked as seldom as
@@ -123,7 +123,7 @@ def choose(
             f"{gib(allowed)} are free. Recompute activations (--remat=block), shard the parameters over the devices "
             "(--fsdp), use shorter rows (--max_seq_len) or a smaller --depth"
         )
-    return Choice(candidates[at], needed, limit)
+    return BatchChoice(candidates[at], needed, limit)
 
 
 def halved(rows: int) -> int:

@@ -34,7 +34,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Facts:
+class FactTable:
     """Name and value, one a line. `fold` gives them a title to unfold, where there are many."""
 
     facts: Sequence[tuple[str, str]]
@@ -115,7 +115,7 @@ class Code:
     text: str
 
 
-Block = Section | Paragraph | Tiles | Facts | Table | Plots | Dots | Samples | Quotes | Code
+Block = Section | Paragraph | Tiles | FactTable | Table | Plots | Dots | Samples | Quotes | Code
 
 
 @dataclass(frozen=True)

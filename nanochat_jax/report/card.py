@@ -9,7 +9,7 @@ from nanochat_jax.report.blocks import (
     Block,
     Code,
     Dots,
-    Facts,
+    FactTable,
     Paragraph,
     ReportCard,
     Section,
@@ -25,7 +25,7 @@ from nanochat_jax.report.cost import NOT_COUNTED, RunsCost, cost, elapsed
 from nanochat_jax.report.stage import stage_section, tokens_seen
 from nanochat_jax.report.summary import Row, Value, stage_label, summary
 from nanochat_jax.utils.progress import duration
-from nanochat_jax.utils.provenance import Source, source, this_machine
+from nanochat_jax.utils.provenance import SourceCode, source, this_machine
 
 
 def build(runs: list[Run], price_per_hour: float | None = None, left_out: list[str] | None = None) -> ReportCard:
@@ -191,7 +191,7 @@ def _tokenizer(run: Run) -> list[Block]:
         facts.append(("text", clean(t["source"])))
     if t.get("warning"):
         facts.append(("warning", clean(t["warning"])))
-    blocks: list[Block] = [Facts(facts)]
+    blocks: list[Block] = [FactTable(facts)]
     if measures := t.get("compression", {}).get("measures"):
         texts = list(dict.fromkeys(text for by_text in measures.values() for text in by_text))
         rows = []
@@ -219,7 +219,11 @@ def _time(runs: list[Run], money: RunsCost) -> list[Block]:
         facts.append(("cost", "not known: give --price_per_hour"))
     else:
         facts.append(("cost", f"${money.dollars:,.2f} ({money.rate})"))
-    return [Table(["What", "steps", "training", "evaluation"], rows), Facts(facts), Paragraph(NOT_COUNTED, note=True)]
+    return [
+        Table(["What", "steps", "training", "evaluation"], rows),
+        FactTable(facts),
+        Paragraph(NOT_COUNTED, note=True),
+    ]
 
 
 def _machine(runs: list[Run]) -> Block:
@@ -228,7 +232,7 @@ def _machine(runs: list[Run]) -> Block:
     if not columns:
         return Paragraph(f"The runs did not record where they ran. This report was made on {this_machine()}.")
     if all(facts == columns[0][1] for _, facts in columns):
-        return Facts(list(columns[0][1].items()))
+        return FactTable(list(columns[0][1].items()))
     names = list(dict.fromkeys(n for _, facts in columns for n in facts))
     rows = [[n, *(facts.get(n, ABSENT) for _, facts in columns)] for n in names]
     return Table(["", *(name for name, _ in columns)], rows)
@@ -252,7 +256,7 @@ def machine_of(run: Run) -> dict[str, str]:
     return {k: clean(v) for k, v in facts.items()}
 
 
-def _provenance(runs: list[Run], code: Source) -> list[Block]:
+def _provenance(runs: list[Run], code: SourceCode) -> list[Block]:
     facts = []
     if code.commit:
         facts.append(("commit, now", _commit(code.commit, code.dirty)))
@@ -265,10 +269,10 @@ def _provenance(runs: list[Run], code: Source) -> list[Block]:
         if key := run.meta.get("identity", {}).get("rows"):
             facts.append((f"{run.name}: training rows", f"{key}{_rows(str(key))}"))
     note = "Now: when this report was made. The rest is what the runs recorded, in their newest checkpoints."
-    return [Facts(facts), Paragraph(note, note=True)]
+    return [FactTable(facts), Paragraph(note, note=True)]
 
 
-def _code(run: Run, now: Source) -> str:
+def _code(run: Run, now: SourceCode) -> str:
     """The code that wrote a run's newest checkpoint, and whether it is that of now."""
     recorded = run.code
     if not recorded.get("sha256"):

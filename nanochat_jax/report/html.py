@@ -11,7 +11,7 @@ from nanochat_jax.report.blocks import (
     Block,
     Code,
     Dots,
-    Facts,
+    FactTable,
     Paragraph,
     Plots,
     Quotes,
@@ -69,7 +69,7 @@ def _block(block: Block) -> str:
             return f"<p{' class=note' if block.note else ''}>{escape(block.text)}</p>"
         case Tiles():
             return f'<div class="tiles">{"".join(_tile(*tile) for tile in block.tiles)}</div>'
-        case Facts():
+        case FactTable():
             rows = "".join(f"<div><dt>{escape(n)}</dt><dd>{escape(f)}</dd></div>" for n, f in block.facts)
             return _folded(f'<dl class="facts">{rows}</dl>', block.fold)
         case Table():

@@ -7,7 +7,7 @@ from nanochat_jax.report.blocks import (
     Block,
     Code,
     Dots,
-    Facts,
+    FactTable,
     Paragraph,
     Plots,
     Quotes,
@@ -64,7 +64,7 @@ def _block(block: Block) -> str:
             remarks = [f" ({plain(remark)})" if remark else "" for _, _, remark in block.tiles]
             lines = [f"* **{plain(v)}** {plain(n)}{r}" for (n, v, _), r in zip(block.tiles, remarks, strict=True)]
             return "\n".join(lines)
-        case Facts():
+        case FactTable():
             return _folded("\n".join(f"* {plain(name)}: {plain(fact)}" for name, fact in block.facts), block.fold)
         case Table():
             return _folded(table(block), block.fold)

@@ -6,7 +6,7 @@ import statistics
 from nanochat_jax.report.blocks import (
     ABSENT,
     Block,
-    Facts,
+    FactTable,
     LinePlot,
     Plots,
     Quotes,
@@ -33,7 +33,7 @@ MAX_TROUBLES = 5
 
 def stage_section(run: Run, label: str, parent: Run | None) -> Section:
     """The chapter of one run; `parent` is the run it began from, where that is on the card too."""
-    blocks: list[Block] = [Facts(_facts(run))]
+    blocks: list[Block] = [FactTable(_facts(run))]
     if plots := _plots(run):
         blocks.append(Plots(plots))
     if table := _during_training(run):
@@ -45,9 +45,9 @@ def stage_section(run: Run, label: str, parent: Run | None) -> Section:
     if quotes := _transcripts(run):
         blocks.append(Section("Rollouts", quotes, level=3))
     settings = [(k, clean(v)) for k, v in run.meta.get("settings", {}).items()]
-    blocks.append(Facts(settings, fold=f"All settings ({len(settings)})"))
+    blocks.append(FactTable(settings, fold=f"All settings ({len(settings)})"))
     identity = [(k, clean(v)) for k, v in run.meta.get("identity", {}).items()]
-    blocks.append(Facts(identity, fold=f"Identity: what a continued run must agree with ({len(identity)})"))
+    blocks.append(FactTable(identity, fold=f"Identity: what a continued run must agree with ({len(identity)})"))
     return Section(f"{label}: {TITLES.get(run.stage, run.stage)}", blocks)
 
 

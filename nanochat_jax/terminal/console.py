@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nanochat_jax.terminal.commands import NAMES, Leave, Regenerate, obey
-from nanochat_jax.terminal.session import Chat, Outcome
+from nanochat_jax.terminal.session import Chat, Reply
 from nanochat_jax.text.detokenizer import Piece, PlainText, Text, ToolResult
 from nanochat_jax.utils import paths
 
@@ -155,7 +155,7 @@ def ask(chat: Chat, screen: Screen, question: str | None) -> bool:
     return True
 
 
-def _remarks(outcome: Outcome, chat: Chat) -> Iterator[str]:
+def _remarks(outcome: Reply, chat: Chat) -> Iterator[str]:
     if outcome.reason == "length" and outcome.n_tokens >= chat.settings.max_tokens:
         yield f"cut at {outcome.n_tokens} tokens; /maxtokens N for longer answers"
     elif outcome.reason == "length":

@@ -55,7 +55,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Reply:
     """How an answer went. reason: "end" (the model finished), "length" (max_tokens), "cancelled"; n_tokens of answer;
     seconds from the question to the end; dropped: old exchanges that had to make room; context: tokens in use."""
 
@@ -76,13 +76,13 @@ class Chat:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
         self.completing = completing
         self.turns: list[Turn] = []
-        self.last: Outcome | None = None
+        self.last: Reply | None = None
         self.stopping = threading.Event()
         self.path: Path | None = None  # where this conversation was saved or loaded
         self.asked = ""  # the newest question
         self._again = 0  # how often it was answered anew
 
-    def answer(self, question: str, show: Callable[[Sequence[Piece]], object]) -> Outcome:
+    def answer(self, question: str, show: Callable[[Sequence[Piece]], object]) -> Reply:
         """Answers a message (or continues a text), giving the pieces to `show` as they come.
 
         Set `stopping` to end it early (and clear it before the next): what has been said stays part of the
@@ -92,7 +92,7 @@ class Chat:
         self.asked, self._again = question, 0
         return self._run(question, show)
 
-    def regenerate(self, show: Callable[[Sequence[Piece]], object]) -> Outcome:
+    def regenerate(self, show: Callable[[Sequence[Piece]], object]) -> Reply:
         """Another answer to the newest question, from another seed. Raises ValueError where there is no question."""
         if not self.asked:
             raise InputError("there is no question to answer again yet")
@@ -108,7 +108,7 @@ class Chat:
             self.turns.append(replaced)
         return outcome
 
-    def _run(self, question: str, show: Callable[[Sequence[Piece]], object]) -> Outcome:
+    def _run(self, question: str, show: Callable[[Sequence[Piece]], object]) -> Reply:
         began, s = time.monotonic(), self.settings
         prompt, opening, dropped = self._prompt(question)
         longest = self.engine.capacity - len(prompt) + 1
@@ -129,7 +129,7 @@ class Chat:
             end = self.tokenizer.encode_special(chat_format.ASSISTANT_END)
             self.turns.append(Turn(question, stream.pieces, [*opening, *body, end]))
         n = len(request.tokens)
-        self.last = Outcome(request.finished or "", n, time.monotonic() - began, dropped, len(prompt) + n)
+        self.last = Reply(request.finished or "", n, time.monotonic() - began, dropped, len(prompt) + n)
         return self.last
 
     def _prompt(self, question: str) -> tuple[list[int], list[int], int]:

@@ -13,7 +13,7 @@ SUFFIXES = {".py", ".rs", ".toml", ".so", ".pyd"}
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCode:
     """The source as it lies on disk now."""
 
     sha256: str
@@ -24,7 +24,7 @@ class Source:
     dirty: bool  # files git knows differ from the commit
 
 
-def source() -> Source:
+def source() -> SourceCode:
     """Hash and size of the package, the tasks and the tokenizer crate (installed: its library), and the commit.
 
     The hash covers names and contents in order, so equal hashes mean equal code. Never raises: without git, or outside
@@ -41,7 +41,7 @@ def source() -> Source:
             files, lines, characters = files + 1, lines + text.count("\n"), characters + len(text)
     commit = _git(root, "rev-parse", "HEAD")
     dirty = bool(commit and _git(root, "status", "--porcelain", "--untracked-files=no", "--", *PACKAGES))
-    return Source(digest.hexdigest(), files, lines, characters, commit, dirty)
+    return SourceCode(digest.hexdigest(), files, lines, characters, commit, dirty)
 
 
 def _source_files(root: Path) -> list[Path]:

@@ -148,7 +148,7 @@ def test_a_run_of_random_weights_can_be_loaded(tmp_path, monkeypatch):
     from nanochat_jax.runs.checkpoint import load_model
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    settings = serve_load.Settings(depth=1, vocab_size=600, sequence_len=32)
+    settings = serve_load.ServeLoadSettings(depth=1, vocab_size=600, sequence_len=32)
     name = serve_load.random_run(tmp_path, settings)
     config, _, tokenizer, meta = load_model()
     assert (meta["run"], meta["stage"], config.vocab_size, tokenizer.vocab_size) == (name, "base", 600, 600)
