@@ -317,7 +317,7 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step_and_one_process_goes_on(ho
 
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_named(homes):
-    code = "from nanochat_jax import cluster; cluster.start('env', 2.0)"
+    code = "from nanochat_jax.parallel import cluster; cluster.start('env', 2.0)"
     env = {**os.environ, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}
     env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "PYTHONPATH": str(ROOT)}
     done = children.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
