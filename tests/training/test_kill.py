@@ -150,4 +150,4 @@ def test_sigterm_saves_and_exits_with_0_in_every_stage(stage, parents):
     assert process.wait(120) == 0, (home / "log.txt").read_text()[-2000:]
     (step,) = checkpoint.steps(run)
     checkpoint.verify(run, step, checkpoint.load_meta(run))
-    assert f"stopped by SIGTERM at step {step}; saved. The same command goes on" in (home / "log.txt").read_text()
+    assert f"stopped by SIGTERM at step {step}; saved" in (home / "log.txt").read_text()
