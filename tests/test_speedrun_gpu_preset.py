@@ -124,7 +124,7 @@ def test_pretraining_downloads_what_it_lacks_and_further_runs_resume(speedrun, h
     assert process.wait(30) == 143 and time.monotonic() - began < 5
     shown = logs[0].read_text()
     assert "=== tokenizer: compression" in shown and "stopped by SIGTERM outside of training" in shown
-    assert "train: base: stopped. To go on, run the same again" in shown and not checkpoint.steps(run)
+    assert "train: base: stopped. To resume, run the same command again" in shown and not checkpoint.steps(run)
 
     hub.release.set()  # from now on files come at once
     process = speedrun(logs[1])
