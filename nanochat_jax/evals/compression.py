@@ -2,8 +2,10 @@
 
 import json
 import logging
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -19,62 +21,7 @@ from nanochat_jax.utils.paths import tokenizer_dir, write_atomic
 REPORT_NAME = "evaluation.json"
 DATA_CHARS = 1_000_000
 
-NEWS = """
-The regional council voted on Tuesday evening to keep the old ferry running for another three years. "It is slow, it is
-loud, and nobody can imagine the bay without it," said the council's chairwoman after a debate of almost four hours.
-The repairs are expected to cost 2.4 million, a third of which will come from fares; a single crossing will rise from
-$3.50 to $4.25 on 1 June. Opponents had argued that a bridge, first proposed in 1987, would pay for itself
-within twenty years.
-"""
-
-KOREAN = """
-오늘 아침에는 안개가 짙어서 강 건너편이 보이지 않았다. 할머니는 작은 배를 타고 시장에
-가셨고, 나는 부엌에서 따뜻한 국을 끓였다. 점심때가 되자 해가 나왔고,
-마을 아이들이 다리 위에서 연을 날리기 시작했다. 저녁에는 모두 모여 옛날이야기를 들었다.
-"""
-
-GERMAN = """
-Der Müller stand früh auf, öffnete die Schleuse und hörte zu, wie sich das Rad langsam zu drehen begann. Für die großen
-Säcke brauchte er zwei Gehilfen; die kleinen trug er selbst. Abends zählte er die Münzen und schrieb alles in sein Heft.
-"""
-
-CODE = '''
-class Ledger:
-    """Keeps named balances; every change is a pair of entries that adds up to zero."""
-
-    def __init__(self, accounts=()):
-        self.balances = {name: 0 for name in accounts}
-        self.history = []
-
-    def move(self, source, target, amount):
-        if amount <= 0:
-            raise ValueError(f"amount must be positive, got {amount!r}")
-        self.balances[source] -= amount
-        self.balances[target] += amount
-        self.history.append((source, target, amount))
-
-    def total(self):
-        return sum(self.balances.values())  # always 0
-
-
-for i in range(10):
-    print(i, [j ** 2 for j in range(i) if j % 2 == 0])
-'''
-
-MATH = r"""
-\begin{lemma} For every integer $n \ge 1$, $\sum_{k=1}^{n} (2k-1) = n^2$. \end{lemma}
-\begin{proof} For $n=1$ both sides are $1$. Suppose $\sum_{k=1}^{n}(2k-1)=n^2$. Adding the next odd number gives
-\[ \sum_{k=1}^{n+1}(2k-1) = n^2 + (2n+1) = (n+1)^2, \] which is the claim for $n+1$. \qedhere \end{proof}
-"""
-
-SCIENCE = """
-A leaf takes in carbon dioxide through small openings and gives off oxygen and water vapour. When the air is dry, the
-cells on either side of an opening lose pressure and it closes, which saves water but also slows down growth.
-Measurements taken at 25 degrees show that the rate of uptake falls by roughly 40% within an hour, and recovers
-overnight in most species.
-"""
-
-TEXTS = {"news": NEWS, "korean": KOREAN, "german": GERMAN, "code": CODE, "math": MATH, "science": SCIENCE}
+TEXTS: dict[str, str] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -120,7 +67,7 @@ def relative_saving(ours: Measure, theirs: Measure) -> float:
 
 def collect_texts(settings: TokEvalSettings) -> dict[str, str]:
     """The project's own texts, and the first part of the training and held-out text where there is any."""
-    texts = {name: text.strip() for name, text in TEXTS.items()}
+    texts = dict(TEXTS)
     try:
         source = text_source(settings.data, settings.demo, settings.text_column)
     except DataError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import nanochat_jax
 
 PACKAGES = ("nanochat_jax", "tasks", "scripts", "rustbpe")
-SUFFIXES = {".py", ".rs", ".toml", ".so", ".pyd"}
+SUFFIXES = {".py", ".rs", ".toml", ".jinja", ".so", ".pyd"}
 
 
 @dataclass(frozen=True)

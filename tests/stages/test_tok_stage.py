@@ -124,7 +124,7 @@ def test_evaluation_without_stock_encodings(data, base, capsys):
     assert list(results) == ["ours"] and {"news", "korean", "german", "code", "math", "science"} < set(results["ours"])
     for name, measured in results["ours"].items():
         if name in tok_eval.TEXTS:
-            text = tok_eval.TEXTS[name].strip()
+            text = tok_eval.TEXTS[name]
             assert measured == Measure(len(text.encode()), len(golden_tokenizer().encode(text)))
     assert results["ours"]["val"].bytes == len("Held out: the harbor was quiet.")
     saved = json.loads((base / "tokenizer" / "evaluation.json").read_text())
