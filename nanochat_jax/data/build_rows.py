@@ -1,35 +1,30 @@
-"""Text to token rows, once, before training: the stream of all documents, cut into rows of T+1 tokens.
+"""Token rows, made once, before training: from documents here, from conversations in ``data/conversation_rows.py``.
 
-Every document becomes bos and its tokens; all of them in order are one stream. Row r holds stream[rT : rT + T+1], so
-consecutive rows share one token and every token is an input once and a target once. With ``batch_rows = B`` the
-reference's stride is reproduced: each batch of B rows consumes B*T+1 tokens, whose last one is never an input.
-
-Reading (and, for shards, downloading) goes on in a thread while the batch of documents at hand is encoded.
-Conversations become rows in ``data/conversation_rows.py``.
+Every document becomes bos and its tokens; all of them in order are one stream, which ``data/packing.py`` slices into
+rows of T+1 tokens. Reading (and, for shards, downloading) goes on in a thread while the batch of documents at hand is
+encoded.
 """
 
 import contextlib
 import logging
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nanochat_jax.data.documents import KEPT_MESSAGES, Documents, TextStats
+from nanochat_jax.data.packing import Packer, Piece, Tally, TokenStream
 from nanochat_jax.data.row_store import (
     MANIFEST,
     ROWS_FORMAT,
     ROWS_VERSION,
-    SHARD_BYTES,
     RowsError,
     RowSet,
     RowWriter,
     identity_key,
     row_dtype,
+    shard_rows,
 )
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.paths import rows_dir
@@ -38,47 +33,98 @@ logger = logging.getLogger(__name__)
 
 # Documents are encoded in batches of about this size: enough for all threads, little enough to hold twice.
 _BATCH_CHARS, _BATCH_DOCUMENTS = 4_000_000, 8192
+_REPORT_EVERY = 512  # documents or conversations
 
 Progress = Callable[[int, int, int], None]
 
 
-def place_of_rows(
-    documents: Documents,
+# --- rows of anything -------------------------------------------------------------------------------------------------
+
+
+def write_rows(
+    identity: dict[str, Any],
     tokenizer: Tokenizer,
     T: int,
-    out_dir: str | Path | None = None,
-    split: str = "train",
+    split: str,
+    packer_at: Callable[[Any], Packer],
+    judge: Callable[[Tally, int], dict[str, Any]],
     *,
-    batch_rows: int | None = None,
-    max_tokens: int | None = None,
+    name: str = "",
+    counted: str = "documents",
+    masked: bool = False,
+    out_dir: str | Path | None = None,
     max_rows: int | None = None,
     rows_per_shard: int | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Directory and identity of the rows that ``build_rows`` makes from the same arguments."""
-    if T < 1:
-        raise RowsError(f"a row of T = {T} tokens is too short; T must be 1 or more")
-    limits = [limit for limit in (max_rows, None if max_tokens is None else -(-max_tokens // T)) if limit is not None]
-    if any(limit < 1 for limit in limits):
-        raise RowsError(f"max_rows={max_rows}, max_tokens={max_tokens}: at least one row must be allowed")
-    limit = min(limits) if limits else None
+    progress: Progress | None = None,
+) -> RowSet:
+    """Rows of T+1 tokens in a directory below ``out_dir`` (default: the base directory's rows/).
+
+    The directory's name ends in a hash of everything that decides the bytes (``identity``, tokenizer, T, options): rows
+    made before from the same are opened as they are, an interrupted build resumes after its last complete shard, with
+    the same bytes in the end. At most ``max_rows`` rows. ``progress(rows, tokens, how much was read)``.
+
+    packer_at: state -> what makes the rows that follow (None: from the start). judge(tally, rows): facts for the
+    manifest about what was read; warns of what was left out, raises RowsError where there are no rows.
+    name: begins the directory's. counted: what ``progress`` shows of the tally.
+    """
+    # 1. what decides the bytes, and the directory that is named after it
     dtype = row_dtype(tokenizer.vocab_size)
-    rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // ((T + 1) * dtype.itemsize))
-    if batch_rows:  # a shard ends where a batch ends, so that building can resume from there
-        rows_per_shard = -(-rows_per_shard // batch_rows) * batch_rows
+    per_shard = rows_per_shard or shard_rows(T, dtype)
+    if max_rows is not None and max_rows < 1:
+        raise RowsError(f"max_rows={max_rows}: at least one row must be allowed")
     identity = {
         "format": [ROWS_FORMAT, ROWS_VERSION],
-        "source": documents.fingerprint(),
+        **identity,
         "tokenizer": tokenizer.hash,
         "split": split,
         "T": T,
-        "batch_rows": batch_rows,
-        "max_rows": limit,
-        "rows_per_shard": rows_per_shard,
+        "batch_rows": None,  # kept for the sake of rows made before
+        "max_rows": max_rows,
+        "rows_per_shard": per_shard,
     }
-    if documents.in_blocks:  # the order of training is part of what such rows are: data/loader.py
-        identity["block"] = rows_per_shard
-    name = f"{split}-T{T}-{identity_key(identity)[:12]}"
-    return Path(out_dir if out_dir is not None else rows_dir()) / name, identity
+    directory = Path(out_dir or rows_dir()) / f"{name}{split}-T{T}-{identity_key(identity)[:12]}"
+    # 2. rows made before are used as they are, also where the place is read-only
+    if (directory / MANIFEST).is_file():
+        return RowSet.open(directory, tokenizer)
+    # 3. lock the directory (a second process waits here), take over the complete shards of an interrupted build
+    with RowWriter(directory, identity, T, dtype, masked, per_shard) as writer:
+        if not writer.complete:
+            # 4. make and write the rows that are left
+            tally = _fill(writer, packer_at, max_rows, counted, progress)
+            # 5. the manifest makes the rows valid
+            facts = {"split": split, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+            writer.finish({**facts, "tokens": writer.rows * T, **judge(tally, writer.rows)})
+    return RowSet.open(directory, tokenizer)
+
+
+def _fill(
+    writer: RowWriter,
+    packer_at: Callable[[Any], Packer],
+    max_rows: int | None,
+    counted: str,
+    progress: Progress | None,
+) -> Tally:
+    """Takes rows from where the writer stands until there are no more, or enough; returns what was read."""
+    if max_rows is not None and writer.rows >= max_rows:  # interrupted between the last shard and the manifest
+        return writer.state["now"]
+    packer, reported = packer_at(writer.state), -1
+    with contextlib.closing(packer.source):
+        while max_rows is None or writer.rows < max_rows:
+            taken = packer.take(writer.space if max_rows is None else min(writer.space, max_rows - writer.rows))
+            if taken is None:
+                break
+            writer.add(*taken)
+            if writer.full:
+                writer.commit(packer.state())
+            if progress is not None and packer.tally[counted] // _REPORT_EVERY != reported:
+                reported = packer.tally[counted] // _REPORT_EVERY
+                progress(writer.rows, writer.rows * writer.T, packer.tally[counted])
+    if progress is not None:
+        progress(writer.rows, writer.rows * writer.T, packer.tally[counted])
+    return packer.tally
+
+
+# --- rows of documents ------------------------------------------------------------------------------------------------
 
 
 def build_rows(
@@ -88,155 +134,53 @@ def build_rows(
     out_dir: str | Path | None = None,
     split: str = "train",
     *,
-    batch_rows: int | None = None,
-    max_tokens: int | None = None,
     max_rows: int | None = None,
-    progress: Progress | None = None,
     rows_per_shard: int | None = None,
-    num_threads: int = 0,
+    progress: Progress | None = None,
 ) -> RowSet:
-    """Rows of T+1 tokens of ``documents`` in a directory below ``out_dir`` (default: the base directory's rows/).
+    """Rows of ``documents``, as ``write_rows`` has it. The manifest tells ``documents``, ``characters``,
+    ``stream_tokens`` that were read and what had to be repaired. Raises RowsError for too little text or space."""
+    identity: dict[str, Any] = {"source": documents.fingerprint()}
+    if documents.in_blocks:  # the order of training is part of what such rows are: data/loader.py
+        identity["block"] = rows_per_shard or shard_rows(T, row_dtype(tokenizer.vocab_size))
 
-    The directory's name ends in a hash of everything that decides the bytes (text, tokenizer, T, options): rows made
-    before from the same are opened as they are, an interrupted build resumes after its last complete shard, with the
-    same bytes in the end. At most ``max_rows`` rows, or enough for ``max_tokens`` targets. ``progress(rows, tokens,
-    documents)`` is called after every batch of documents. Raises RowsError when there is not enough text or space.
-    """
-    # 1. what decides the bytes, and the directory that is named after it
-    directory, identity = place_of_rows(
-        documents,
-        tokenizer,
-        T,
-        out_dir,
-        split,
-        batch_rows=batch_rows,
-        max_tokens=max_tokens,
-        max_rows=max_rows,
-        rows_per_shard=rows_per_shard,
-    )
-    limit, rows_per_shard, dtype = identity["max_rows"], identity["rows_per_shard"], row_dtype(tokenizer.vocab_size)
-    # 2. rows made before are used as they are, also where the place is read-only
-    if (directory / MANIFEST).is_file():
-        return RowSet.open(directory, tokenizer)
-    # 3. lock the directory (a second process waits here), take over the complete shards of an interrupted build
-    with RowWriter(directory, identity, T, dtype, rows_per_shard=rows_per_shard) as writer:
-        if not writer.complete:
-            # 4. read, encode and slice the documents that are left
-            facts = _fill(writer, documents, tokenizer, batch_rows, limit, progress, num_threads)
-            # 5. say what the text was like, refuse too little of it
-            if facts["invalid_utf8"] or facts["bad_lines"]:
-                logger.warning(
-                    "%s text: %d invalid UTF-8 sequences replaced, %d lines left out",
-                    split,
-                    facts["invalid_utf8"],
-                    facts["bad_lines"],
-                )
-            if writer.rows == 0:
-                raise RowsError(
-                    f"the {split} text has only {facts['stream_tokens']} tokens, too few for one "
-                    f"{'batch' if batch_rows else 'row'} of {(batch_rows or 1) * T + 1}; give more text or shorter rows"
-                )
-            # 6. the manifest makes the rows valid
-            writer.finish(
-                {"split": split, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, **facts}
+    def packer_at(state: Any) -> TokenStream:
+        nothing = {"documents": 0, "characters": 0, "stream_tokens": 0, **TextStats().as_dict()}
+        state = state or {"before": nothing, "token": 0}
+        return TokenStream(T, _pieces(documents, tokenizer, state["before"]), state["before"], state["token"])
+
+    def judge(tally: Tally, rows: int) -> dict[str, Any]:
+        invalid, bad = tally["invalid_utf8"], tally["bad_lines"]
+        if invalid or bad:
+            logger.warning("%s text: %d invalid UTF-8 sequences replaced, %d lines left out", split, invalid, bad)
+        if rows == 0:
+            raise RowsError(
+                f"the {split} text has only {tally['stream_tokens']} tokens, too few for one row of {T + 1}; give more "
+                "text or shorter rows"
             )
-    return RowSet.open(directory, tokenizer)
+        return tally
+
+    return write_rows(
+        identity, tokenizer, T, split, packer_at, judge,
+        out_dir=out_dir, max_rows=max_rows, rows_per_shard=rows_per_shard, progress=progress,
+    )  # fmt: skip
 
 
-def _fill(
-    writer: RowWriter,
-    documents: Documents,
-    tokenizer: Tokenizer,
-    batch_rows: int | None,
-    limit: int | None,
-    progress: Progress | None,
-    num_threads: int,
-) -> dict[str, Any]:
-    """Encodes documents into the writer from where it stands; returns facts for the manifest.
-
-    Positions are offsets in the whole stream of tokens. The state kept with a shard is where its next row begins and
-    the batch of documents that this position lies in: from there the same batches, hence the same rows, follow again.
-    """
-    # 1. begin where the last complete shard ended
-    zero = TextStats().as_dict()
-    start = writer.state or {"offset": 0, "batch": {"offset": 0, "document": 0, "characters": 0, "stats": zero}}
-    batch: dict[str, Any] = start["batch"]
-    base = start["offset"]  # of the first token in `tokens`
-    skip = base - batch["offset"]  # tokens of rows that an earlier run has written
-    tokens = np.empty(0, row_dtype(tokenizer.vocab_size))
-    recent = deque([batch])  # batches that the next row may begin in
-    now = dict(batch)  # the same facts after the batch at hand
-
-    def commit(offset: int) -> None:
-        while len(recent) > 1 and recent[1]["offset"] <= offset:
-            recent.popleft()
-        writer.commit({"offset": offset, "batch": recent[0], "now": now})
-
-    if limit is not None and writer.rows >= limit:  # interrupted between the last shard and the manifest
-        return _facts(writer, start["now"])
-    with contextlib.closing(read_ahead(_batches(documents, batch["document"]), documents.stop)) as batches:
+def _pieces(documents: Documents, tokenizer: Tokenizer, before: Tally) -> Generator[Piece, None, None]:
+    """The documents that follow those of the tally ``before``, encoded batch by batch."""
+    tally = before
+    with contextlib.closing(read_ahead(_batches(documents, before["documents"]), documents.stop)) as batches:
         for texts, repairs in batches:
-            # 2. encode a batch of documents, dropping the tokens of rows that are there already
-            encoded, _ = tokenizer.encode_to_numpy(texts, num_threads)
-            recent.append(now)
-            now = {
-                "offset": now["offset"] + len(encoded),
-                "document": now["document"] + len(texts),
-                "characters": now["characters"] + sum(map(len, texts)),
-                "stats": _plus(batch["stats"], repairs),
+            ids, _ = tokenizer.encode_to_numpy(texts)
+            tally = {
+                "documents": tally["documents"] + len(texts),
+                "characters": tally["characters"] + sum(map(len, texts)),
+                "stream_tokens": tally["stream_tokens"] + len(ids),
+                "invalid_utf8": before["invalid_utf8"] + repairs.invalid_utf8,
+                "bad_lines": before["bad_lines"] + repairs.bad_lines,
+                "messages": (before["messages"] + repairs.messages)[:KEPT_MESSAGES],
             }
-            dropped = min(skip, len(encoded))
-            skip -= dropped
-            tokens = np.concatenate([tokens, encoded[dropped:]])
-            # 3. cut all complete rows out of what has not been used yet
-            rows, used, row_start = _cut(tokens, writer.T, batch_rows)
-            if limit is not None:
-                rows = rows[: limit - writer.rows]
-            # 4. write them; a full shard is committed with the position after it
-            done = 0
-            while done < len(rows):
-                done += writer.add(rows[done:])
-                if writer.full:
-                    commit(base + row_start(done))
-            # 5. keep the rest for the next batch
-            tokens = tokens[used:]
-            base += used
-            while len(recent) > 1 and recent[1]["offset"] <= base:
-                recent.popleft()
-            if progress is not None:
-                progress(writer.rows, writer.rows * writer.T, now["document"])
-            if limit is not None and writer.rows >= limit:
-                break
-    return _facts(writer, now)
-
-
-def _facts(writer: RowWriter, now: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "tokens": writer.rows * writer.T,
-        "documents": now["document"],
-        "characters": now["characters"],
-        "stream_tokens": now["offset"],
-        **now["stats"],
-    }
-
-
-def _cut(tokens: np.ndarray, T: int, batch_rows: int | None) -> tuple[np.ndarray, int, Callable[[int], int]]:
-    """All complete rows (n, T+1) of a piece of stream, the tokens they use up, and where row i begins."""
-    if batch_rows is None:
-        count = max(0, (len(tokens) - 1) // T)
-        windows = (
-            np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
-            if count
-            else np.empty((0, T + 1), tokens.dtype)
-        )
-        return windows[:count], count * T, lambda row: row * T
-    stride = batch_rows * T + 1
-    count = len(tokens) // stride
-    batches = tokens[: count * stride].reshape(count, stride)
-    if not count:
-        return np.empty((0, T + 1), tokens.dtype), 0, lambda row: 0
-    rows = np.lib.stride_tricks.sliding_window_view(batches, T + 1, axis=1)[:, ::T].reshape(-1, T + 1)
-    return rows, count * stride, lambda row: row // batch_rows * stride
+            yield Piece(ids, tally)
 
 
 def _batches(documents: Documents, start: int) -> Iterator[tuple[list[str], TextStats]]:
@@ -253,12 +197,6 @@ def _batches(documents: Documents, start: int) -> Iterator[tuple[list[str], Text
             yield texts, TextStats(**documents.stats.as_dict())
             texts, chars = [], 0
     yield texts, TextStats(**documents.stats.as_dict())  # the repairs after the last document, and what is left
-
-
-def _plus(before: dict[str, Any], since: TextStats) -> dict[str, Any]:
-    total = TextStats(before["invalid_utf8"] + since.invalid_utf8, before["bad_lines"] + since.bad_lines)
-    total.messages = (before["messages"] + since.messages)[:KEPT_MESSAGES]
-    return total.as_dict()
 
 
 def read_ahead(items: Iterable[Any], stop: Callable[[], None] = lambda: None) -> Generator[Any, None, None]:

@@ -1,12 +1,12 @@
 """Conversations to token rows, once, in one of two packings.
 
-``stream`` (midtraining): all rendered conversations one after another, every token supervised, cut into rows of T+1
-tokens as in ``data/build_rows.py``. ``best_fit`` (finetuning): unsplit conversations side by side in rows of T+1
-tokens, with a loss mask; what is left of a row is padded with bos, which is never supervised.
+``stream`` (midtraining): all rendered conversations one after another, every token supervised. ``best_fit``
+(finetuning): unsplit conversations side by side in rows of T+1 tokens, with a loss mask; what is left of a row is
+padded with bos, which is never supervised.
 
 Both make one pass over the conversations in their order. The reference goes round: it fills its last batch with the
-first conversations again. Here a stream's incomplete last row is left out (and with ``batch_rows`` the incomplete last
-batch), a constant difference of less than one; best fit empties its buffer in the end, so nothing is left out.
+first conversations again. Here a stream's incomplete last row is left out; best fit empties its buffer in the end, so
+nothing is left out.
 """
 
 import contextlib
@@ -14,29 +14,26 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat_jax.data.build_rows import Progress, read_ahead
-from nanochat_jax.data.packing import BestFit, Rendered, Source, Tally, TokenStream
-from nanochat_jax.data.row_store import (
-    MANIFEST,
-    ROWS_FORMAT,
-    ROWS_VERSION,
-    SHARD_BYTES,
-    RowsError,
-    RowSet,
-    RowWriter,
-    identity_key,
-    row_dtype,
+from nanochat_jax.data.build_rows import Progress, read_ahead, write_rows
+from nanochat_jax.data.packing import (
+    NO_CONVERSATIONS,
+    BestFit,
+    Packer,
+    Rendered,
+    RenderedConversations,
+    Tally,
+    TokenStream,
+    conversation_pieces,
 )
+from nanochat_jax.data.row_store import RowsError, RowSet, row_dtype
 from nanochat_jax.text import chat_format as rendering
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.errors import InputError
-from nanochat_jax.utils.paths import rows_dir
 
 logger = logging.getLogger(__name__)
 
@@ -134,92 +131,59 @@ def build_conversation_rows(
     split: str,
     out_dir: str | Path | None = None,
     max_rows: int | None = None,
-    batch_rows: int | None = None,
     progress: Progress | None = None,
     rows_per_shard: int | None = None,
 ) -> RowSet:
-    """Rows of T+1 tokens of ``conversations`` in a directory below ``out_dir`` (default: the base directory's rows/).
+    """Rows of ``conversations``, as ``build_rows.write_rows`` has it; ``packing`` is "stream" (no masks) or "best_fit".
 
-    ``packing`` is "stream" (no masks; ``batch_rows = B`` gives the reference's stride of B*T+1 tokens a batch) or
-    "best_fit" (with masks). A rendered conversation is cut to max(2048, T) tokens (the reference: always to 2048), in
-    best fit also to T+1, so that it fits into a row: in the reference a longer one stays in the buffer for ever and at
-    last blocks it. Conversations that cannot be used are left out, counted and reported: wrong roles, empty contents,
-    in best fit also those without a supervised token (after the cut).
+    A rendered conversation is cut to max(2048, T) tokens (the reference: always to 2048), in best fit also to T+1, so
+    that it fits into a row: in the reference a longer one stays in the buffer for ever and at last blocks it.
+    Conversations that cannot be used are left out, counted and reported: wrong roles, empty contents, in best fit also
+    those without a supervised token (after the cut).
 
-    Rows made before from the same are opened as they are and an interrupted build resumes, as in
-    ``data/build_rows.py``. The manifest tells ``conversations`` (used), ``skipped``, ``truncated``, ``problems`` (the
-    first few, as [index, reason]), ``tokens`` (targets), ``supervised_tokens``, ``padding``. ``progress(rows, tokens,
-    conversations)``.
-
-    Raises RowsError when no conversation can be used, when they do not fill one row, or when there is no space.
+    The manifest tells ``conversations`` (used), ``skipped``, ``truncated``, ``problems`` (the first few, as [index,
+    reason]), ``tokens`` (targets), ``supervised_tokens``, ``padding``. Raises RowsError when no conversation can be
+    used, when they do not fill one row, or when there is no space.
     """
     if packing not in PACKINGS:
         raise RowsError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
-    if T < 1:
-        raise RowsError(f"a row of T = {T} tokens is too short; T must be 1 or more")
-    if max_rows is not None and max_rows < 1:
-        raise RowsError(f"max_rows={max_rows}: at least one row must be allowed")
-    if batch_rows and packing != "stream":
-        raise RowsError("batch_rows belongs to the packing 'stream' only")
-    missing = [name for name in _CHAT_TOKENS if name not in tokenizer.special_tokens]
-    if missing:
+    if missing := [name for name in _CHAT_TOKENS if name not in tokenizer.special_tokens]:
         raise RowsError(f"the tokenizer lacks {', '.join(missing)}: it cannot render conversations; train one of ours")
-    dtype = row_dtype(tokenizer.vocab_size)
-    rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // ((T + 1) * dtype.itemsize))
-    if batch_rows:
-        rows_per_shard = -(-rows_per_shard // batch_rows) * batch_rows
+    count, best_fit = len(conversations), packing == "best_fit"
+    limit = max(rendering.DEFAULT_MAX_TOKENS, T)
+    limit = min(limit, T + 1) if best_fit else limit
+
+    def rendered(order: Iterable[int]) -> RenderedConversations:
+        return _render_ahead(conversations, order, tokenizer, limit)
+
+    def packer_at(state: Any) -> Packer:
+        if best_fit:
+            order = itertools.chain(state["buffer"], range(state["next"], count)) if state else range(count)
+            dtype = row_dtype(tokenizer.vocab_size)
+            return BestFit(T + 1, tokenizer.bos_id, dtype, rendered(order), state, BUFFER)
+        before, token = (state["before"], state["token"]) if state else (NO_CONVERSATIONS, 0)
+        source = rendered(range(before["conversations"] + before["skipped"], count))
+        return TokenStream(T, conversation_pieces(source, before), before, token)
+
+    def judge(tally: Tally, rows: int) -> dict[str, Any]:
+        _report(tally, split, count, rows, T + 1, limit)
+        return {"packing": packing, **tally, **({} if best_fit else {"supervised_tokens": rows * T})}
+
     identity = {
-        "format": [ROWS_FORMAT, ROWS_VERSION],
-        "kind": ["conversations", CONVERSATION_ROWS_VERSION, packing, BUFFER],
-        "source": conversations.fingerprint(),
-        "tokenizer": tokenizer.hash,
-        "split": split,
-        "T": T,
-        "batch_rows": batch_rows,
-        "max_rows": max_rows,
-        "rows_per_shard": rows_per_shard,
-    }
-    name = f"{packing}-{split}-T{T}-{identity_key(identity)[:12]}"
-    directory = Path(out_dir if out_dir is not None else rows_dir()) / name
-    if (directory / MANIFEST).is_file():  # also where the place is read-only
-        return RowSet.open(directory, tokenizer)
-    masked = packing == "best_fit"
-    with RowWriter(directory, identity, T, dtype, masked=masked, rows_per_shard=rows_per_shard) as writer:
-        if not writer.complete:
-            limit = max(rendering.DEFAULT_MAX_TOKENS, T)
-            if packing == "stream":
-                packer: TokenStream | BestFit = TokenStream(T, batch_rows, writer.state)
-            else:
-                packer = BestFit(T + 1, tokenizer.bos_id, dtype, writer.state, BUFFER)
-                limit = min(limit, T + 1)
-            if max_rows is not None and writer.rows >= max_rows:  # interrupted just before the manifest
-                tally = Tally(**writer.state["now"])
-            else:
-                source = _render_ahead(conversations, packer.order(len(conversations)), tokenizer, limit)
-                with contextlib.closing(source):
-                    _fill(writer, packer, source, max_rows, progress)
-                tally = packer.tally
-            _report(tally, split, len(conversations), writer.rows, (batch_rows or 1) * T + 1, limit)
-            writer.finish(
-                {
-                    "split": split,
-                    "packing": packing,
-                    "tokenizer_hash": tokenizer.hash,
-                    "vocab_size": tokenizer.vocab_size,
-                    "tokens": writer.rows * T,
-                    **asdict(tally),
-                    "supervised_tokens": tally.supervised_tokens if masked else writer.rows * T,
-                }
-            )
-    return RowSet.open(directory, tokenizer)
+        "kind": ["conversations", CONVERSATION_ROWS_VERSION, packing, BUFFER], "source": conversations.fingerprint()
+    }  # fmt: skip
+    return write_rows(
+        identity, tokenizer, T, split, packer_at, judge, name=f"{packing}-", counted="conversations", masked=best_fit,
+        out_dir=out_dir, max_rows=max_rows, rows_per_shard=rows_per_shard, progress=progress,
+    )  # fmt: skip
 
 
 _CHAT_TOKENS = (rendering.USER_START, rendering.USER_END, rendering.ASSISTANT_START, rendering.ASSISTANT_END)
 
 
 def _report(tally: Tally, split: str, total: int, rows: int, need: int, limit: int) -> None:
-    shown = "; ".join(f"conversation {index}: {reason}" for index, reason in tally.problems[:_SHOWN_PROBLEMS])
-    if tally.conversations == 0:
+    shown = "; ".join(f"conversation {index}: {reason}" for index, reason in tally["problems"][:_SHOWN_PROBLEMS])
+    if tally["conversations"] == 0:
         why = f" ({shown})" if shown else ""
         raise RowsError(f"none of the {total} {split} conversations can be used{why}; give other conversations")
     if rows == 0:
@@ -227,14 +191,16 @@ def _report(tally: Tally, split: str, total: int, rows: int, need: int, limit: i
             f"the {total} {split} conversations are too short for {need} tokens, the least that is needed; give more "
             "of them or shorter rows"
         )
-    if tally.skipped:
-        logger.warning("%d of %d %s conversations left out: %s", tally.skipped, total, split, shown)
-    if tally.truncated:
-        logger.warning("%d of %d %s conversations cut to %d tokens", tally.truncated, total, split, limit)
+    if tally["skipped"]:
+        logger.warning("%d of %d %s conversations left out: %s", tally["skipped"], total, split, shown)
+    if tally["truncated"]:
+        logger.warning("%d of %d %s conversations cut to %d tokens", tally["truncated"], total, split, limit)
 
 
-def _render_ahead(conversations: Conversations, order: Iterable[int], tokenizer: Tokenizer, limit: int) -> Any:
-    """Rendered conversations in ``order``, the next batch being made in a thread. Close it in the end."""
+def _render_ahead(
+    conversations: Conversations, order: Iterable[int], tokenizer: Tokenizer, limit: int
+) -> RenderedConversations:
+    """Rendered conversations in ``order``, the next batch being made in a thread."""
 
     def batches() -> Iterator[list[tuple[int, Rendered | str]]]:
         indices = iter(order)
@@ -245,26 +211,3 @@ def _render_ahead(conversations: Conversations, order: Iterable[int], tokenizer:
     with contextlib.closing(read_ahead(batches())) as ahead:
         for batch in ahead:
             yield from batch
-
-
-def _fill(
-    writer: RowWriter,
-    packer: TokenStream | BestFit,
-    source: Source,
-    max_rows: int | None,
-    progress: Progress | None,
-) -> None:
-    reported = -1
-    while max_rows is None or writer.rows < max_rows:
-        taken = packer.take(source)
-        if taken is not None:
-            rows, masks = taken
-            writer.add(rows if max_rows is None else rows[: max_rows - writer.rows], masks)
-            if writer.full:
-                writer.commit(packer.state())
-        now = packer.tally.conversations // _RENDER_AT_ONCE
-        if progress is not None and (now != reported or taken is None):
-            reported = now
-            progress(writer.rows, writer.rows * writer.T, packer.tally.conversations)
-        if taken is None:
-            break

@@ -1,19 +1,89 @@
-"""Conversations into rows: one after another as a stream, or side by side by best fit.
+"""Tokens into rows of T+1: one after another as a stream, or conversations side by side by best fit.
 
-A packer takes rendered conversations from a source, row by row, and counts what became of them. Its state is what it
+A packer takes what it packs from a source and keeps a tally, JSON-able, of what has been read. Its state is what it
 needs to make the rows that follow again.
 """
 
+import contextlib
 import itertools
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 _KEPT_PROBLEMS = 20  # in the manifest
+
+Tally = dict[str, Any]
+
+
+class Packer(Protocol):
+    """Makes rows, one shard's worth after the other."""
+
+    source: Generator[Any, None, None]
+    tally: Tally
+
+    def take(self, most: int) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """The next rows, (n, T+1) with 1 <= n <= most, and their masks; None when the source is used up."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """From where the rows that follow can be made again; "now" is the tally."""
+        ...
+
+
+class Piece(NamedTuple):
+    """Tokens of some documents, or of a conversation (none where it is left out), and the tally once they are read."""
+
+    ids: np.ndarray
+    tally: Tally
+
+
+class TokenStream:
+    """Rows of one stream of tokens: row r holds stream[rT : rT + T+1], so consecutive rows share one token and every
+    token is an input once and a target once. What is left at the end is too short for a row.
+
+    source: pieces, from the one on in which the next row begins, at its token number ``token``; before: the tally
+    before that piece.
+    """
+
+    def __init__(self, T: int, source: Generator[Piece, None, None], before: Tally, token: int = 0):
+        self.source, self.tally = source, before
+        self._T = T
+        self._waiting: deque[tuple[Tally, np.ndarray]] = deque()  # the tally before a piece, and its tokens
+        self._token, self._available = token, -token
+
+    def state(self) -> dict[str, Any]:
+        return {"before": self._waiting[0][0], "token": self._token, "now": self.tally}
+
+    def take(self, most: int) -> tuple[np.ndarray, None] | None:
+        # 1. read until there is a row
+        while self._available <= self._T:
+            piece = next(self.source, None)
+            if piece is None:
+                return None
+            self._waiting.append((self.tally, piece.ids))
+            self._available += len(piece.ids)
+            self.tally = piece.tally
+        # 2. the tokens of as many rows as there are
+        count = min(most, (self._available - 1) // self._T)
+        parts, missing, start = [], count * self._T + 1, self._token
+        for _, ids in self._waiting:
+            parts.append(ids[start : start + missing])
+            missing -= len(parts[-1])
+            start = 0
+            if not missing:
+                break
+        # 3. the last token begins the next row; pieces that are used up go
+        self._available -= count * self._T
+        self._token += count * self._T
+        while self._token >= len(self._waiting[0][1]):
+            self._token -= len(self._waiting.popleft()[1])
+        return np.lib.stride_tricks.sliding_window_view(np.concatenate(parts), self._T + 1)[:: self._T], None
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
 
 
 class Rendered(NamedTuple):
@@ -24,132 +94,82 @@ class Rendered(NamedTuple):
     cut: bool
 
 
-# What a packer reads: (index, the rendered conversation or the reason why there is none).
-Source = Iterator[tuple[int, Rendered | str]]
+# Conversations by their numbers, each rendered or the reason why it cannot be used.
+RenderedConversations = Generator[tuple[int, Rendered | str], None, None]
+
+NO_CONVERSATIONS: Tally = {
+    "conversations": 0, "truncated": 0, "skipped": 0, "supervised_tokens": 0, "padding": 0,
+    "problems": [],  # [index, reason] of the first few that were skipped
+}  # fmt: skip
 
 
-@dataclass
-class Tally:
-    """What became of the conversations so far."""
-
-    conversations: int = 0
-    truncated: int = 0
-    skipped: int = 0
-    supervised_tokens: int = 0
-    padding: int = 0
-    problems: list[list[Any]] = field(default_factory=list)  # [index, reason] of the first few skipped
-
-    def skip(self, index: int, reason: str) -> None:
-        """Counts a conversation that is left out."""
-        self.skipped += 1
-        if len(self.problems) < _KEPT_PROBLEMS:
-            self.problems.append([index, reason])
+def _used(tally: Tally, rendered: Rendered) -> Tally:
+    counts = {"conversations": tally["conversations"] + 1, "truncated": tally["truncated"] + rendered.cut}
+    return {**tally, **counts}
 
 
-class TokenStream:
-    """Rows from all conversations one after another.
+def _skipped(tally: Tally, index: int, reason: str) -> Tally:
+    problems = [*tally["problems"], [index, reason]][:_KEPT_PROBLEMS]
+    return {**tally, "skipped": tally["skipped"] + 1, "problems": problems}
 
-    Its state is where the next row begins (a conversation's number and a token in it) and the tally before that
-    conversation, besides the tally at hand.
-    """
 
-    def __init__(self, T: int, batch_rows: int | None, state: dict[str, Any] | None):
-        self._T = T
-        self._need = (batch_rows or 1) * T + 1
-        self._use = self._need if batch_rows else T  # without batches, the last token begins the next row
-        # index, ids, (conversations, truncated, skipped) before; the next row begins at token `offset` of the first
-        self._waiting: deque[tuple[int, np.ndarray, tuple[int, int, int]]] = deque()
-        self._next: int = state["next"] if state else 0  # the conversation to read next
-        self._offset: int = state["token"] if state else 0
-        self._available = -self._offset
-        self.tally = Tally(**state["before"]) if state else Tally()
-
-    def order(self, count: int) -> Iterable[int]:
-        """Numbers of the conversations still to be read."""
-        return range(self._next, count)
-
-    def state(self) -> dict[str, Any]:
-        """From where the rows that follow can be rebuilt."""
-        now = asdict(self.tally)
-        if not self._waiting:
-            return {"next": self._next, "token": 0, "before": now, "now": now}
-        first, _, (conversations, truncated, skipped) = self._waiting[0]
-        before = {**now, "conversations": conversations, "truncated": truncated, "skipped": skipped}
-        before["problems"] = [problem for problem in now["problems"] if problem[0] < first]
-        return {"next": first, "token": self._offset, "before": before, "now": now}
-
-    def take(self, source: Source) -> tuple[np.ndarray, None] | None:
-        """The next row (1, T+1), or batch of rows; None when the conversations are used up."""
-        tally = self.tally
-        while self._available < self._need:
-            index, rendered = next(source, (-1, ""))
-            if index < 0:
-                return None
-            self._next = index + 1
+def conversation_pieces(source: RenderedConversations, tally: Tally) -> Generator[Piece, None, None]:
+    """All tokens of conversations one after another, for a `TokenStream`."""
+    with contextlib.closing(source):
+        for index, rendered in source:
             if isinstance(rendered, str):
-                tally.skip(index, rendered)
-                continue
-            self._waiting.append((index, rendered.ids, (tally.conversations, tally.truncated, tally.skipped)))
-            self._available += len(rendered.ids)
-            tally.conversations += 1
-            tally.truncated += rendered.cut
-        pieces, missing, start = [], self._need, self._offset
-        for _, ids, _ in self._waiting:
-            pieces.append(ids[start : start + missing])
-            missing -= len(pieces[-1])
-            start = 0
-            if not missing:
-                break
-        self._available -= self._use
-        self._offset += self._use
-        while self._waiting and self._offset >= len(self._waiting[0][1]):
-            self._offset -= len(self._waiting.popleft()[1])
-        return np.lib.stride_tricks.sliding_window_view(np.concatenate(pieces), self._T + 1)[:: self._T], None
+                tally = _skipped(tally, index, rendered)
+                yield Piece(np.empty(0, np.uint16), tally)
+            else:
+                tally = _used(tally, rendered)
+                yield Piece(rendered.ids, tally)
 
 
 class BestFit:
-    """Rows of whole conversations: always the longest in the buffer that still fits (the first among equals), then bos.
+    """Rows of unsplit conversations: always the longest in the buffer that still fits (the first among equals), then
+    `pad`, which is never supervised.
 
-    Its state is the conversation to read next and the numbers of those in the buffer, besides the tally.
+    source: conversations, those first that were in the buffer of the state.
     """
 
-    def __init__(self, capacity: int, pad: int, dtype: np.dtype, state: dict[str, Any] | None, buffer: int):
+    def __init__(
+        self,
+        capacity: int,
+        pad: int,
+        dtype: np.dtype,
+        source: RenderedConversations,
+        state: dict[str, Any] | None,
+        buffer: int,
+    ):
+        self.source, self.tally = source, state["now"] if state else NO_CONVERSATIONS
         self._capacity, self._pad, self._dtype, self._size = capacity, pad, dtype, buffer
         self._buffer: dict[int, tuple[int, Rendered]] = {}  # arrival -> index, conversation
         self._sorted: list[tuple[int, int]] = []  # (length, -arrival)
-        self._arrivals = 0
-        self._resumed: list[int] = state["buffer"] if state else []
+        self._arrivals = itertools.count()
         self._next: int = state["next"] if state else 0
-        self.tally = Tally(**state["now"]) if state else Tally()
-
-    def order(self, count: int) -> Iterable[int]:
-        """Numbers of the conversations still to be read, those that were in the buffer first."""
-        return itertools.chain(self._resumed, range(self._next, count))
 
     def state(self) -> dict[str, Any]:
-        """From where the rows that follow can be rebuilt."""
-        buffer = [index for index, _ in self._buffer.values()]
-        return {"next": self._next, "buffer": buffer, "now": asdict(self.tally)}
+        return {"next": self._next, "buffer": [index for index, _ in self._buffer.values()], "now": self.tally}
 
-    def _refill(self, source: Source) -> None:
+    def _refill(self) -> None:
         while len(self._buffer) < self._size:
-            index, rendered = next(source, (-1, ""))
+            index, rendered = next(self.source, (-1, ""))
             if index < 0:
                 return
             self._next = max(self._next, index + 1)
             if isinstance(rendered, str):
-                self.tally.skip(index, rendered)
+                self.tally = _skipped(self.tally, index, rendered)
             elif not rendered.mask.any():
                 within = f" in the first {len(rendered.ids)} tokens" if rendered.cut else ""
-                self.tally.skip(index, f"no token of the assistant{within}, so nothing to learn")
+                self.tally = _skipped(self.tally, index, f"no token of the assistant{within}, so nothing to learn")
             else:
-                self._buffer[self._arrivals] = index, rendered
-                insort(self._sorted, (len(rendered.ids), -self._arrivals))
-                self._arrivals += 1
+                arrival = next(self._arrivals)
+                self._buffer[arrival] = index, rendered
+                insort(self._sorted, (len(rendered.ids), -arrival))
 
-    def take(self, source: Source) -> tuple[np.ndarray, np.ndarray] | None:
-        """The next row and its mask, (1, T+1) each; None when the conversations are used up."""
-        self._refill(source)
+    def take(self, most: int = 1) -> tuple[np.ndarray, np.ndarray] | None:
+        """One row and its mask."""
+        self._refill()
         if not self._buffer:
             return None
         row = np.full((1, self._capacity), self._pad, self._dtype)
@@ -161,9 +181,8 @@ class BestFit:
             end = filled + len(rendered.ids)
             row[0, filled:end], mask[0, filled:end] = rendered.ids, rendered.mask
             filled = end
-            self.tally.conversations += 1
-            self.tally.truncated += rendered.cut
-            self._refill(source)
-        self.tally.padding += self._capacity - filled
-        self.tally.supervised_tokens += int(mask[0, 1:].sum())
+            self.tally = _used(self.tally, rendered)
+            self._refill()
+        counts = {"padding": self._capacity - filled, "supervised_tokens": int(mask[0, 1:].sum())}
+        self.tally = {**self.tally, **{name: self.tally[name] + n for name, n in counts.items()}}
         return row, mask

@@ -40,6 +40,13 @@ def row_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
 
 
+def shard_rows(T: int, dtype: np.dtype) -> int:
+    """How many rows of T+1 tokens a shard has, unless told. Raises RowsError for T below 1."""
+    if T < 1:
+        raise RowsError(f"a row of T = {T} tokens is too short; T must be 1 or more")
+    return max(1, SHARD_BYTES // ((T + 1) * dtype.itemsize))
+
+
 def identity_key(identity: dict[str, Any]) -> str:
     """SHA-256 of a JSON-able identity."""
     return sha256_hex(json.dumps(identity, sort_keys=True).encode())
@@ -79,11 +86,9 @@ class RowWriter:
         masked: bool = False,
         rows_per_shard: int | None = None,
     ):
-        if T < 1:
-            raise RowsError(f"a row of T = {T} tokens is too short; T must be 1 or more")
         self.directory, self.identity, self.T = Path(directory), identity, T
         self._dtype, self._masked = np.dtype(dtype), masked
-        self._rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // ((T + 1) * self._dtype.itemsize))
+        self._rows_per_shard = rows_per_shard or shard_rows(T, self._dtype)
         self._shards: list[dict[str, Any]] = []
         self._filled = 0
         self._rows = self._masks = np.empty((0, T + 1), self._dtype)
@@ -120,6 +125,7 @@ class RowWriter:
             return
         try:
             progress = json.loads(path.read_text(encoding="utf-8"))
+            state = progress["resume_at"]  # "state" was that of an earlier program, which had another form
             intact = progress["identity"] == json.loads(json.dumps(self.identity))
             for shard in progress["shards"]:
                 for file in shard["files"].values():
@@ -130,7 +136,7 @@ class RowWriter:
         if not intact:
             logger.warning("%s belongs to other rows; starting over", path)
             return
-        self._shards, self.state = progress["shards"], progress["state"]
+        self._shards, self.state = progress["shards"], state
 
     @property
     def rows(self) -> int:
@@ -138,15 +144,20 @@ class RowWriter:
         return sum(shard["rows"] for shard in self._shards) + self._filled
 
     @property
+    def space(self) -> int:
+        """How many rows the current shard still takes."""
+        return self._rows_per_shard - self._filled
+
+    @property
     def full(self) -> bool:
         """Whether the current shard must be committed before more rows are added."""
-        return self._filled == self._rows_per_shard
+        return self.space == 0
 
     def add(self, rows: np.ndarray, masks: np.ndarray | None = None) -> int:
         """Takes rows (n, T+1), and their masks where the rows are masked, up to the shard's end; returns how many."""
         if self._masked != (masks is not None):
             raise ValueError("masks must be given for masked rows, and only for them")
-        count = min(len(rows), self._rows_per_shard - self._filled)
+        count = min(len(rows), self.space)
         place = slice(self._filled, self._filled + count)
         self._rows[place] = rows[:count]
         if masks is not None:
@@ -158,7 +169,7 @@ class RowWriter:
         """Writes the current shard, then the note that it is complete and that ``state`` comes next."""
         self._close_shard()
         self.state = state
-        progress = {"identity": self.identity, "shards": self._shards, "state": state}
+        progress = {"identity": self.identity, "shards": self._shards, "resume_at": state}
         self._guarded(PROGRESS, 0, lambda: write_atomic(self.directory / PROGRESS, json.dumps(progress)))
 
     def _close_shard(self) -> None:
@@ -313,11 +324,6 @@ class RowSet:
     def block(self) -> int | None:
         """Rows are shuffled only within blocks of so many (``data/loader.py``); None: all of them together."""
         return self.manifest["identity"].get("block")
-
-    @property
-    def tokenizer_hash(self) -> str:
-        """Hash of the tokenizer that made the rows."""
-        return self.manifest["tokenizer_hash"]
 
     @property
     def key(self) -> str:

@@ -94,12 +94,13 @@ class Evaluator:
         """Held-out token rows for bits per byte: of text ("bpb") or of the assistant's part of conversations."""
         if name not in self._rows:
             s, T = self.settings, self.config.sequence_len
-            with RowsProgress(f"{name}: held-out rows", -(-s.eval_tokens // T)) as progress:
+            most = -(-s.eval_tokens // T)
+            with RowsProgress(f"{name}: held-out rows", most) as progress:
                 if name == "bpb":
                     data = s.data or ("" if self.demo else self.trained_with.get("data") or "")
                     source = text_source(data, self.demo and not data, s.text_column)
                     self._rows[name] = build_rows(
-                        source.val, self.tokenizer, T, split="val", max_tokens=s.eval_tokens, progress=progress
+                        source.val, self.tokenizer, T, split="val", max_rows=most, progress=progress
                     )
                 else:
                     chats = (
@@ -108,9 +109,8 @@ class Evaluator:
                         else self.task("SmolTalk")
                     )
                     self._rows[name] = build_conversation_rows(
-                        chats, self.tokenizer, T, packing="best_fit", split="val",
-                        max_rows=-(-s.eval_tokens // T), progress=progress,
-                    )  # fmt: skip
+                        chats, self.tokenizer, T, packing="best_fit", split="val", max_rows=most, progress=progress
+                    )
         return self._rows[name]
 
     def settings_of(self, name: str) -> dict[str, Any]:

@@ -130,8 +130,9 @@ def make_rows(source: TextSource, job: TrainJob, eval_tokens: int) -> tuple[RowS
     """
     tokenizer, T = job.tokenizer, job.sequence_len
     needed = job.num_iterations * job.rows_per_step
-    with RowsProgress("held-out rows", -(-eval_tokens // T)) as progress:
-        val = build_rows(source.val, tokenizer, T, split="val", max_tokens=eval_tokens, progress=progress)
+    most = -(-eval_tokens // T)
+    with RowsProgress("held-out rows", most) as progress:
+        val = build_rows(source.val, tokenizer, T, split="val", max_rows=most, progress=progress)
     with RowsProgress("training rows", needed) as progress:
         train = build_rows(source.train, tokenizer, T, max_rows=needed, progress=progress)
     epochs = needed / len(train)

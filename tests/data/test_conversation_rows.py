@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat_jax.data import build_rows, row_store
 from nanochat_jax.data import conversation_rows as module
-from nanochat_jax.data import row_store
 from nanochat_jax.data.conversation_rows import build_conversation_rows, render_many
 from nanochat_jax.data.loader import RowLoader, val_batches
 from nanochat_jax.data.packing import BestFit, Rendered
 from nanochat_jax.data.row_store import RowsError, RowSet
 from nanochat_jax.text.tokenizer import Tokenizer
+from tests.reference_stride import ReferenceStride
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 TOKENIZER = golden_tokenizer()
@@ -80,6 +81,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(module, "_RENDER_AT_ONCE", 7)
+    monkeypatch.setattr(build_rows, "_REPORT_EVERY", 7)
 
 
 # --- rendering ------------------------------------------------------------------------------------
@@ -164,9 +166,9 @@ def test_nothing_to_use(tmp_path):
         build_conversation_rows(Listed(items), TOKENIZER, 8, packing="best_fit", split="val", out_dir=tmp_path)
     with pytest.raises(RowsError, match="none of the 0 val conversations"):
         build_conversation_rows(Listed([]), TOKENIZER, 8, packing="best_fit", split="val", out_dir=tmp_path)
-    with pytest.raises(RowsError, match="too short for 1025 tokens"):
+    with pytest.raises(RowsError, match="too short for 513 tokens"):
         build_conversation_rows(
-            Listed([talk("a", "b")]), TOKENIZER, 512, packing="stream", split="val", batch_rows=2, out_dir=tmp_path
+            Listed([talk("a", "b")]), TOKENIZER, 512, packing="stream", split="val", out_dir=tmp_path
         )
 
 
@@ -176,7 +178,6 @@ def test_wrong_arguments(tmp_path):
         ("crop", 8, {}, "'crop' is none of stream, best_fit"),
         ("stream", 0, {}, "T = 0"),
         ("best_fit", 8, {"max_rows": 0}, "at least one row"),
-        ("best_fit", 8, {"batch_rows": 2}, "batch_rows"),
     ]
     for packing, T, options, message in cases:
         with pytest.raises(RowsError, match=message):
@@ -200,29 +201,23 @@ def test_stream_equals_the_reference(tmp_path, case):
     B, T = expected["B"], expected["T"]
     chosen = [GOLDEN_CONVERSATIONS[i] for i in expected["conversation_indices"]]
     items = wrapped(chosen, expected["rank"], expected["world_size"], 40)
-    found = build_conversation_rows(
-        Listed(items), TOKENIZER, T, packing="stream", split="train", batch_rows=B, out_dir=tmp_path
-    )
-    loader = RowLoader(found, B, shuffle=False)
+    found = build_conversation_rows(Listed(items), TOKENIZER, T, packing="stream", split="train", out_dir=tmp_path)
+    loader = RowLoader(ReferenceStride(found, B), B, shuffle=False)
     for step, batch in enumerate(expected["batches"]):
         inputs, targets, weights = loader.batch_for(step)
         assert inputs.tolist() == batch["inputs"] and targets.tolist() == batch["targets"] and (weights == 1).all()
     assert len(expected["batches"]) == 6
 
 
-@pytest.mark.parametrize(("T", "B", "per_shard"), [(1, None, 50), (8, None, 9), (64, None, 4), (8, 2, 3), (5, 1, 4)])
-def test_stream_is_all_conversations(tmp_path, small_batches, T, B, per_shard):
+@pytest.mark.parametrize(("T", "per_shard"), [(1, 50), (8, 9), (64, 4)])
+def test_stream_is_all_conversations(tmp_path, small_batches, T, per_shard):
     items = [made(i) for i in range(40)]
     stream = [t for item in items if usable(item) for t in TOKENIZER.render_conversation(item)[0]]
     found = build_conversation_rows(
-        Listed(items), TOKENIZER, T, packing="stream", split="train", batch_rows=B, out_dir=tmp_path,
+        Listed(items), TOKENIZER, T, packing="stream", split="train", out_dir=tmp_path,
         rows_per_shard=per_shard,
     )  # fmt: skip
-    if B is None:
-        expected = [stream[s : s + T + 1] for s in range(0, len(stream) - T, T)]
-    else:
-        starts = range(0, len(stream) - B * T, B * T + 1)
-        expected = [stream[s + j * T : s + j * T + T + 1] for s in starts for j in range(B)]
+    expected = [stream[s : s + T + 1] for s in range(0, len(stream) - T, T)]
     assert listed_rows(found) == expected
     facts = found.manifest
     assert facts["conversations"] == sum(map(usable, items)) and facts["skipped"] == 40 - facts["conversations"] == 4
@@ -276,12 +271,12 @@ def test_best_fit_equals_the_reference(case):
     given_conversations = [
         Rendered(np.array(c["ids"], np.uint16), np.array(c["mask"], np.uint8), False) for c in expected["conversations"]
     ]
-    source = enumerate(wrapped(given_conversations, expected["rank"], expected["world_size"], 200))
-    packer = BestFit(T + 1, 256, np.dtype("<u2"), None, expected["buffer_size"])
+    source = (pair for pair in enumerate(wrapped(given_conversations, expected["rank"], expected["world_size"], 200)))
+    packer = BestFit(T + 1, 256, np.dtype("<u2"), source, None, expected["buffer_size"])
 
     class Packed:
         def __init__(self):
-            self.T, self.taken = T, [packer.take(source) for _ in range(B * len(expected["batches"]))]
+            self.T, self.taken = T, [packer.take() for _ in range(B * len(expected["batches"]))]
 
         def __len__(self):
             return len(self.taken)
@@ -328,9 +323,9 @@ def test_best_fit_is_its_definition(tmp_path, small_batches, monkeypatch, T, per
 def test_best_fit_of_any_lengths(lengths, capacity, buffer):
     rendered = [([i] * n, [1] * n) for i, n in enumerate(lengths)]
     source = ((i, Rendered(np.array(a), np.array(b), False)) for i, (a, b) in enumerate(rendered))
-    packer = BestFit(capacity, 99, np.dtype("<u2"), None, buffer)
+    packer = BestFit(capacity, 99, np.dtype("<u2"), source, None, buffer)
     rows = []
-    while (taken := packer.take(source)) is not None:
+    while (taken := packer.take()) is not None:
         rows.append((taken[0][0].tolist(), taken[1][0].tolist()))
     assert rows == list(slow_best_fit(rendered, capacity, 99, buffer))
 
@@ -371,7 +366,6 @@ def test_supervised_targets_equal_the_references_finetuning(tmp_path, case):
 
 CASES: list[dict[str, Any]] = [
     {"packing": "stream"},
-    {"packing": "stream", "batch_rows": 3},
     {"packing": "stream", "max_rows": 380},
     {"packing": "stream", "max_rows": 384},
     {"packing": "best_fit"},

@@ -55,6 +55,7 @@ def quick(monkeypatch):
 def small_batches(monkeypatch):
     monkeypatch.setattr(rows, "_BATCH_DOCUMENTS", 7)
     monkeypatch.setattr(rows, "_BATCH_CHARS", 300)
+    monkeypatch.setattr(rows, "_REPORT_EVERY", 7)
 
 
 @pytest.mark.parametrize("T", [1, 5, 64])
@@ -75,40 +76,25 @@ def test_rows_are_the_stream(tmp_path, small_batches, T):
     found.verify()
 
 
-@pytest.mark.parametrize(("T", "B", "per_shard"), [(8, 2, 3), (5, 1, 4), (3, 7, 1)])
-def test_reference_stride_skips_one_token_a_batch(tmp_path, small_batches, T, B, per_shard):
-    tokenizer = golden_tokenizer()
-    found = build_rows(numbered(40), tokenizer, T, tmp_path, batch_rows=B, rows_per_shard=per_shard)
-    stream = slow_stream([document(i) for i in range(40)], tokenizer)
-    expected = []
-    while len(stream) >= B * T + 1:
-        chunk, stream = stream[: B * T + 1], stream[B * T + 1 :]
-        expected += [chunk[j * T : j * T + T + 1] for j in range(B)]
-    assert [found[r].tolist() for r in range(len(found))] == expected
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     texts=st.lists(st.text(max_size=30), min_size=1, max_size=30),
     T=st.integers(1, 12),
-    B=st.none() | st.integers(1, 3),
     per_shard=st.integers(1, 9),
     batch_documents=st.integers(1, 10),
 )
-def test_any_documents_any_shape(texts, T, B, per_shard, batch_documents):
+def test_any_documents_any_shape(texts, T, per_shard, batch_documents):
     tokenizer = golden_tokenizer()
     stream = slow_stream(texts, tokenizer)
-    stride = T if B is None else B * T + 1
-    starts = range(0, len(stream) - T, T) if B is None else range(0, len(stream) - stride + 1, stride)
-    expected = [stream[s + j * T : s + j * T + T + 1] for s in starts for j in range(B or 1)]
+    expected = [stream[s : s + T + 1] for s in range(0, len(stream) - T, T)]
     spec = CallableDocuments("any", lambda start: iter(texts[start:]))
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "_BATCH_DOCUMENTS", batch_documents)
         if not expected:
             with pytest.raises(RowsError, match="too few"):
-                build_rows(spec, tokenizer, T, place, batch_rows=B, rows_per_shard=per_shard)
+                build_rows(spec, tokenizer, T, place, rows_per_shard=per_shard)
             return
-        found = build_rows(spec, tokenizer, T, place, batch_rows=B, rows_per_shard=per_shard)
+        found = build_rows(spec, tokenizer, T, place, rows_per_shard=per_shard)
         assert [found[i].tolist() for i in range(len(found))] == expected
 
 
@@ -117,18 +103,16 @@ def test_limits(tmp_path, small_batches):
     whole = build_rows(numbered(50), tokenizer, 8, tmp_path)
     cases: list[tuple[dict[str, Any], int]] = [
         ({"max_rows": 5}, 5),
-        ({"max_tokens": 33}, 5),
-        ({"max_tokens": 32, "max_rows": 9}, 4),
+        ({"max_rows": 4}, 4),
     ]
     for options, expected in cases:
         found = build_rows(numbered(50), tokenizer, 8, tmp_path, rows_per_shard=3, **options)
         assert len(found) == expected
         assert all((found[i] == whole[i]).all() for i in range(expected))
         assert found.manifest["documents"] < 50  # it does not read on
-    useless: list[dict[str, Any]] = [{"max_rows": 0}, {"max_tokens": -5}]
-    for options in useless:
+    for useless in (0, -5):
         with pytest.raises(RowsError, match="at least one row"):
-            build_rows(numbered(50), tokenizer, 8, tmp_path, **options)
+            build_rows(numbered(50), tokenizer, 8, tmp_path, max_rows=useless)
 
 
 def test_the_same_rows_are_not_built_twice(tmp_path):
@@ -146,11 +130,10 @@ def test_the_same_rows_are_not_built_twice(tmp_path):
         build_rows(numbered(31), tokenizer, 8, tmp_path),
         build_rows(numbered(30), tokenizer, 9, tmp_path),
         build_rows(numbered(30), tokenizer, 8, tmp_path, split="val"),
-        build_rows(numbered(30), tokenizer, 8, tmp_path, batch_rows=2),
         build_rows(numbered(30), tokenizer, 8, tmp_path, max_rows=3),
         build_rows(numbered(30), Tokenizer(tokenizer.ranks[:400], {"<|bos|>": 400}), 8, tmp_path),
     ]
-    assert len({rows.directory for rows in [first, *others]}) == 7
+    assert len({rows.directory for rows in [first, *others]}) == 6
 
 
 def test_wide_vocabularies_use_uint32(tmp_path):
@@ -180,7 +163,7 @@ def test_odd_documents(tmp_path):
 # --- interruption ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_rows": 3}, {"max_rows": 200}, {"max_rows": 210}])
+@pytest.mark.parametrize("options", [{}, {"max_rows": 200}, {"max_rows": 210}])
 def test_an_error_anywhere_then_again_gives_the_same_bytes(tmp_path, small_batches, options):
     tokenizer = golden_tokenizer()
     whole = build_rows(numbered(60), tokenizer, 8, tmp_path / "whole", rows_per_shard=30, **options)
@@ -292,7 +275,7 @@ def test_progress_that_does_not_fit_is_started_over(tmp_path, small_batches, cap
             (place / name).write_bytes(data)
         manifest = json.loads((place / "manifest.json").read_text())
         (place / "manifest.json").unlink()
-        progress = {"identity": manifest["identity"], "shards": manifest["shards"][:2], "state": {}}
+        progress = {"identity": manifest["identity"], "shards": manifest["shards"][:2], "resume_at": {}}
         text = json.dumps(progress)
         if damage == "cut":
             text = text[:-10]
