@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from tests.page_stub import Stub
+from tests.web_server import PageServer
 
 expect.set_options(timeout=20000)
 
@@ -127,8 +127,9 @@ class Chat:
 
 @pytest.fixture(scope="module")
 def shared_stub():
-    with Stub() as stub:
-        yield stub
+    server = PageServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")

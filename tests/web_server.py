@@ -1,55 +1,53 @@
-"""An HTTP server on this machine that serves bytes and misbehaves on demand; it keeps what was asked of it."""
+"""HTTP servers on this machine that misbehave on demand and keep what was asked of them: one for files, one that
+speaks as much of the hub's language as we need, and one that stands in for `nanochat_jax.serve` before the chat page.
+"""
 
 import contextlib
 import hashlib
 import http.server
 import json
+import select
 import socket
 import struct
 import threading
 import time
 import urllib.parse
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
+from nanochat_jax.serve import page
 
-class WebServer:
-    """``files`` by path (or by the last part of it). ``plan``: what is odd about the next answers, one dict each.
 
-    cut=n: the connection ends after n bytes of the body; reset=n: it is reset; stall=n: nothing comes after them;
-    length=n: the Content-Length says n; status=s, headers={}; body=b, type=t: something else is sent; ranges=False:
-    the whole file whatever was asked; first=n: a part that begins at n whatever was asked; chunked=True: no length;
-    change=b: the file becomes b after this answer; crawl=True: a byte every 20 ms.
-    """
+class LocalServer:
+    """Answers each request in a thread of its own, by `_get`, `_head` or `_post`, and closes the connection."""
 
-    def __init__(self):
-        self.files: dict[str, bytes] = {}
-        self.etags: dict[str, str] = {}
-        self.requests: list[tuple[str, dict[str, str]]] = []
-        self.plan: list[dict[str, Any]] = []
-        self.send_etag = True
+    def __init__(self, port: int = 0):
         self.open_now = self.most_open = 0
-        self.delay = 0.0
         self._lock, self._closing = threading.Lock(), threading.Event()
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                with contextlib.suppress(OSError):
-                    outer._head(self)
-                self.close_connection = True
+            protocol_version = "HTTP/1.1"
 
-            def do_GET(self):
+            def handle_one_request(self):
                 with outer._lock:
                     outer.open_now += 1
                     outer.most_open = max(outer.most_open, outer.open_now)
-                try:
-                    outer._answer(self)
-                except OSError:
-                    pass  # the client is gone
-                finally:
-                    with outer._lock:
-                        outer.open_now -= 1
-                    self.close_connection = True
+                with contextlib.suppress(OSError):  # the client is gone
+                    super().handle_one_request()
+                with outer._lock:
+                    outer.open_now -= 1
+                self.close_connection = True
+
+            def do_HEAD(self):
+                outer._head(self)
+
+            def do_GET(self):
+                outer._get(self)
+
+            def do_POST(self):
+                outer._post(self)
 
             def log_message(self, format, *args):
                 pass
@@ -60,10 +58,54 @@ class WebServer:
             def handle_error(self, request, client_address):
                 pass
 
-        self.http = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.http = Server(("127.0.0.1", port), Handler)
+        self.port = self.http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()
+
+    def _get(self, handler) -> None:
+        handler.send_error(405)
+
+    _head = _post = _get
+
+    def _send(self, handler, status: int, body: bytes, headers: dict[str, str], length: int | None = None) -> None:
+        """An answer with the whole body, or only the beginning of one of `length` bytes."""
+        handler.send_response(status)
+        length = len(body) if length is None else length
+        for key, value in {**headers, "Content-Length": str(length), "Connection": "close"}.items():
+            handler.send_header(key, value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    def _reset(self, handler) -> None:
+        """Ends the connection so that the client sees an error."""
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        handler.connection.close()
+
+    def close(self) -> None:
+        self._closing.set()
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+# --- files and the hub ------------------------------------------------------------------------------------------------
+
+
+class WebServer(LocalServer):
+    """``files`` by path (or by the last part of it). ``plan``: what is odd about the next answers, one dict each.
+
+    cut=n: the connection ends after n bytes of the body; reset=n: it is reset; stall=n: nothing comes after them;
+    status=s: that, and no body.
+    """
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.plan: list[dict[str, Any]] = []
+        self.delay = 0.0
+        super().__init__()
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.requests]
@@ -74,76 +116,29 @@ class WebServer:
     def publish_json(self, path: str, value: Any) -> None:
         self.files[path] = json.dumps(value).encode()
 
-    def _head(self, handler) -> None:
-        """Nobody asks a plain file server for one."""
-        handler.send_error(405)
-
-    def _answer(self, handler) -> None:
+    def _get(self, handler) -> None:
+        path = urllib.parse.unquote(handler.path)
         with self._lock:
             self.requests.append((handler.path, dict(handler.headers)))
             odd = self.plan.pop(0) if self.plan else {}
-        if self.delay:
-            time.sleep(self.delay)
-        path = urllib.parse.unquote(handler.path)
+        time.sleep(self.delay)
         name = path if path in self.files else path.partition("?")[0].rpartition("/")[2]
-        status = odd.get("status", 200 if name in self.files or "body" in odd else 404)
+        status = odd.get("status", 200 if name in self.files else 404)
         if status != 200:
-            return self._send(handler, status, b"", odd.get("headers", {}), {})
-        body = odd["body"] if "body" in odd else self.files[name]
-        etag = self.etags.get(name, f'"{hash(body) & 0xFFFFFFFF:x}"')
-        headers = {"Content-Type": odd.get("type", "application/octet-stream"), **odd.get("headers", {})}
-        if self.send_etag:
-            headers["ETag"] = etag
-        wanted, condition = handler.headers.get("Range"), handler.headers.get("If-Range")
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
-        start = odd.get("first", start)
-        if not wanted or odd.get("ranges") is False or (condition and condition != etag):
-            self._send(handler, 200, body, headers, odd)
-        elif start >= len(body):
-            self._send(handler, 416, b"", {"Content-Range": f"bytes */{len(body)}"}, {})
-        else:
+            return self._send(handler, status, b"", {})
+        body, headers = self.files[name], {"Content-Type": "application/octet-stream"}
+        if wanted := handler.headers.get("Range"):
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            self._send(handler, 206, body[start:], headers, odd)
-        if "change" in odd:
-            self.files[name] = odd["change"]
-
-    def _send(self, handler, status, body, headers, odd) -> None:
-        handler.protocol_version = "HTTP/1.1"
-        handler.send_response(status)
-        if odd.get("chunked"):
-            headers = {**headers, "Transfer-Encoding": "chunked"}
-        else:
-            headers = {**headers, "Content-Length": str(odd.get("length", len(body)))}
-        for key, value in {**headers, "Connection": "close"}.items():
-            handler.send_header(key, value)
-        handler.end_headers()
+            status, body = 206, body[start:]
         limit = min(odd.get(key, len(body)) for key in ("cut", "reset", "stall"))
-        if odd.get("chunked"):
-            handler.wfile.write(b"%x\r\n" % len(body) + body[:limit])
-            if limit == len(body):
-                handler.wfile.write(b"\r\n0\r\n\r\n")
-        elif odd.get("crawl"):
-            for i in range(limit):
-                handler.wfile.write(body[i : i + 1])
-                if self._closing.wait(0.02):
-                    return
-        else:
-            handler.wfile.write(body[:limit])
-        handler.wfile.flush()
+        self._send(handler, status, body[:limit], headers, len(body))
         if "stall" in odd:
             self._closing.wait(30)
         if "reset" in odd:
-            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            handler.connection.close()
+            self._reset(handler)
         elif "cut" in odd:
-            with contextlib.suppress(OSError):
-                handler.connection.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._closing.set()
-        self.http.shutdown()
-        self.thread.join()
-        self.http.server_close()
+            handler.connection.shutdown(socket.SHUT_RDWR)
 
 
 COMMIT = "c0ffee" + "0" * 34
@@ -157,9 +152,9 @@ class HubServer(WebServer):
     """
 
     def __init__(self):
-        super().__init__()
         self.heads: list[tuple[str, dict[str, str]]] = []
         self.plan_heads: list[int] = []
+        super().__init__()
 
     def publish(
         self, repo: str, files: dict[str, bytes], folder: str = "", revision: str = "main", lfs: bool = True
@@ -187,37 +182,21 @@ class HubServer(WebServer):
             status = self.plan_heads.pop(0) if self.plan_heads else 200
         content = self.files.get(urllib.parse.unquote(handler.path))
         if status == 200 and content is None:
-            handler.protocol_version = "HTTP/1.1"
-            handler.send_response(404)
-            handler.send_header("X-Error-Code", "EntryNotFound")
-            handler.send_header("Content-Length", "0")
-            return handler.end_headers()
-        handler.protocol_version = "HTTP/1.1"
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(content or b"")))
-        handler.send_header("X-Repo-Commit", COMMIT)
-        handler.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
-        handler.send_header("Connection", "close")
-        handler.end_headers()
+            return self._send(handler, 404, b"", {"X-Error-Code": "EntryNotFound"})
+        etag = hashlib.sha256(content or b"").hexdigest()
+        self._send(handler, status, b"", {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'}, len(content or b""))
 
-    def _answer(self, handler) -> None:
+    def _get(self, handler) -> None:
         handler.path = handler.path.partition("?")[0]
-        super()._answer(handler)
+        super()._get(handler)
 
 
 def no_real_network(monkeypatch) -> None:
     """An environment in which `huggingface_hub` knows of no proxy, token or home, and waits for nothing."""
     import huggingface_hub
 
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "no_proxy",
-        "NANOCHAT_OFFLINE",
-        "HF_HUB_OFFLINE",
-        "HF_TOKEN",
-    ):
+    names = "http_proxy https_proxy all_proxy no_proxy NANOCHAT_OFFLINE HF_HUB_OFFLINE HF_TOKEN"
+    for name in names.split():
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
@@ -236,3 +215,179 @@ class NoWaiting:
 
     def sleep(self, seconds: float) -> None:
         pass
+
+
+# --- the chat page ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A call of the calculator and its result."""
+
+    expression: str
+    result: str | None
+
+
+@dataclass(frozen=True)
+class Die:
+    """The connection breaks off here."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Bytes as they are, in a network packet of their own."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Fail:
+    """An HTTP error in place of a stream (`status`), or an error event in the middle of one (status 0)."""
+
+    status: int
+    message: str
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        error = {"message": self.message, "type": "error", "param": None, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+
+class Gate(threading.Event):
+    """The stream waits here until the test opens it."""
+
+    open = threading.Event.set
+
+
+Step = str | Tool | Die | Raw | Fail | Gate
+
+
+class PageServer(LocalServer):
+    """What the chat page talks to: `script(...)` queues the answer to a request, misbehaviour included.
+
+    ``requests``: the bodies that the page sent; ``cancelled``: how many answers it hung up on; while ``answering`` is
+    cleared, the server takes connections and says nothing. The wire format is that of `nanochat_jax.serve`, with which
+    test_page_server.py tests the page too.
+    """
+
+    def __init__(self, port: int = 0):
+        self._streams = 0  # that have not ended
+        self.reset()
+        super().__init__(port)
+
+    def reset(self) -> None:
+        """Forgets everything; for the next test, whose page has not asked anything yet."""
+        end = time.monotonic() + 20
+        while self._streams:
+            assert time.monotonic() < end, "a stream of the test before has not ended"
+            time.sleep(0.005)
+        self.model: dict[str, Any] = {"stage": "sft", "step": 300, "chat": True, "context_length": 256, "defaults": {}}
+        self.usage = {"prompt_tokens": 40, "completion_tokens": 20}
+        self.finish_reason, self.health, self.cancelled = "stop", 200, 0
+        self.api_key: str | None = None
+        self.requests: list[dict[str, Any]] = []
+        self._scripts: deque[tuple[Step, ...]] = deque()
+        self.answering = threading.Event()
+        self.answering.set()
+
+    def script(self, *steps: Step) -> None:
+        self._scripts.append(steps)
+
+    def _get(self, handler) -> None:
+        self.answering.wait()
+        if handler.path == "/":
+            html, policy = page.load()
+            headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+            self._send(handler, 200, html, headers)
+        elif handler.path == "/health":
+            self._json(handler, self.health, {"status": "ok", "model": "tiny-sft", "step": self.model["step"]})
+        elif handler.path == "/v1/models" and self._admits(handler):
+            self._json(handler, 200, {"object": "list", "data": [{"id": "tiny-sft", "object": "model", **self.model}]})
+        elif handler.path != "/v1/models":
+            self._send(handler, 404, b"", {})
+
+    def _json(self, handler, status: int, value: Any) -> None:
+        self._send(handler, status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _fail(self, handler, fail: Fail) -> None:
+        self._send(handler, fail.status, fail.body(), {**fail.headers, "Content-Type": "application/json"})
+
+    def _admits(self, handler) -> bool:
+        if self.api_key is None or handler.headers.get("authorization") == f"Bearer {self.api_key}":
+            return True
+        self._fail(handler, Fail(401, "a key is needed", "invalid_api_key"))
+        return False
+
+    def _post(self, handler) -> None:
+        self.answering.wait()
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        if not self._admits(handler):
+            return
+        self.requests.append(body)
+        steps = self._scripts.popleft() if self._scripts else ("An answer.",)
+        if isinstance(steps[0], Fail) and steps[0].status:
+            return self._fail(handler, steps[0])
+        with self._lock:
+            self._streams += 1
+        try:
+            self._stream(handler, steps)
+        finally:
+            with self._lock:
+                self._streams -= 1
+
+    def _stream(self, handler, steps: tuple[Step, ...]) -> None:
+        handler.send_response(200)
+        headers = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked", "Connection": "close"}
+        for key, value in headers.items():
+            handler.send_header(key, value)
+        handler.end_headers()
+        chat = handler.path == "/v1/chat/completions"
+
+        def write(data: bytes) -> None:
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+        def event(data: Any) -> None:
+            write(f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode())
+
+        def choice(text: str, finish_reason: str | None = None, **more: Any) -> None:
+            said = {"delta": {"content": text, **more}} if chat else {"text": text}
+            event({"choices": [{"index": 0, "finish_reason": finish_reason, **said}], "model": "tiny-sft"})
+
+        choice("", role="assistant")
+        open_call = False
+        for step in steps:
+            if isinstance(step, Gate):
+                if not self._opened(step, handler):
+                    return
+            elif isinstance(step, Die):
+                return self._reset(handler)
+            elif isinstance(step, Raw):
+                write(step.data)
+                time.sleep(0.03)
+            elif isinstance(step, Fail):
+                write(b"data: %s\n\n" % step.body())
+                return write(b"")
+            elif isinstance(step, Tool):
+                choice(f"<{step.expression}", tool={"call": step.expression})
+                if step.result is not None:
+                    choice(f"={step.result}>", tool={"result": step.result})
+                open_call = step.result is None
+            else:
+                choice(">" + step if open_call else step)
+                open_call = False
+        choice("", self.finish_reason)
+        event({"choices": [], "usage": self.usage})
+        write(b"data: [DONE]\n\n")
+        write(b"")  # the last chunk
+
+    def _opened(self, gate: Gate, handler) -> bool:
+        """Waits for the gate; False when the client has hung up, or this server is closed."""
+        while not gate.is_set():
+            if self._closing.is_set():
+                self._reset(handler)
+                return False
+            if select.select([handler.connection], [], [], 0.01)[0]:
+                self.cancelled += 1
+                return False
+        return True

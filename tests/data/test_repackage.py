@@ -16,6 +16,7 @@ import pytest
 
 from dev import repackage as module
 from dev.repackage import BASE_BYTES, LEAST_BYTES, repackage
+from dev.repackage_data import main
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import ShardList
 from nanochat_jax.data.sources import text_source
@@ -113,31 +114,23 @@ def test_only_seed_and_input_decide_the_order(corpus, tmp_path):
 
 def test_many_buckets_give_the_same(corpus, tmp_path, monkeypatch):
     whole = repackage(corpus, tmp_path / "whole", shard_chars=CHARS)
-    text_bytes = module._text_bytes
     monkeypatch.setattr(module, "_text_bytes", lambda path, column: 10**9)  # so it takes many of them
-    counted = []
-    real = module._read_bucket
-    monkeypatch.setattr(module, "_read_bucket", lambda path: counted.append(path.name) or real(path))
+    buckets, pieces = [], []
+    read_bucket, chunks = module._read_bucket, module._chunks
+    monkeypatch.setattr(module, "_read_bucket", lambda path: buckets.append(path.name) or read_bucket(path))
     made = repackage(corpus, tmp_path / "many", shard_chars=CHARS, max_memory=LEAST)
-    assert made.listing.shards == whole.listing.shards and len(counted) > 300
-    monkeypatch.setattr(module, "_text_bytes", text_bytes)
+    assert made.listing.shards == whole.listing.shards and len(buckets) > 300
+    monkeypatch.undo()
     monkeypatch.setattr(module, "LEAST_BYTES", 1)  # many pieces on the way in, too
-    pieces = []
-    chunks = module._chunks
-    monkeypatch.setattr(
-        module, "_chunks", lambda *facts: (pieces.append(len(piece)) or piece for piece in chunks(*facts))
-    )
+    monkeypatch.setattr(module, "_chunks", lambda *a: (pieces.append(len(piece)) or piece for piece in chunks(*a)))
     made = repackage(corpus, tmp_path / "pieces", shard_chars=CHARS, max_memory=BASE_BYTES + 300_000)
     assert made.listing.shards == whole.listing.shards and len(pieces) > 5
-    monkeypatch.setattr(module, "_text_bytes", lambda path, column: 10**14)
-    with pytest.raises(DataError, match="--max_memory is too small for 400,000 GB of text: give .* MiB or more"):
-        repackage(corpus, tmp_path / "too many", max_memory=LEAST)
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [0.0, 0.5, 0.55, 0.7, 0.85, 1.0])
+@pytest.mark.parametrize("stop", [0.0, 0.5, 0.7, 1.0])
 def test_stopped_anywhere_and_again(corpus, tmp_path, monkeypatch, stop):
     """0.0: while the input is read; 0.5: as soon as it has been; 1.0: with everything written but the last shard."""
     monkeypatch.setattr(module, "_text_bytes", lambda path, column: 10**8)  # many buckets
@@ -184,14 +177,14 @@ CHILD = textwrap.dedent("""
 def test_killed_at_some_moments(corpus, tmp_path):
     repackage(corpus, tmp_path / "whole", shard_chars=50_000)
     command = [sys.executable, "-c", CHILD, str(corpus), str(tmp_path / "out")]
-    for pause in (0.05, 0.3, 0.6):
+    for pause in (0.1, 0.5):
         process = children.start(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    assert children.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE).returncode == 0
+    repackage(corpus, tmp_path / "out", shard_chars=50_000, max_memory=LEAST)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -204,7 +197,7 @@ def test_a_full_disk(corpus, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(DataError, match="no space in .*MiB are free.*run again to go on"):
+        with pytest.raises(DataError, match=str(tmp_path)):
             repackage(corpus, tmp_path / "out", shard_chars=CHARS)
     repackage(corpus, tmp_path / "out", shard_chars=CHARS)
     assert collections.Counter(read(tmp_path / "out")) == collections.Counter(TEXTS)
@@ -224,59 +217,33 @@ def test_other_input_does_not_mix_with_what_was_begun(corpus, tmp_path):
     assert len(list(out.glob("*.parquet"))) > 1
     made = repackage(corpus / "a.parquet", out, shard_chars=100_000)
     assert sorted(read(out)) == sorted(TEXTS[:2000]) and made.documents == 2000
-    with pytest.raises(DataError, match="holds shards already, of other text or options; choose another --out"):
-        repackage(corpus, out, shard_chars=100_000)
-    with pytest.raises(DataError, match="holds the text that is to be read"):
-        repackage(out, out)
+    for text in (corpus, out):  # other text than was begun; its own shards
+        with pytest.raises(DataError, match=str(out)):
+            repackage(text, out, shard_chars=100_000)
     assert sorted(read(out)) == sorted(TEXTS[:2000])
 
 
-def test_odd_input_is_repaired_and_counted(tmp_path):
-    place = tmp_path / "in"
-    place.mkdir()
-    raw = pa.array([b"good", None, b"bad \xff\xfe", b""], pa.binary())
-    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb"))
-    pq.write_table(pa.table({"text": raw}), place / "a.parquet")
-    pq.write_table(pa.table({"text": broken}), place / "b.parquet")
-    (place / "c.jsonl").write_bytes(b'{"text": "line \xff"}\n{bad\n{"text": "\\ud800"}\n')
-    (place / "d.txt").write_bytes(b"plain\n")
-    made = repackage(place, tmp_path / "out")
-    expected = ["good", "", "bad \ufffd\ufffd", "", "a\ufffdb", "line \ufffd", "\ufffd", "plain"]
-    assert sorted(read(tmp_path / "out")) == sorted(expected)
-    assert (made.stats.invalid_utf8, made.stats.bad_lines) == (5, 1) and "c.jsonl:2" in made.stats.messages[0]
-
-
-@pytest.mark.parametrize(
-    "options, reason",
-    [
-        ({"max_memory": 10**6}, "--max_memory: 320 MiB is the least, got 0"),
-        ({"shard_chars": 0}, "--shard_chars must be at least 1"),
-        ({"text_column": "body"}, "no column 'body'; its columns are text, url: name one with --text_column"),
-    ],
-)
-def test_options_that_cannot_be(corpus, tmp_path, options, reason):
-    with pytest.raises(DataError, match=reason):
-        repackage(corpus / "a.parquet", tmp_path / "out", **options)
-
-
-def test_input_that_cannot_be(tmp_path):
+def test_input_and_options_that_cannot_be(corpus, tmp_path, monkeypatch):
     (tmp_path / "one.txt").write_text("a single document")
-    with pytest.raises(DataError, match="1 documents are too few"):
-        repackage(tmp_path / "one.txt", tmp_path / "out")
-    (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match="x.parquet is no readable parquet file"):
-        repackage(tmp_path / "x.parquet", tmp_path / "out")
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "y.parquet")
-    with pytest.raises(DataError, match="'text' holds int64, not text"):
-        repackage(tmp_path / "y.parquet", tmp_path / "out")
+    for text, options in [
+        (corpus, {"max_memory": 10**6}),
+        (corpus, {"shard_chars": 0}),
+        (corpus / "a.parquet", {"text_column": "body"}),
+        (tmp_path / "one.txt", {}),
+    ]:
+        with pytest.raises(DataError):
+            repackage(text, tmp_path / "out", **options)
+    monkeypatch.setattr(module, "_text_bytes", lambda path, column: 10**14)
+    with pytest.raises(DataError, match="--max_memory"):
+        repackage(corpus, tmp_path / "out", max_memory=LEAST)
 
 
-def test_the_command(corpus, tmp_path):
-    command = [sys.executable, "-m", "dev.repackage_data", f"--data={corpus}", f"--out={tmp_path / 'out'}"]
-    root = Path(__file__).parents[2]
-    done = children.run([*command, f"--shard_chars={CHARS}"], cwd=root, capture_output=True, text=True)
-    assert (
-        done.returncode == 0 and "5,005 documents" in done.stdout and "shard_00004.parquet is held out" in done.stdout
-    )
-    again = children.run([*command, "--seed=3"], cwd=root, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr.startswith("error: ") and "choose another --out" in again.stderr
+def test_the_command(corpus, tmp_path, capsys, monkeypatch):
+    command = ["repackage_data", f"--data={corpus}", f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", [*command, f"--shard_chars={CHARS}"])
+    assert main() == 0
+    shown = capsys.readouterr().out
+    assert "5,005 documents" in shown and "shard_00004.parquet" in shown
+    monkeypatch.setattr(sys, "argv", [*command, "--seed=3"])
+    assert main() == 1
+    assert capsys.readouterr().err.startswith("error: ")

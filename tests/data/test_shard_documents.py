@@ -22,7 +22,7 @@ from nanochat_jax.data.documents import ShardDocuments
 from nanochat_jax.data.fetch import FetchError, OfflineError
 from nanochat_jax.data.loader import BlockOrder, RowLoader
 from nanochat_jax.data.readers import DataError
-from nanochat_jax.data.row_store import RowSet
+from nanochat_jax.data.row_store import RowsError, RowSet
 from nanochat_jax.data.shards import Shard, ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.training.shutdown import Interrupted, stop_on_signals
@@ -115,7 +115,7 @@ def test_the_folder_of_a_list_is_its_data_set(server, tmp_path, monkeypatch):
     listing(server.url).save(place)
     for source in (text_source(tokens=1e9), text_source(str(place))):
         assert isinstance(source.train, ShardDocuments)
-        assert "held out: shard_00005.parquet, 5 shards to be downloaded" in source.description
+        assert "shard_00005.parquet" in source.description
     assert list(source.val.iterate()) == TEXTS[-1]
     for name in list(FILES)[:2]:
         (place / name).write_bytes(FILES[name])
@@ -123,7 +123,7 @@ def test_the_folder_of_a_list_is_its_data_set(server, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
     offline = text_source().train.iterate()
     assert [next(offline) for _ in range(2 * DOCUMENTS)] == TEXTS[0] + TEXTS[1]
-    with pytest.raises(OfflineError, match="shard_00002.parquet.*shards.json"):
+    with pytest.raises(OfflineError, match="shard_00002.parquet"):
         next(offline)
     (place / list(FILES)[5]).unlink()
     with pytest.raises(OfflineError, match="shard_00005.parquet"):
@@ -134,27 +134,22 @@ def test_the_folder_of_a_list_is_its_data_set(server, tmp_path, monkeypatch):
     assert build_rows(text_source().train, golden_tokenizer(), T, tmp_path / "rows", max_rows=10).block is None
 
 
-def test_a_damaged_file_is_named(server, tmp_path):
+def test_what_cannot_be_read(server, tmp_path):
     text = documents(server.url, tmp_path / "text")
     name = list(FILES)[2]
     (tmp_path / "text" / name).write_bytes(FILES[name][:-9] + b"?" * 9)
-    with pytest.raises(DataError, match=f"{name} is damaged.*delete"):
+    with pytest.raises(DataError, match=name):
         build(text, tmp_path / "rows")
-
-
-def test_a_list_without_checksums_cannot_be_read_so(tmp_path):
-    plain = ShardList("", tuple(Shard(name) for name in FILES), list(FILES)[-1])
-    with pytest.raises(DataError, match="without a checksum"):
-        ShardDocuments(tmp_path, plain)
+    with pytest.raises(DataError):  # a list without checksums
+        ShardDocuments(tmp_path, ShardList("", tuple(Shard(name) for name in FILES), list(FILES)[-1]))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05])
-def test_rows_do_not_depend_on_when_text_arrives(server, tmp_path, delay):
+def test_rows_do_not_depend_on_when_text_arrives(server, tmp_path):
     expected = build(at_hand(tmp_path), tmp_path / "expected")
-    server.delay = delay
+    server.delay = 0.05
     server.plan = [{"cut": 100}, {"status": 503}, {}, {"cut": 1}]
     found = build(documents(server.url, tmp_path / "text"), tmp_path / "rows")
     assert found.key == expected.key and contents(found.directory) == contents(expected.directory)
@@ -168,7 +163,7 @@ def test_a_download_that_fails_is_raised_and_the_next_run_resumes(server, tmp_pa
     with pytest.raises(FetchError, match="shard_00003.parquet.*404"):
         build(documents(server.url, tmp_path / "text"), tmp_path / "rows")
     [unfinished] = (tmp_path / "rows").iterdir()
-    with pytest.raises(ValueError, match="no finished rows"):
+    with pytest.raises(RowsError):
         RowSet.open(unfinished)
     assert len(list(unfinished.glob("rows_*.npy"))) > 20  # what was complete is kept ...
     before = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("rows_*.npy")}
@@ -194,7 +189,7 @@ CHILD = textwrap.dedent("""
 def test_killed_while_rows_are_built_and_two_at_once(server, tmp_path):
     """The first process dies while it makes rows for two; the other takes over."""
     expected = build(at_hand(tmp_path), tmp_path / "expected")
-    server.delay = 0.3
+    server.delay = 0.1
     command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), server.url]
     builders = [
         children.start(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True) for _ in range(2)
@@ -221,7 +216,7 @@ def test_a_signal_ends_the_wait_for_text(server, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with stop_on_signals() as stop:
-        threading.Timer(0.5, signal_us).start()
+        threading.Timer(0.2, signal_us).start()
         with pytest.raises(Interrupted, match="SIGTERM"), stop.ends_this():
             build(documents(server.url, tmp_path / "text"), tmp_path / "rows")
     assert time.monotonic() - signalled[0] < 2 and stop.name == "SIGTERM"

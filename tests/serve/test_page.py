@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.page_stub import Fail, Gate, Raw, Tool
+from tests.web_server import Fail, Gate, Raw, Tool
 
 pytest_plugins = ["tests.page_browser"]
 

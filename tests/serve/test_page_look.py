@@ -7,7 +7,7 @@ import time
 import pytest
 from playwright.sync_api import expect
 
-from tests.page_stub import Gate, Tool
+from tests.web_server import Gate, Tool
 
 pytest_plugins = ["tests.page_browser"]
 

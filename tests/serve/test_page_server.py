@@ -1,22 +1,14 @@
 """The chat page when the server misbehaves, goes away and comes back; and together with the real server."""
 
-import os
-import signal
-import socket
-import sys
 import time
-from pathlib import Path
 
-import httpx
 import pytest
 from playwright.sync_api import expect
 
-from tests import children
-from tests.page_stub import Die, Fail, Gate
+from tests.web_server import Die, Fail, Gate, PageServer
 
 pytest_plugins = ["tests.page_browser"]
 
-ROOT = Path(__file__).parents[2]
 BACK = "The server is back."
 GONE = "The server does not answer."
 BROKEN_OFF = "The connection to the server broke off here. What had arrived is kept."
@@ -130,76 +122,53 @@ def test_a_key_that_is_changed_meanwhile_does_not_lose_the_question(chat, stub):
 # --- away and back ----------------------------------------------------------------------------------------------------
 
 
-class Process:
-    """The scripted server as a process of its own, on a port that stays the same."""
-
-    def __init__(self):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "tests.page_stub", str(self.port)]
-        self.process = children.start(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        httpx.Client(transport=httpx.HTTPTransport(retries=8)).get(f"{self.url}/health", timeout=20)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
-def process():
-    process = Process()
-    yield process
-    process.kill()
-
-
-@pytest.fixture
-def talking(process, browser):
-    """A chat in the middle of an answer of a server that can be killed."""
+def talking(stub, browser):
+    """A chat in the middle of an answer of a server of its own: (chat, server)."""
     from tests.page_browser import Chat
 
-    chat = Chat(browser, process.url).ready()
+    server = PageServer()
+    server.script("0 1 2 3", Gate())
+    chat = Chat(browser, server.url).ready()
     chat.page.evaluate("window.marker = 'not reloaded'")
     chat.ask("Count")
     expect(chat.answer).to_contain_text("0 1 2 3")
-    yield chat
+    yield chat, server
     chat.close()
+    server.close()
 
 
-def test_a_server_killed_in_the_middle_of_an_answer_and_started_again(talking, process):
-    chat = talking
-    process.kill()
+def test_a_server_killed_in_the_middle_of_an_answer_and_started_again(talking):
+    chat, server = talking
+    server.close()
     expect(chat.note).to_contain_text(BROKEN_OFF)
     expect(chat.answer).to_contain_text("0 1 2 3")
     expect(chat.banner).to_contain_text(GONE)
-    expect(chat.banner).to_contain_text("Next try in")
+    expect(chat.page.locator("#countdown")).to_be_visible()
     expect(chat.page.locator("#model")).to_have_text("not connected")
     expect(chat.input).to_be_enabled()
     expect(chat.button("Stop")).to_be_hidden()
     chat.ask("Is anybody there?")
     expect(chat.note).to_contain_text("The server does not answer. Your message is kept.")
-    process.start()
+    again = PageServer(server.port)
     expect(chat.banner).to_contain_text(BACK, timeout=20000)
     expect(chat.page.locator("#model")).to_have_text("tiny-sft")
     chat.button("Try again", chat.answers.last).click()
-    expect(chat.answer).to_contain_text("0 1 2 3")
+    expect(chat.answer).to_have_text("An answer.")
     expect(chat.banner).to_be_hidden()
-    chat.button("Stop").click()
     assert chat.page.evaluate("window.marker") == "not reloaded"
     assert [m["role"] for m in chat.stored()[0]["messages"]] == ["user", "assistant"] * 2
+    again.close()
 
 
 @pytest.mark.slow
-def test_a_server_that_falls_silent_is_noticed(talking, process):
-    chat = talking
-    process.process.send_signal(signal.SIGSTOP)
+def test_a_server_that_falls_silent_is_noticed(talking):
+    chat, server = talking
+    server.answering.clear()
     chat.page.evaluate("dispatchEvent(new Event('online'))")  # looks at once, not in up to ten seconds
     expect(chat.banner).to_contain_text(GONE, timeout=10000)
     expect(chat.note).to_contain_text(BROKEN_OFF, timeout=20000)
-    process.process.send_signal(signal.SIGCONT)
+    server.answering.set()
     expect(chat.banner).to_contain_text(BACK, timeout=20000)
 
 

@@ -3,7 +3,9 @@
 import json
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def as_lists(tokens, offsets):
     return [tokens[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(text=TEXTS)
 def test_encode_is_tiktoken(text):
     ids = OURS.encode(text)
@@ -56,7 +58,7 @@ def test_encode_is_tiktoken(text):
     assert OURS.decode_bytes(ids) == text.encode()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=12), bos=st.one_of(st.none(), st.integers(0, 65535)), threads=st.integers(0, 3))
 def test_batches_are_tiktoken(texts, bos, threads):
     expected = THEIRS.encode_ordinary_batch(texts)
@@ -69,7 +71,7 @@ def test_batches_are_tiktoken(texts, bos, threads):
         assert as_lists(tokens, offsets) == with_bos and offsets[-1] == len(tokens)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32), text=TEXTS)
 def test_any_ranks(seed, text):
     """Ranks that no training would give: byte ids shuffled, merges in random order, gaps between the ranks."""
@@ -99,7 +101,8 @@ def test_other_patterns(pattern, text):
 
 def test_every_character_is_tiktoken():
     """Both have the same idea of letters, numbers and white space: every character, in contexts that show its class."""
-    for first in range(0, 0x110000, 0x800):
+    assigned = [*range(0, 0x33000, 0x800), 0xE0000, 0x10F800]  # and two of what lies between and above
+    for first in assigned:
         text = "".join(
             f"a{chr(c)}b {chr(c)}1{chr(c)}\n" for c in range(first, first + 0x800) if not 0xD800 <= c < 0xE000
         )
@@ -109,60 +112,41 @@ def test_every_character_is_tiktoken():
 def test_the_memory_of_pieces_never_changes_the_result():
     """More different pieces than are remembered, short ones and long ones, met again and in several threads at once."""
     rng = random.Random(1)
-    words = ["".join(rng.choices("abcdehinorstuy", k=rng.randint(1, 30))) for _ in range(60_000)]
-    texts = [" ".join(rng.choices(words, k=2000)) for _ in range(60)]
+    words = ["".join(rng.choices("abcdehinorstuy", k=rng.randint(1, 30))) for _ in range(40_000)]
+    texts = [" ".join(rng.choices(words, k=2000)) for _ in range(30)]
     texts += [" ".join(rng.choices(words[:50], k=500)) for _ in range(20)] + [""] * 3
     ours, theirs = both(MAIN)
     expected = theirs.encode_ordinary_batch(texts)
-    with ThreadPoolExecutor(3) as pool:
-        for tokens, offsets in pool.map(lambda _: ours.encode_to_numpy(texts), range(4)):
+    with ThreadPoolExecutor(2) as pool:
+        for tokens, offsets in pool.map(lambda _: ours.encode_to_numpy(texts), range(2)):
             assert as_lists(tokens, offsets) == expected
 
 
-def test_trained_tokenizer_encodes_as_tiktoken_with_its_ranks():
-    rng = random.Random(2)
-    words = ["".join(rng.choices("abc", k=rng.randint(1, 12))) for _ in range(3000)]
-    texts = [" ".join(rng.choices(words, k=300)) for _ in range(30)]
-    ours = rustbpe.Tokenizer()
-    ours.train_from_iterator(iter(texts), 1500)
-    theirs = both(ours.get_mergeable_ranks())[1]
-    assert ours.batch_encode(texts) == theirs.encode_ordinary_batch(texts)
-
-
-@pytest.mark.parametrize(
-    "text", ["a" * 1_000_000, "ab" * 500_000, "abcdefghij" * 100_000, "é" * 500_000, "!" * 1_000_000]
-)
+@pytest.mark.parametrize("text", ["a" * 300_000, "ab" * 150_000, "abcdefghij" * 30_000, "é" * 150_000, "!" * 300_000])
 def test_one_huge_piece_is_not_quadratic(text):
     start = time.process_time()
     ids = OURS.encode(text)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 6
     assert OURS.decode(ids) == text
     # Far from its ends a periodic text encodes the same as a shorter one, which tiktoken can do in time.
     assert ids[:100] == THEIRS.encode_ordinary(text[:10_000])[:100]
 
 
-def test_lone_surrogates():
-    lone = GOLDEN["main"]["lone_surrogate"]
-    text = "".join(map(chr, lone["text_codepoints"]))
-    assert OURS.encode(text) == lone["ids"]
-    assert OURS.batch_encode([text, "a"]) == [lone["ids"], [97]]
-    tokens, _ = OURS.encode_to_numpy([text])
-    assert tokens.tolist() == lone["ids"]
-
-
-def test_nothing():
+def test_nothing_and_lone_surrogates():
     tokens, offsets = OURS.encode_to_numpy([])
     assert tokens.shape == (0,) and offsets.tolist() == [0]
-    tokens, offsets = OURS.encode_to_numpy(["", ""], bos=7)
-    assert tokens.tolist() == [7, 7] and offsets.tolist() == [0, 1, 2]
     assert OURS.encode("") == [] and OURS.batch_encode([]) == [] and OURS.decode([]) == ""
+    lone = GOLDEN["main"]["lone_surrogate"]
+    text = "".join(map(chr, lone["text_codepoints"]))
+    assert OURS.encode(text) == lone["ids"] and OURS.batch_encode([text, "a"]) == [lone["ids"], [97]]
+    assert OURS.encode_to_numpy([text])[0].tolist() == lone["ids"]
 
 
 def test_uint16_must_be_enough():
     big = MAIN + [(b"zq", 65536)]
     ours, theirs = both(big)
     for _ in range(2):
-        with pytest.raises(ValueError, match="65537 ids, which do not fit uint16: pass dtype='uint32'"):
+        with pytest.raises(ValueError, match="uint32"):
             ours.encode_to_numpy(["text"])
     tokens, _ = ours.encode_to_numpy(["zq a"], dtype="uint32")
     assert tokens.tolist() == theirs.encode_ordinary("zq a") and 65536 in tokens
@@ -173,42 +157,34 @@ def test_uint16_must_be_enough():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="bos is 65536"):
-        OURS.encode_to_numpy(["a"], bos=65536)
-    with pytest.raises(ValueError, match="bos is -1"):
-        OURS.encode_to_numpy(["a"], bos=-1)
-    with pytest.raises(ValueError, match="dtype is int32"):
-        OURS.encode_to_numpy(["a"], dtype="int32")
-    for call in (OURS.batch_encode, OURS.encode_to_numpy):
-        with pytest.raises(TypeError, match=r"texts\[1\] must be str, not int"):
-            call(["a", 1])
-        with pytest.raises(TypeError, match="single str"):
-            call("text")
-    with pytest.raises(TypeError):
-        OURS.encode(b"bytes")
-    for unknown in (-1, 511, 1 << 40):
-        with pytest.raises(ValueError, match=f"unknown token id {unknown}"):
-            OURS.decode([97, unknown])
+    wrong: list[tuple[type, Callable[[], Any]]] = [
+        (ValueError, lambda: OURS.encode_to_numpy(["a"], bos=65536)),
+        (ValueError, lambda: OURS.encode_to_numpy(["a"], bos=-1)),
+        (ValueError, lambda: OURS.encode_to_numpy(["a"], dtype="int32")),
+        (TypeError, lambda: OURS.encode(b"bytes")),
+        *((TypeError, partial(OURS.batch_encode, texts)) for texts in (["a", 1], "text")),
+        *((TypeError, partial(OURS.encode_to_numpy, texts)) for texts in (["a", 1], "text")),
+        *((ValueError, partial(OURS.decode, [97, unknown])) for unknown in (-1, 511, 1 << 40)),
+        (ValueError, lambda: rustbpe.Tokenizer.from_ranks(BYTES, "[")),
+    ]
+    for error, call in wrong:
+        with pytest.raises(error):
+            call()
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "reason"),
+    ("ranks", "error"),
     [
-        (lambda r: r[:65] + r[66:], ValueError, "single byte 65 is missing"),
-        (lambda r: [*r, (b"he", 900)], ValueError, "same bytes"),
-        (lambda r: [*r, (b"zq", 300)], ValueError, "rank 300 is given to two tokens"),
-        (lambda r: [*r, (b"zq", -1)], ValueError, "negative"),
-        (lambda r: [*r, (b"zq", 1 << 30)], ValueError, "too large"),
-        (lambda r: [*r, (b"", 900)], ValueError, "empty"),
-        (lambda r: [*r, ("zq", 900)], TypeError, "pair of bytes and int"),
-        (lambda r: [*r, 900], TypeError, "pair of bytes and int"),
+        (MAIN[:65] + MAIN[66:], ValueError),  # a byte is missing
+        ([*MAIN, (b"he", 900)], ValueError),  # there already
+        ([*MAIN, (b"zq", 300)], ValueError),  # of another token
+        ([*MAIN, (b"zq", -1)], ValueError),
+        ([*MAIN, (b"zq", 1 << 30)], ValueError),
+        ([*MAIN, (b"", 900)], ValueError),
+        ([*MAIN, ("zq", 900)], TypeError),
+        ([*MAIN, 900], TypeError),
     ],
 )
-def test_bad_ranks(change, error, reason):
-    with pytest.raises(error, match=reason):
-        rustbpe.Tokenizer.from_ranks(change(MAIN), rustbpe.DEFAULT_PATTERN)
-
-
-def test_bad_pattern():
-    with pytest.raises(ValueError, match="invalid split pattern"):
-        rustbpe.Tokenizer.from_ranks(BYTES, "[")
+def test_bad_ranks(ranks, error):
+    with pytest.raises(error):
+        rustbpe.Tokenizer.from_ranks(ranks, rustbpe.DEFAULT_PATTERN)

@@ -1,5 +1,5 @@
+import builtins
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -7,19 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer, TokenizerError
-from tests import children
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 GOLDEN = golden("tokenizer_v1")
 MAIN = GOLDEN["main"]
-
-
-def exception_type(call):
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__
-    return None
 
 
 def test_pattern_and_special_tokens_are_the_reference_s():
@@ -43,19 +34,20 @@ def test_training_gives_the_reference_s_merges(case):
 
 def test_the_main_tokenizer_trains_to_the_golden_one():
     corpus = [text for name in MAIN["corpora"] for text in GOLDEN["corpora"][name]]
-    trained = Tokenizer.train(corpus, MAIN["requested_vocab_size"])
+    calls = []
+    trained = Tokenizer.train(corpus, MAIN["requested_vocab_size"], progress=lambda *facts: calls.append(facts))
+    assert calls and all(isinstance(stage, str) and done >= 0 for stage, done, _ in calls)
     assert trained.hash == golden_tokenizer().hash
     assert trained.get_vocab_size() == MAIN["n_vocab"]
     assert trained.get_special_tokens() == set(MAIN["special_tokens_set"])
 
 
-def test_too_small_a_vocabulary_is_refused():
-    with pytest.raises(AssertionError, match="265"):
-        Tokenizer.train(["text"], 264)
-
-
 def test_encodings_equal_the_reference_s():
     tokenizer = golden_tokenizer()
+    tokens, offsets = tokenizer.encode_to_numpy([case["text"] for case in MAIN["encodings"]])
+    assert tokens.dtype == np.uint16 and offsets.dtype == np.int64
+    for case, a, b in zip(MAIN["encodings"], offsets[:-1], offsets[1:], strict=True):
+        assert tokens[a:b].tolist() == [tokenizer.bos_id, *case["ids"]]
     for case in MAIN["encodings"]:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
         assert tokenizer(case["text"]) == case["ids"]
@@ -70,15 +62,6 @@ def test_encodings_equal_the_reference_s():
     assert tokenizer.encode("".join(map(chr, surrogate["text_codepoints"]))) == surrogate["ids"]
 
 
-def test_numpy_encoding_equals_the_golden_ids_with_bos():
-    tokenizer = golden_tokenizer()
-    cases = [case for case in MAIN["encodings"]]
-    tokens, offsets = tokenizer.encode_to_numpy([case["text"] for case in cases])
-    assert tokens.dtype == np.uint16 and offsets.dtype == np.int64 and len(offsets) == len(cases) + 1
-    for case, a, b in zip(cases, offsets[:-1], offsets[1:], strict=True):
-        assert tokens[a:b].tolist() == [tokenizer.bos_id, *case["ids"]]
-
-
 def test_prepend_append_and_batches():
     tokenizer = golden_tokenizer()
     for case in MAIN["prepend_append"]:
@@ -91,10 +74,8 @@ def test_errors_have_the_reference_s_types():
     tokenizer = golden_tokenizer()
     for case in MAIN["errors"]:
         call = case["call"].replace("n_vocab", str(tokenizer.vocab_size))
-        assert (
-            exception_type(lambda call=call: eval(f"tokenizer.{call}", {"tokenizer": tokenizer}))
-            == case["exception"]["type"]
-        ), call
+        with pytest.raises(getattr(builtins, case["exception"]["type"])):
+            eval(f"tokenizer.{call}", {"tokenizer": tokenizer})
     ordinary = MAIN["encode_special_ordinary"]
     assert tokenizer.encode_special(ordinary["text"]) == ordinary["id"]
     assert tokenizer.encode_special("<|output_end|>") == MAIN["special"]["<|output_end|>"]
@@ -154,32 +135,33 @@ def test_missing_and_damaged_files(tmp_path):
     content = json.loads(good)
     content["ranks"][300], content["ranks"][301] = content["ranks"][301], content["ranks"][300]
     damaged = [
-        json.dumps(content),
-        good[: len(good) // 2],
-        "",
-        json.dumps({**json.loads(good), "version": 99}),
-        json.dumps({**json.loads(good), "ranks": ["!!"]}),
-        "[]",
+        json.dumps(content).encode(),
+        good[: len(good) // 2].encode(),
+        b"",
+        json.dumps({**json.loads(good), "version": 99}).encode(),
+        json.dumps({**json.loads(good), "ranks": ["!!"]}).encode(),
+        b"[]",
+        b"\xff\xfe\x00binary",
     ]
-    for text in damaged:
-        path.write_text(text)
+    for data in damaged:
+        path.write_bytes(data)
         with pytest.raises(TokenizerError, match="tokenizer.json"):
             Tokenizer.load(tmp_path)
-    path.write_bytes(b"\xff\xfe\x00binary")
-    with pytest.raises(TokenizerError, match="tokenizer.json"):
-        Tokenizer.load(tmp_path)
 
 
 def test_bad_constructions_are_refused():
-    with pytest.raises(TokenizerError, match="same bytes"):
-        Tokenizer([b"a", b"a"], {"<|bos|>": 2})
-    with pytest.raises(TokenizerError, match="among the ordinary"):
-        Tokenizer([b"a", b"b"], {"<|bos|>": 1})
-    with pytest.raises(TokenizerError, match="bos"):
-        Tokenizer([b"a", b"b"], {"<|eos|>": 2})
+    for tokens, special in [
+        ([b"a", b"a"], {"<|bos|>": 2}),
+        ([b"a", b"b"], {"<|bos|>": 1}),
+        ([b"a", b"b"], {"<|eos|>": 2}),  # no bos
+    ]:
+        with pytest.raises(TokenizerError):
+            Tokenizer(tokens, special)
+    with pytest.raises(AssertionError, match="265"):
+        Tokenizer.train(["text"], 264)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text())
 def test_round_trip(text):
     tokenizer = golden_tokenizer()
@@ -189,7 +171,7 @@ def test_round_trip(text):
     assert tokens.tolist() == [tokenizer.bos_id, *ids] * 2 and offsets.tolist() == [0, len(ids) + 1, 2 * len(ids) + 2]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text())
 def test_streaming_never_shows_half_a_character(text):
     tokenizer = golden_tokenizer()
@@ -200,29 +182,9 @@ def test_streaming_never_shows_half_a_character(text):
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 519), max_size=60))
 def test_streaming_any_ids_joins_to_decode(ids):
     tokenizer = golden_tokenizer()
     decoder = StreamDecoder(tokenizer)
     assert "".join([*map(decoder.push, ids), decoder.flush()]) == tokenizer.decode(ids)
-
-
-def test_a_character_in_four_tokens_comes_out_whole():
-    decoder = golden_tokenizer().stream_decoder()
-    assert [decoder.push(byte) for byte in "😀".encode()] == ["", "", "", "😀"]
-    decoder.push(0xF0)
-    assert decoder.flush() == "\ufffd"
-
-
-def test_no_jax_is_imported():
-    code = "import sys, nanochat_jax.text.tokenizer, nanochat_jax.text.chat_format; sys.exit('jax' in sys.modules)"
-    assert children.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_progress_is_reported():
-    calls = []
-    Tokenizer.train(
-        GOLDEN["corpora"]["prose"], 420, progress=lambda stage, done, total: calls.append((stage, done, total))
-    )
-    assert calls and all(isinstance(stage, str) and done >= 0 for stage, done, _ in calls)
