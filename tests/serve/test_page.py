@@ -55,14 +55,6 @@ def test_events_and_characters_may_be_cut_anywhere(chat, stub):
     expect(chat.answer).to_have_text("naïve 🙂 日本")
 
 
-def test_a_conversation_is_sent_whole(chat, stub):
-    stub.script("First.")
-    chat.talk("One")
-    stub.script("Second.")
-    chat.talk("Two")
-    assert sent(stub) == [("user", "One"), ("assistant", "First."), ("user", "Two")]
-
-
 def test_the_view_follows_the_answer_only_if_it_was_at_the_end(chat, stub):
     gate = Gate()
     stub.script("line\n\n" * 60, gate, "line\n\n" * 10 + "the end")
@@ -100,15 +92,12 @@ def test_stopping_keeps_what_came_and_hangs_up(chat, stub, how):
     assert sent(stub) == [("user", "Talk"), ("assistant", "Part one,"), ("user", "Go on")]
     assert stub.cancelled == 1
     assert chat.stored()[0]["messages"][1]["end"] == "stopped"
-
-
-def test_stopping_before_the_first_word(chat, stub):
     stub.script(Gate())
     chat.ask("Talk")
     chat.button("Stop").click()
     expect(chat.note).to_have_text("Stopped.")
     chat.talk("Again")  # nothing came, so the model sees one user turn, not two in a row
-    assert sent(stub) == [("user", "Talk\n\nAgain")]
+    assert sent(stub)[-1] == ("user", "Talk\n\nAgain")
 
 
 def test_regenerate_replaces_the_answer_and_can_be_undone(chat, stub):
@@ -161,19 +150,13 @@ def test_edit_and_send_again(chat, stub):
     expect(chat.titles).to_have_text(["Question A"])
     chat.done()
     chat.button("Undo").click()
-    expect(chat.questions).to_have_count(2)
-    expect(chat.questions.first.locator(".body")).to_have_text("Question 1")
-
-
-def test_arrow_up_edits_the_last_message_and_enter_sends_it(chat, stub):
-    chat.talk("helo")
-    chat.input.press("ArrowUp")
-    field = chat.page.get_by_role("textbox", name="Edit message")
-    field.fill("hello")
+    expect(chat.questions.locator(".body")).to_have_text(["Question 1", "Question 2"])
+    chat.input.press("ArrowUp")  # edits the last message
+    field.fill("Question B")
     field.press("Enter")
-    expect(chat.questions.locator(".body")).to_have_text(["hello"])
+    expect(chat.questions.locator(".body")).to_have_text(["Question 1", "Question B"])
     chat.done()
-    assert sent(stub) == [("user", "hello")]
+    assert sent(stub)[-1] == ("user", "Question B")
 
 
 # --- several chats --------------------------------------------------------------------------------------------------
@@ -281,51 +264,37 @@ def test_export_and_import_give_the_same_chats(chat, stub, window, tmp_path):
 
 
 GOOD = {"id": "a", "title": "good", "messages": [{"role": "user", "content": "x"}]}
-BAD_FILES = {
-    "not json": ("{", "the file is not JSON"),
-    "another file": ("[1, 2]", "the file was not exported from this page"),
-    "version": ({"version": 2, "chats": []}, "the file has version 2; this page reads version 1"),
-    "chat": ({"version": 1, "chats": [GOOD, 5]}, "chat 2: a chat must be an object"),
-    "messages": ({"version": 1, "chats": [{"messages": {}}]}, 'chat 1: "messages" must be a list'),
-    "role": (
-        {"version": 1, "chats": [GOOD, {"messages": [{"role": "root", "content": ""}]}]},
-        'chat 2: message 1: "role" must be "user" or "assistant"',
-    ),
-    "content": (
-        {"version": 1, "chats": [{"messages": [GOOD["messages"][0], {"role": "assistant", "content": 7}]}]},
-        'chat 1: message 2: "content" must be text',
-    ),
-    "part": (
-        {"version": 1, "chats": [{"messages": [{"role": "assistant", "content": [{"type": "image", "text": "x"}]}]}]},
-        'chat 1: message 1: each part needs a "type"',
-    ),
-}
+BAD_FILES = [
+    "{",  # no JSON
+    [1, 2],  # of something else
+    {"version": 2, "chats": []},
+    {"version": 1, "chats": [GOOD, 5]},
+    {"version": 1, "chats": [{"messages": {}}]},
+    {"version": 1, "chats": [GOOD, {"messages": [{"role": "root", "content": ""}]}]},
+    {"version": 1, "chats": [{"messages": [*GOOD["messages"], {"role": "assistant", "content": 7}]}]},
+    {"version": 1, "chats": [{"messages": [{"role": "assistant", "content": [{"type": "image", "text": "x"}]}]}]},
+]
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_refused_whole(chat, name):
-    data, words = BAD_FILES[name]
-    text = data if isinstance(data, str) else json.dumps({"format": "nanochat-chats", **data})
-    file = {"name": "chats.json", "mimeType": "application/json", "buffer": text.encode()}
-    chat.page.locator("#import-file").set_input_files(file)  # type: ignore[arg-type]
-    expect(chat.toast).to_contain_text(f"Nothing was imported: {words}")
-    assert chat.stored() == []
+def test_a_bad_file_is_refused_whole_and_of_a_good_one_only_known_fields_are_taken(chat):
+    def give(data) -> None:
+        if isinstance(data, dict):
+            data = {"format": "nanochat-chats", **data}
+        text = data if isinstance(data, str) else json.dumps(data)
+        file = {"name": "chats.json", "mimeType": "application/json", "buffer": text.encode()}
+        chat.page.locator("#import-file").set_input_files(file)
 
-
-def test_only_known_fields_are_taken_from_a_file(chat):
-    odd = {
-        "id": "../<script>",
-        "title": 5,
-        "evil": {"a": 1},
-        "updated": "soon",
-        "messages": [
-            {"role": "user", "content": "hi", "x": 1},
-            {"role": "assistant", "content": "ho", "rate": "fast", "end": "boom", "prompt_tokens": -3},
-        ],
-    }
-    text = json.dumps({"format": "nanochat-chats", "version": 1, "chats": [odd]})
-    file = {"name": "chats.json", "mimeType": "application/json", "buffer": text.encode()}
-    chat.page.locator("#import-file").set_input_files(file)  # type: ignore[arg-type]
+    for data in BAD_FILES:
+        give(data)
+        expect(chat.toast).to_contain_text("Nothing was imported")
+        assert chat.stored() == []
+        chat.page.evaluate("document.querySelector('#toast span').textContent = ''")
+    messages = [
+        {"role": "user", "content": "hi", "x": 1},
+        {"role": "assistant", "content": "ho", "rate": "fast", "end": "boom", "prompt_tokens": -3},
+    ]
+    odd = {"id": "../<script>", "title": 5, "evil": {"a": 1}, "updated": "soon", "messages": messages}
+    give({"version": 1, "chats": [odd]})
     expect(chat.titles).to_have_text(["New chat"])
     (kept,) = chat.stored()
     assert re.fullmatch(r"[a-z0-9]+", kept["id"]) and "evil" not in kept
@@ -353,72 +322,60 @@ def test_damaged_storage_hurts_nothing(chat):
     chat.page.reload()
     expect(chat.titles).to_have_text(["Fine"])
     chat.ask("/topk")
-    expect(chat.console.last).to_have_text("Current top-k: 7")
+    expect(chat.console.last).to_contain_text("7")
     chat.ask("/temperature")
-    expect(chat.console.last).to_have_text("Current temperature: 0.8")
+    expect(chat.console.last).to_contain_text("0.8")
 
 
 def test_a_full_storage_is_told_and_the_chat_goes_on(chat, stub):
     chat.page.evaluate("localStorage.setItem('other', 'x'.repeat(5 * 1024 * 1024 - 100))")
     chat.talk("A message that finds no room")
-    expect(chat.toast).to_contain_text("not saved")
+    expect(chat.toast).to_be_visible()
     chat.talk("And another")
     assert len(sent(stub)) == 3
 
 
 # --- commands and settings ------------------------------------------------------------------------------------------
 
-HELP = """Available commands:
-/temperature - Show current temperature
-/temperature <value> - Set temperature (0.0-2.0)
-/topk - Show current top-k
-/topk <value> - Set top-k (1-200)
-"""
 COMMANDS = [
-    ("/temperature", "Current temperature: 0.8"),
-    ("/temperature 0.3", "Temperature set to 0.3"),
-    ("/Temperature 0", "Temperature set to 0"),
-    ("/temperature 2.1", "Invalid temperature. Must be between 0.0 and 2.0"),
-    ("/temperature hot", "Invalid temperature. Must be between 0.0 and 2.0"),
-    ("/topk", "Current top-k: 50"),
-    ("/topk 10", "Top-k set to 10"),
-    ("/topk", "Current top-k: 10"),
-    ("/topk 0", "Invalid top-k. Must be a whole number between 1 and 200"),
-    ("/topk 2.5", "Invalid top-k. Must be a whole number between 1 and 200"),
-    ("/topp 0.9", "Top-p set to 0.9"),
-    ("/maxtokens 100", "Max tokens set to 100"),
-    ("/maxtokens 0", "Invalid max tokens. Must be a whole number between 1 and 4096"),
-    ("/seed", "Current seed: random"),
-    ("/seed 42", "Seed set to 42"),
-    ("/seed random", "Seed set to random"),
-    ("/nonsense", "Unknown command /nonsense. /help lists them; a space before the slash sends it to the model."),
+    ("/temperature", "0.8"),
+    ("/temperature 0.3", "0.3"),
+    ("/Temperature 0", "0"),
+    ("/temperature 2.1", "between 0.0 and 2.0"),
+    ("/temperature hot", "between 0.0 and 2.0"),
+    ("/topk", "50"),
+    ("/topk 10", "10"),
+    ("/topk", "10"),
+    ("/topk 0", "between 1 and 200"),
+    ("/topk 2.5", "between 1 and 200"),
+    ("/topp 0.9", "0.9"),
+    ("/maxtokens 100", "100"),
+    ("/maxtokens 0", "between 1 and 4096"),
+    ("/seed", "random"),
+    ("/seed 42", "42"),
+    ("/seed random", "random"),
+    ("/nonsense", "/help"),
 ]
 
 
-def test_commands_answer_and_are_never_sent(chat, stub):
-    for command, words in COMMANDS:
+def test_commands_answer_and_are_never_sent_and_other_slashes_are(chat, stub):
+    for number, (command, words) in enumerate(COMMANDS, 1):
         chat.ask(command)
-        expect(chat.console.last).to_have_text(words)
+        expect(chat.console).to_have_count(number)
+        expect(chat.console.last).to_contain_text(words)
         expect(chat.input).to_have_value("")
     chat.ask("/help")
     text = chat.console.last.inner_text()
-    assert text.startswith(HELP) and text.endswith("/clear - Clear conversation\n/help - Show this help message")
+    assert all(f"/{name} - " in text for name in ("temperature", "topk", "clear", "help"))
     assert stub.requests == [] and chat.stored() == []
-
-
-def test_a_slash_that_is_no_command_is_sent(chat, stub):
     chat.talk("/usr/bin is a folder")
     chat.talk(" /help")
     assert [text for _, text in sent(stub)][::2] == ["/usr/bin is a folder", "/help"]
-
-
-def test_clear_starts_a_new_conversation(chat, stub):
-    chat.talk("Old")
     chat.ask("/clear")
     expect(chat.answers).to_have_count(0)
     chat.talk("New")
     assert sent(stub) == [("user", "New")]
-    expect(chat.titles).to_have_text(["New", "Old"])
+    expect(chat.titles).to_have_text(["New", "/usr/bin is a folder"])
 
 
 def test_what_is_set_is_sent_and_kept(chat, stub):
@@ -448,25 +405,21 @@ def test_what_is_set_is_sent_and_kept(chat, stub):
     assert stub.requests[-1]["temperature"] == 0.8 and "seed" not in stub.requests[-1]
 
 
-def test_a_wrong_setting_is_told_and_not_taken(chat, stub):
+def test_a_wrong_setting_is_not_taken_and_the_servers_defaults_hold_until_something_is_set(chat, stub):
     chat.button("Settings").click()
     field = chat.page.get_by_label("Temperature", exact=True)
     field.fill("3")
     field.press("Enter")
     expect(field).to_have_attribute("aria-invalid", "true")
-    expect(chat.page.locator("#settings").get_by_role("alert")).to_have_text(
-        "Invalid temperature. Must be between 0.0 and 2.0."
-    )
+    expect(chat.page.locator("#settings").get_by_role("alert")).to_contain_text("between 0.0 and 2.0")
     chat.talk("x")
     assert stub.requests[-1]["temperature"] == 0.8
-    field.fill("1")
+    field.fill("0.8")
     field.press("Enter")
     expect(field).to_have_attribute("aria-invalid", "false")
     chat.button("Close settings").click()
     expect(chat.button("Settings")).to_be_focused()
-
-
-def test_the_servers_defaults_hold_until_something_is_set(chat, stub):
+    chat.page.evaluate("localStorage.clear()")
     stub.model["defaults"] = {"temperature": 0.1, "top_k": 5, "max_tokens": 32}
     chat.page.reload()
     chat.ready()
@@ -529,25 +482,24 @@ def test_context_meter_and_tokens_per_second(chat, stub):
     chat.talk("y")
     expect(meter).to_have_text("234 of 256 tokens")
     expect(meter).to_have_class("high")
+    stub.finish_reason = "length"
+    chat.talk("z")
+    expect(chat.note).to_be_visible()
+    words = chat.note.inner_text()
+    stub.usage = {"prompt_tokens": 240, "completion_tokens": 16}
+    chat.talk("z")
+    expect(chat.note).to_contain_text("context")  # it is full, which is another matter than the longest length
+    assert "context" not in words
     chat.button("New chat").click()
     expect(meter).to_have_text("0 of 256 tokens")
 
 
-def test_an_answer_cut_at_its_length_says_so(chat, stub):
-    stub.finish_reason = "length"
-    chat.talk("x")
-    expect(chat.note).to_contain_text("reached the longest length")
-    stub.usage = {"prompt_tokens": 240, "completion_tokens": 16}
-    chat.talk("y")
-    expect(chat.note).to_have_text("The context is full: the answer ends here.")
-
-
 def test_an_overlong_conversation_offers_to_leave_out_old_turns(chat, stub):
     chat.talk("Old")
-    words = "the messages have 300 tokens, this model's context is 256"
+    words = "too many tokens"
     stub.script(Fail(400, words, "context_length_exceeded"))
     chat.talk("New")
-    expect(chat.note).to_contain_text(f"T{words[1:]}.")
+    expect(chat.note).to_contain_text(words[1:])
     chat.button("Leave out the oldest turns").click()
     expect(chat.answer).to_have_text("An answer.")
     assert stub.requests[-1]["truncate_history"] is True

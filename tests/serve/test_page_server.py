@@ -5,6 +5,9 @@ import time
 import pytest
 from playwright.sync_api import expect
 
+from tests.page_browser import Chat
+from tests.serve_fixtures import BASE, serving, toy_engine
+from tests.tokenizer_fixtures import golden_tokenizer
 from tests.web_server import Die, Fail, Gate, PageServer
 
 pytest_plugins = ["tests.page_browser"]
@@ -125,8 +128,6 @@ def test_a_key_that_is_changed_meanwhile_does_not_lose_the_question(chat, stub):
 @pytest.fixture
 def talking(stub, browser):
     """A chat in the middle of an answer of a server of its own: (chat, server)."""
-    from tests.page_browser import Chat
-
     server = PageServer()
     server.script("0 1 2 3", Gate())
     chat = Chat(browser, server.url).ready()
@@ -203,18 +204,8 @@ def test_another_model_after_a_restart_is_noticed(chat, stub):
 # --- the real server --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real():
-    """`serving(engine, model, ...)` of the server's own tests: the real application and engine."""
-    from tests import serve_fixtures
-
-    return serve_fixtures
-
-
 @pytest.fixture
 def visit(browser):
-    from tests.page_browser import Chat
-
     opened = []
 
     def visit(running) -> Chat:
@@ -228,8 +219,6 @@ def visit(browser):
 
 def tool_answer(*parts: str) -> list[int]:
     """Token ids of text and, where a part is in angle brackets, of a call of the calculator."""
-    from tests.tokenizer_fixtures import golden_tokenizer
-
     tokenizer = golden_tokenizer()
     special, ids = tokenizer.encode_special, []
     for part in parts:
@@ -239,9 +228,9 @@ def tool_answer(*parts: str) -> list[int]:
     return [*ids, special("<|assistant_end|>")]
 
 
-def test_with_the_real_server_tool_calls_and_history(real, visit):
+def test_with_the_real_server_tool_calls_and_history(visit):
     hi = [{"role": "user", "content": "What is 34 + 27?"}]
-    with real.serving(real.toy_engine()) as running:
+    with serving(toy_engine()) as running:
         chat = visit(running).ready()
         running.tell(tool_answer("So 🙂 ", "<34+27>"), hi)
         expect(chat.page.locator("#model")).to_have_text("tiny")
@@ -264,31 +253,8 @@ def test_with_the_real_server_tool_calls_and_history(real, visit):
 
 
 @pytest.mark.slow
-def test_with_the_real_server_seed_and_overflow(real, visit):
-    with real.serving(real.toy_engine()) as running:
-        chat = visit(running).ready()
-        for command in ("/maxtokens 200", "/seed 1", "/topp 0.99", "/temperature 1"):
-            chat.ask(command)
-        chat.ask("Hello")
-        chat.done()
-        first = chat.answer.inner_text()
-        chat.button("Regenerate").click()
-        chat.done()
-        assert chat.answer.inner_text() == first  # the same seed
-        for _ in range(6):
-            if chat.note.get_by_role("button", name="Leave out the oldest turns").count():
-                break
-            chat.talk("Tell me more about it, please. " * 3)
-        expect(chat.note).to_contain_text(f"context is {running.worker.engine.capacity} tokens")
-        chat.button("Leave out the oldest turns").click()
-        chat.done()
-        expect(chat.answers.last.locator(".stats")).to_be_visible()
-        running.idle()
-
-
-@pytest.mark.slow
-def test_with_the_real_server_base_model_and_key(real, visit):
-    with real.serving(real.toy_engine(), real.BASE, key="secret") as running:
+def test_with_the_real_server_base_model_and_key(visit):
+    with serving(toy_engine(), BASE, key="secret") as running:
         chat = visit(running)
         chat.page.get_by_label("API key").fill("secret")
         chat.page.get_by_label("API key").press("Enter")
@@ -305,8 +271,8 @@ def test_with_the_real_server_base_model_and_key(real, visit):
         running.idle()
 
 
-def test_with_the_real_server_stop_frees_the_slot(real, visit):
-    engine = real.toy_engine()
+def test_with_the_real_server_stop_frees_the_slot(visit):
+    engine = toy_engine()
     running_on, budget = engine.step, [4]
 
     def step(meanwhile, steps):
@@ -319,7 +285,7 @@ def test_with_the_real_server_stop_frees_the_slot(real, visit):
         return running_on(meanwhile, steps)
 
     engine.step = step
-    with real.serving(engine) as running:
+    with serving(engine) as running:
         chat = visit(running).ready()
         running.tell(tool_answer("la " * 50), [{"role": "user", "content": "Sing"}])
         chat.ask("Sing")
@@ -329,15 +295,3 @@ def test_with_the_real_server_stop_frees_the_slot(real, visit):
         running.idle()
         content = chat.stored()[0]["messages"][1]["content"]
         assert ("la " * 50).startswith(content) and 6 <= len(content) < 150
-
-
-@pytest.mark.slow
-def test_with_the_real_server_that_is_stopped_in_the_middle(real, visit):
-    with real.serving(real.toy_engine(pause=0.2)) as running:
-        chat = visit(running).ready()
-        running.tell(tool_answer("la " * 50), [{"role": "user", "content": "Sing"}])
-        chat.ask("Sing")
-        expect(chat.answer).to_contain_text("la")
-        running.server.should_exit = True
-        expect(chat.note).to_contain_text("What had arrived is kept.")
-        expect(chat.banner).to_contain_text(GONE)

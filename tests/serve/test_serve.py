@@ -2,23 +2,18 @@
 
 import asyncio
 import dataclasses
-import itertools
 import json
 import re
 import socket
 import threading
 import time
 
-import httpx
 import openai
 import pytest
 
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.serve import page
 from nanochat_jax.serve.main import make_server
-from nanochat_jax.serve.streaming import GrowingCompletion
-from nanochat_jax.serve.worker import Update
-from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.serve_fixtures import CHAT, HI, serving, toy_engine, toy_params
 from tests.tokenizer_fixtures import golden_tokenizer
 
@@ -30,12 +25,6 @@ END = SPECIAL("<|assistant_end|>")
 def tiny():
     with serving(toy_engine(pause=0.02)) as running:
         yield running
-
-
-def events(response: httpx.Response) -> list[dict]:
-    lines = response.text.split("\n\n")
-    assert lines[-1] == "" and all(line.startswith("data: ") for line in lines[:-1])
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line != "data: [DONE]"]
 
 
 def test_health_and_stats(tiny):
@@ -84,12 +73,22 @@ def test_the_page_may_run_its_own_script_only(tiny):
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     assert policy.count("'sha256-") == len(re.findall(r"<(?:script|style)\b", answer.text)) > 0
     assert answer.headers["x-content-type-options"] == "nosniff"
+    # one file and nothing else: no other address is named, and nothing turns text into HTML
+    assert not re.search(r"""(?:src|href)=["'](?!#|data:)|@import|url\((?!#)""", answer.text)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\son[a-z]+=\"|\sstyle=\"", answer.text
+    )
+    assert set(re.findall(r"https?://[\w.]+", answer.text)) == {"http://www.w3.org"}
 
 
-def test_unknown_addresses_and_methods(tiny):
+def test_unknown_addresses_and_an_endpoint_that_breaks(tiny, monkeypatch):
     for answer, status in ((tiny.http.get("/v2"), 404), (tiny.http.get("/v1/completions"), 405)):
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
     assert tiny.http.get("/docs").status_code == 404 and tiny.http.get("/openapi.json").status_code == 200
+    monkeypatch.setattr(tiny.worker, "submit", lambda *a: 1 / 0)
+    answer = tiny.post("/v1/completions", prompt="a")
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "Zero" not in answer.text and "division" not in answer.text  # nothing of the inside
 
 
 def test_prompts_are_logged_only_if_asked(caplog):
@@ -99,39 +98,6 @@ def test_prompts_are_logged_only_if_asked(caplog):
             running.tell([*b"an answer", END])
             running.post("/v1/chat/completions", messages=HI)
         assert ("Hello" in caplog.text) == ("an answer" in caplog.text) == asked
-
-
-# --- text -----------------------------------------------------------------------------------------
-
-
-def test_every_split_of_characters_over_tokens():
-    """A tokenizer that has every part of this text as a token, and the text in each of its 512 spellings."""
-    data = "é日🚀!".encode()
-    parts = {data[i:j] for i in range(len(data)) for j in range(i + 2, len(data) + 1)}
-    ranks = [bytes([i]) for i in range(256)] + sorted(parts)
-    tokenizer = Tokenizer(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
-    ids = {token: i for i, token in enumerate(ranks)}
-    spellings = []
-    for cuts in itertools.product([False, True], repeat=len(data) - 1):
-        at = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(data)]
-        spellings.append([ids[data[i:j]] for i, j in itertools.pairwise(at)])
-    assert len(spellings) == 512
-    for spelling in spellings:
-        answer, shown = GrowingCompletion(tokenizer), []
-        for token in spelling:
-            shown += answer.push(Update(0, [token], None, CHAT))
-        shown += answer.push(Update(0, [tokenizer.bos_id], "end", CHAT))
-        texts = [text for text, _ in shown]
-        assert "".join(texts) == "é日🚀!" and not any("\ufffd" in text for text in texts)
-    with serving(toy_engine(tokenizer=tokenizer)) as running:
-        for spelling in spellings[::64]:
-            running.tell([*spelling, tokenizer.bos_id])
-            body = dict(messages=HI, max_tokens=50, stream=True)
-            chunks = [
-                e["choices"][0]["delta"].get("content", "")
-                for e in events(running.post("/v1/chat/completions", **body))
-            ]
-            assert "".join(chunks) == "é日🚀!" and not any("\ufffd" in c for c in chunks)
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -154,28 +120,19 @@ def test_a_failing_step_is_told_to_everyone(caplog):
     assert "secret detail of the device" in caplog.text, "the log says why"
 
 
-def test_an_endpoint_that_breaks_says_nothing_of_the_inside(tiny, monkeypatch):
-    monkeypatch.setattr(tiny.worker, "submit", lambda *a: 1 / 0)
-    answer = tiny.post("/v1/completions", prompt="a")
-    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
-    assert "Zero" not in answer.text and "division" not in answer.text
-
-
 def test_health_answers_while_a_step_takes_its_time():
     engine = toy_engine()
     step, gate = engine.step, threading.Event()
     engine.step = lambda *arguments: (gate.wait(), step(*arguments))[1]
     with serving(engine) as running:
-        threading.Thread(target=lambda: running.post("/v1/completions", prompt="a", max_tokens=3)).start()
+        asking = threading.Thread(target=lambda: running.post("/v1/completions", prompt="a", max_tokens=3))
+        asking.start()
         running.until(lambda: running.http.get("/health").json()["waiting"] == 1)
-        times = []
-        for _ in range(50):
-            begin = time.monotonic()
-            assert running.http.get("/health").status_code == 200
-            times.append(time.monotonic() - begin)
+        for _ in range(10):
+            assert running.http.get("/health", timeout=5).status_code == 200
         gate.set()
+        asking.join()
         running.idle()
-    assert sorted(times)[25] < 0.1
 
 
 # --- hanging up, swapping, stopping ---------------------------------------------------------------
@@ -246,40 +203,30 @@ def test_parameters_are_swapped_between_requests(tiny):
     assert ask()["choices"] == old["choices"]
 
 
-def test_shutdown_ends_streams_with_a_last_event(monkeypatch):
-    monkeypatch.setattr("nanochat_jax.serve.main.GRACE_S", 0.2)
+def test_shutdown_finishes_what_is_short_and_ends_what_is_long_with_a_last_event(monkeypatch):
+    monkeypatch.setattr("nanochat_jax.serve.main.GRACE_S", 0.5)
     engine = toy_engine(pause=0.05)
-    asked = {"prompt": "a", "stream": True, "n": 6, "max_tokens": 110}
+    long = {"prompt": "a", "stream": True, "n": 3, "max_tokens": 110}
     with serving(engine) as running:
         got: list[str] = []
 
         def read():
-            with running.http.stream("POST", "/v1/completions", json=asked) as answer:
+            with running.http.stream("POST", "/v1/completions", json=long) as answer:
                 got.extend(answer.iter_text())
 
         reader = threading.Thread(target=read)
         reader.start()
         running.until(lambda: len(got) > 2)
+        short = running.openai().completions.create(model="tiny", prompt="a", max_tokens=12, stream=True)
+        first = next(iter(short))
         begin = time.monotonic()
         running.server.should_exit = True
+        assert [c.choices[0].finish_reason for c in [first, *short]][-1] == "length"
         reader.join(10)
         assert not reader.is_alive() and time.monotonic() - begin < 5
         text = "".join(got)
-        assert "the server is shutting down" in text
-        assert text.endswith("data: [DONE]\n\n")
+        assert "shutting_down" in text and text.endswith("data: [DONE]\n\n")
     assert not running.worker._thread.is_alive() and engine.live == 0
-
-
-def test_short_answers_are_finished_at_shutdown():
-    engine = toy_engine(pause=0.05)
-    with serving(engine) as running:
-        stream = running.openai().completions.create(
-            model="tiny", prompt="a", max_tokens=12, stream=True, temperature=0
-        )
-        first = next(iter(stream))
-        running.server.should_exit = True
-        rest = list(stream)
-        assert [c.choices[0].finish_reason for c in [first, *rest]][-1] == "length"
 
 
 def test_a_signal_is_not_raised_again():

@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 
-import httpx
 import openai
 import pytest
 
@@ -56,7 +55,7 @@ def call(expression: str) -> list[int]:
 # --- answers --------------------------------------------------------------------------------------
 
 
-def test_01_models(tiny):
+def test_models(tiny):
     (model,) = tiny.openai().models.list().data
     assert model.id == "tiny" and model.object == "model" and model.created == 1_700_000_000
     assert (
@@ -65,7 +64,7 @@ def test_01_models(tiny):
     assert tiny.openai().models.retrieve("tiny") == model
 
 
-def test_02_answer_and_usage(tiny):
+def test_answer_and_usage(tiny):
     answer = ask(tiny, seed=1)
     prompt = chat_prompt(HI, golden_tokenizer())
     (expected,) = toy_engine().generate([prompt], SamplingParams(24, top_k=50, seed=1))
@@ -76,27 +75,24 @@ def test_02_answer_and_usage(tiny):
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (len(prompt), 24, len(prompt) + 24)
 
 
-def test_03_stream_equals_answer(tiny):
+def test_stream_equals_answer(tiny):
     chunks = list(ask(tiny, seed=2, stream=True))
     assert text_of(chunks) == ask(tiny, seed=2).choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant" and len({c.id for c in chunks}) == 1
     assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"]
     assert all(c.usage is None for c in chunks) and len(chunks) > 6
-
-
-def test_04_stream_usage(tiny):
     chunks = list(ask(tiny, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 24
     assert all(c.usage is None for c in chunks[:-1])
 
 
-def test_05_seed(tiny):
+def test_seed(tiny):
     one, same, other = (ask(tiny, seed=s).choices[0].message.content for s in (5, 5, 6))
     assert one == same != other
     assert ask(tiny).choices[0].message.content != ask(tiny).choices[0].message.content, "no seed: a new answer"
 
 
-def test_06_n(tiny):
+def test_n(tiny):
     three = ask(tiny, n=3, seed=5)
     assert [c.index for c in three.choices] == [0, 1, 2]
     texts = [c.message.content for c in three.choices]
@@ -106,36 +102,26 @@ def test_06_n(tiny):
     for chunk in ask(tiny, n=3, seed=5, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == texts
+    assert len({c.message.content for c in ask(tiny, n=9, seed=8).choices}) == 9, "more than there are slots"
 
 
-def test_07_more_answers_than_slots(tiny):
-    texts = [c.message.content for c in ask(tiny, n=9, seed=8).choices]
-    assert len(set(texts)) == 9
-
-
-def test_08_temperature_zero(tiny):
-    assert len({ask(tiny, temperature=0, seed=s).choices[0].message.content for s in range(3)}) == 1
-
-
-def test_09_top_p_and_top_k(tiny):
+def test_top_p_and_top_k(tiny):
     greedy = ask(tiny, temperature=0).choices[0].message.content
+    assert ask(tiny, temperature=0, seed=1).choices[0].message.content == greedy
     assert ask(tiny, top_p=0.0, seed=3).choices[0].message.content == greedy
     assert ask(tiny, seed=3, extra_body={"top_k": 1}).choices[0].message.content == greedy
     assert ask(tiny, seed=3, extra_body={"top_k": 0}).choices[0].message.content != greedy
 
 
-def test_10_max_completion_tokens(tiny):
+def test_how_long_an_answer_is(tiny):
     answer = ask(tiny, max_completion_tokens=3, max_tokens=None)
     assert answer.usage.completion_tokens == 3 and answer.choices[0].finish_reason == "length"
-
-
-def test_11_the_longest_answer_ends_with_the_context(tiny):
     answer = ask(tiny, max_tokens=100_000, temperature=0)
     usage = answer.usage
     assert answer.choices[0].finish_reason == "stop" or usage.total_tokens == CAPACITY + 1
 
 
-def test_12_cached_tokens(tiny):
+def test_cached_tokens(tiny):
     conversation = [{"role": "user", "content": "A long beginning that comes back. " * 3}]
     first = ask(tiny, messages=conversation)
     again = ask(tiny, messages=conversation)
@@ -143,7 +129,7 @@ def test_12_cached_tokens(tiny):
     assert 0 < cached < again.usage.prompt_tokens == first.usage.prompt_tokens
 
 
-def test_13_system_message_and_parts(scripted):
+def test_system_message_and_parts(scripted):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]},
@@ -157,7 +143,7 @@ def test_13_system_message_and_parts(scripted):
 
 @pytest.mark.parametrize("stop", ["STOP", ["zzz", "STOP"]])
 @pytest.mark.parametrize("stream", [False, True])
-def test_14_stop_strings(scripted, stop, stream):
+def test_stop_strings(scripted, stop, stream):
     scripted.tell(list(b"one STO two STOP three four five six seven eight nine ten"))
     answer = ask(scripted, stop=stop, max_tokens=200, stream=stream)
     if stream:
@@ -168,7 +154,7 @@ def test_14_stop_strings(scripted, stop, stream):
         assert answer.usage.completion_tokens <= 16 + 4, "the slot was not freed"
 
 
-def test_15_tool_calls_in_the_text(scripted):
+def test_tool_calls_in_the_text(scripted):
     scripted.tell([*list(b"So "), *call("12+30"), *[0] * 4, *list(b"!"), SPECIAL("<|assistant_end|>")])
     answer = ask(scripted, max_tokens=100)
     # the calculator's answer takes the place of what the model would have said there
@@ -183,14 +169,11 @@ def test_15_tool_calls_in_the_text(scripted):
     assert text_of(chunks) == "So <12+30=42>!"
     tools = [(c.choices[0].delta.model_extra or {}).get("tool") for c in chunks]
     assert [t for t in tools if t] == [{"call": "12+30"}, {"result": "42"}]
-
-
-def test_16_a_refused_tool_call(scripted):
     scripted.tell([*call("12+"), *list(b" well"), SPECIAL("<|assistant_end|>")])
-    assert text_of(ask(scripted, max_tokens=100, stream=True)) == "<12+> well"
+    assert text_of(ask(scripted, max_tokens=100, stream=True)) == "<12+> well", "the calculator refused"
 
 
-def test_17_an_answer_is_sent_back(scripted):
+def test_an_answer_is_sent_back(scripted):
     parts = [
         {"type": "python", "text": "12+30"},
         {"type": "python_output", "text": "42"},
@@ -204,15 +187,18 @@ def test_17_an_answer_is_sent_back(scripted):
     assert len(counts) == 1 and ask(scripted, messages=wrong, max_tokens=1).usage.prompt_tokens not in counts
 
 
-def test_18_utf8_one_byte_at_a_time(scripted):
+def test_utf8_one_byte_at_a_time(scripted):
     text = "naïve 🚀 日本語 👩‍👩‍👧 ok"
     scripted.tell([*text.encode(), SPECIAL("<|assistant_end|>")])
     chunks = list(ask(scripted, max_tokens=200, stream=True))
     assert text_of(chunks) == text and not any("\ufffd" in (c.choices[0].delta.content or "") for c in chunks)
     assert ask(scripted, max_tokens=200).choices[0].message.content == text
+    body = json.dumps({"messages": [{"role": "user", "content": "half a character \ud83d"}]})
+    answer = scripted.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
 
 
-def test_19_completions(tiny):
+def test_completions(tiny):
     client = tiny.openai()
     settings = dict(model="tiny", max_tokens=12, temperature=0.9, seed=4)
     tokenizer = golden_tokenizer()
@@ -225,7 +211,7 @@ def test_19_completions(tiny):
     assert client.completions.create(model="tiny", prompt="The sea").usage.completion_tokens <= 16, "OpenAI's default"
 
 
-def test_20_several_prompts(tiny):
+def test_several_prompts(tiny):
     client = tiny.openai()
     settings = dict(model="tiny", max_tokens=12, seed=4)
     both = client.completions.create(prompt=["The sea", "A stone"], n=2, **settings)
@@ -235,7 +221,7 @@ def test_20_several_prompts(tiny):
     assert both.usage.total_tokens == sum(a.usage.total_tokens for a in alone)
 
 
-def test_21_many_at_once(tiny):
+def test_many_at_once(tiny):
     before = compiled_programs()
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         alone = [ask(tiny, seed=s).choices[0].message.content for s in range(12)]
@@ -243,38 +229,12 @@ def test_21_many_at_once(tiny):
     assert crowd == alone and compiled_programs() == before, "something was compiled while serving"
 
 
-def test_22_a_stream_can_be_left(tiny):
-    stream = ask(tiny, stream=True, max_tokens=110)
-    next(iter(stream))
-    stream.close()
-    tiny.idle()
-
-
-def test_23_a_timeout_leaves_nothing_behind(tiny):
-    slow = tiny.openai().with_options(timeout=httpx.Timeout(30, read=0.001))
-    for _ in range(3):
-        with pytest.raises(openai.APITimeoutError):
-            slow.chat.completions.create(**{**SAMPLED, "max_tokens": 110, "n": 4})
-    tiny.idle()
-
-
-def test_24_the_async_client(tiny):
-    import asyncio
-
-    async def main():
-        async with openai.AsyncOpenAI(base_url=f"{tiny.url}/v1", api_key="x", max_retries=0) as client:
-            jobs = [client.chat.completions.create(**SAMPLED, seed=s) for s in range(6)]
-            return [a.choices[0].message.content for a in await asyncio.gather(*jobs)]
-
-    assert asyncio.run(main()) == [ask(tiny, seed=s).choices[0].message.content for s in range(6)]
-
-
 # --- long conversations ---------------------------------------------------------------------------
 
 LONG = [{"role": r, "content": "word " * 12} for _ in range(8) for r in ("user", "assistant")] + HI
 
 
-def test_25_a_long_conversation_is_refused_in_tokens(tiny):
+def test_a_long_conversation_is_refused_in_tokens(tiny):
     n = len(chat_prompt(LONG, golden_tokenizer()))
     assert n > CAPACITY
     with pytest.raises(openai.BadRequestError) as caught:
@@ -283,7 +243,7 @@ def test_25_a_long_conversation_is_refused_in_tokens(tiny):
     assert str(n) in caught.value.message and f"{CAPACITY} tokens" in caught.value.message
 
 
-def test_26_or_shortened_if_asked(tiny):
+def test_or_shortened_if_asked(tiny):
     answer = ask(tiny, messages=LONG, extra_body={"truncate_history": True})
     assert answer.usage.prompt_tokens + 24 <= CAPACITY + 1 and answer.usage.completion_tokens > 0
     with pytest.raises(openai.BadRequestError) as caught:
@@ -291,7 +251,7 @@ def test_26_or_shortened_if_asked(tiny):
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_27_a_long_prompt(tiny):
+def test_a_long_prompt(tiny):
     for prompt in ("word " * 300, [5] * (CAPACITY + 1), "x" * 200_000):
         with pytest.raises(openai.BadRequestError) as caught:
             tiny.openai().completions.create(model="tiny", prompt=prompt)
@@ -303,7 +263,7 @@ def test_27_a_long_prompt(tiny):
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_28_unknown_model(tiny):
+def test_unknown_model(tiny):
     with pytest.raises(openai.NotFoundError) as caught:
         ask(tiny, model="gpt-4o")
     assert caught.value.code == "model_not_found" and "'tiny'" in caught.value.message
@@ -326,15 +286,11 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("field", UNSUPPORTED)
-def test_29_unsupported_options_are_named(tiny, field):
-    with pytest.raises(openai.BadRequestError) as caught:
-        ask(tiny, **{field: UNSUPPORTED[field]})
-    assert caught.value.param == field and caught.value.code == "unsupported_parameter"
-    assert field in caught.value.message
-
-
-def test_30_their_neutral_values_are_accepted(tiny):
+def test_unsupported_options_are_named_and_their_neutral_values_accepted(tiny):
+    for field, value in UNSUPPORTED.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(tiny, **{field: value})
+        assert caught.value.param == field and caught.value.code == "unsupported_parameter"
     neutral = dict(
         tools=[], tool_choice="none", response_format={"type": "text"}, logprobs=False, top_logprobs=0, logit_bias={},
         frequency_penalty=0, presence_penalty=0.0, modalities=["text"], store=False, user="me", n=1, stop=[],
@@ -370,20 +326,13 @@ def test_30_their_neutral_values_are_accepted(tiny):
         (dict(messages=[*HI, {"role": "system", "content": "x"}]), "messages.1"),
     ],
 )
-def test_31_wrong_values_are_named(tiny, changes, field):
+def test_wrong_values_are_named(tiny, changes, field):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(tiny, **changes)
     assert caught.value.param == field and caught.value.type == "invalid_request_error"
-    assert field.split(".")[0] in caught.value.message or "message 1" in caught.value.message
 
 
-def test_32_half_a_character_is_no_text(tiny):
-    body = json.dumps({"messages": [{"role": "user", "content": "a\ud83d"}]})
-    answer = tiny.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
-
-
-def test_33_a_base_model_completes_only():
+def test_a_base_model_completes_only():
     with serving(toy_engine(), BASE) as running:
         assert running.openai().completions.create(model="tiny", prompt="The", max_tokens=3).choices[0].text
         with pytest.raises(openai.BadRequestError) as caught:
@@ -391,7 +340,7 @@ def test_33_a_base_model_completes_only():
         assert caught.value.code == "model_not_chat" and "/v1/completions" in caught.value.message
 
 
-def test_34_the_queue_is_full():
+def test_the_queue_is_full():
     with serving(toy_engine(pause=0.02), queue=0) as running:
         busy = [ask(running, stream=True, max_tokens=110) for _ in range(4)]
         with pytest.raises(openai.RateLimitError) as caught:
@@ -402,11 +351,3 @@ def test_34_the_queue_is_full():
             stream.close()
         running.idle()
         assert ask(running).usage.completion_tokens == 24
-
-
-def test_35_the_key():
-    with serving(toy_engine(), key="secret-key") as running:
-        assert running.openai("secret-key").models.list().data
-        with pytest.raises(openai.AuthenticationError) as caught:
-            running.openai("wrong").models.list()
-        assert caught.value.code == "invalid_api_key"

@@ -1,4 +1,4 @@
-"""Who may call the server, how much they may send, and 10,000 bodies that make no sense."""
+"""Who may call the server, how much they may send, and bodies that make no sense."""
 
 import contextlib
 import copy
@@ -42,18 +42,17 @@ def raw(running, request: bytes) -> bytes:
 # --- hosts and origins ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.1:8000", "LOCALHOST:1", "[::1]:8000", "[::1]"])
-def test_names_of_this_machine_are_answered(tiny, host):
-    assert tiny.http.get("/health", headers={"Host": host}).status_code == 200
+OWN = ["localhost", "127.0.0.1", "127.0.0.1:8000", "LOCALHOST:1", "[::1]:8000", "[::1]"]
+FOREIGN = ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8000", "192.168.1.5", "[::2]", "", "["]
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8000", "192.168.1.5", "[::2]", "", "["]
-)
-def test_a_name_that_was_rebound_to_this_machine_is_not(tiny, host):
-    for method, path in (("GET", "/"), ("GET", "/v1/models"), ("POST", "/v1/completions")):
-        answer = tiny.http.request(method, path, headers={"Host": host}, json={})
-        assert answer.status_code in (400, 403) and "tiny" not in answer.text
+def test_only_names_of_this_machine_are_answered(tiny):
+    for host in OWN:
+        assert tiny.http.get("/health", headers={"Host": host}).status_code == 200
+    for host in FOREIGN:  # rebound to this machine
+        for method, path in (("GET", "/"), ("GET", "/v1/models"), ("POST", "/v1/completions")):
+            answer = tiny.http.request(method, path, headers={"Host": host}, json={})
+            assert answer.status_code in (400, 403) and "tiny" not in answer.text
 
 
 def test_other_web_sites_are_refused(tiny):
@@ -198,8 +197,8 @@ def test_nonsense(tiny):
 
 
 @pytest.mark.slow
-def test_ten_thousand_bodies_of_nonsense(tiny):
-    statuses = attack(tiny, 10_000, 1)
+def test_thousands_of_bodies_of_nonsense(tiny):
+    statuses = attack(tiny, 3_000, 1)
     assert set(statuses) <= {200, 400, 404, 413, 422}
     assert tiny.http.get("/health").json()["status"] == "ok" and tiny.worker.failure is None
 
