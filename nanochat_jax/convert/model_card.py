@@ -3,7 +3,7 @@
 from typing import Any
 
 from nanochat_jax.evals import results
-from nanochat_jax.model.gpt import NORM_EPS, GPTConfig, num_params
+from nanochat_jax.model.layers import NORM_EPS, GPTConfig, num_params
 from nanochat_jax.report import collect, stage, summary
 from nanochat_jax.report.collect import ReportError, Run
 from nanochat_jax.runs import checkpoint

@@ -326,7 +326,9 @@ def _programs(config: GPTConfig, mesh: Mesh | None, chunk: int) -> _Programs:
             own.new_keys,
             own.new_values,
             start=length_R1[:, 0],
-            filled=jnp.zeros((), jnp.int32),
+            filled=own.filled,
+            previous=jnp.take_along_axis(ids_RP, length_R1 - 1, axis=1)[:, 0],
+            new_ids=own.new_ids,
             capacity=P + S,
         )
 

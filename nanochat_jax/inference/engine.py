@@ -259,7 +259,7 @@ class Engine:
                     joins = self._runner.joins(others, request.slot, request.prefilled, request.left)
                     (turn if joins else waiting).append(request)
             if turn:
-                rows = [(r.slot, r.prefilled, r.prompt[r.prefilled : -1]) for r in turn]
+                rows = [(r.slot, r.prefilled, r.prompt) for r in turn]
                 cost, taken = self._runner.prefill(rows)
                 for request, n in zip(turn, taken, strict=True):
                     request.prefilled += n
@@ -334,7 +334,8 @@ class Engine:
             row[model_runner.POSITION] = self._scheduler.held(slot) if request is None else request.position
             return
         params, n = request.params, len(request.tokens)
-        row[model_runner.TOKEN] = request.tokens[-1] if n else request.prompt[-1]
+        before, token = [-1, *request.prompt[-2:], *request.tokens[-2:]][-2:]
+        row[model_runner.PREVIOUS], row[model_runner.TOKEN] = before, token
         row[model_runner.POSITION] = request.position
         row[model_runner.COUNT] = n
         row[model_runner.SEED] = np.uint32(params.seed & 0xFFFFFFFF).view(np.int32)

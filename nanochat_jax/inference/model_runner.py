@@ -32,7 +32,10 @@ PROMPTS, SHORT_PROMPT = 4, 64  # one call prefills up to so many prompts that ar
 SMALLEST_VISIBLE = 64
 
 # columns of the row matrix; forced tokens follow
-TOKEN, POSITION, COUNT, SEED, SAMPLE_INDEX, TEMPERATURE, TOP_K, TOP_P, STOPS, REMAINING, N_FORCED, N_COLUMNS = range(12)
+(
+    TOKEN, PREVIOUS, POSITION, COUNT, SEED, SAMPLE_INDEX, TEMPERATURE, TOP_K, TOP_P, STOPS, REMAINING, N_FORCED,
+    N_COLUMNS,
+) = range(13)  # fmt: skip
 STOP_AT_END, STOP_AT_TOOL = 1, 2  # bits of STOPS
 ENDLESS = 2**30  # REMAINING of a row that belongs to no request
 # columns of the control matrix; end tokens (-1 = none) follow
@@ -51,10 +54,10 @@ def prefill(
 ) -> KVSlots:
     """Writes keys and values of ids (devices * R, T) into R slots of each device. `slots` is donated.
 
-    where (devices * R, 3) int32, for each row: the slot, numbered on its device, its first free position, and 1; or 0
-    for padding rows, which come last on their device. Rows are computed one after the other, so results are
-    batch-invariant; one call for several still saves what a call costs. Padding at the end of ids lands beyond the
-    length that the caller keeps, and is overwritten later.
+    where (devices * R, 4) int32, for each row: the slot, numbered on its device, its first free position, the id of the
+    token before it (-1: none), and 1; or 0 for padding rows, which come last on their device. Rows are computed one
+    after the other, so results are batch-invariant; one call for several still saves what a call costs. Padding at the
+    end of ids lands beyond the length that the caller keeps, and is overwritten later.
     """
     keys, values = _compute(model, config, params, slots, ids, where, visible, mesh)
     return _write(slots, keys, values, where, mesh)
@@ -74,7 +77,8 @@ def _on_each(mesh: Mesh | None, body, n_replicated: int, n_sharded: int):
 def _compute(model, config, params, slots, ids, where, visible, mesh):
     def body(params, slots, ids, where):
         def row(i, new):
-            view = slots.view(where[i, 1][None], visible, ids.shape[1], slot=where[i, 0])
+            slot, start, previous = where[i, 0], where[i, 1][None], where[i, 2][None]
+            view = slots.view(start, previous, visible, ids.shape[1], slot=slot, windows=config.windows)
             _, cache = model.forward_cached(config, params, ids[i][None], view)
             return jax.tree.map(
                 lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (i * len(part), 0, 0)),
@@ -82,7 +86,7 @@ def _compute(model, config, params, slots, ids, where, visible, mesh):
                 (cache.new_keys, cache.new_values),
             )
 
-        return jax.lax.fori_loop(0, where[:, 2].sum(), row, slots.buffers(*ids.shape))
+        return jax.lax.fori_loop(0, where[:, 3].sum(), row, slots.buffers(*ids.shape))
 
     return _on_each(mesh, body, 1, 3)(params, slots, ids, where)
 
@@ -93,7 +97,7 @@ def _write(slots, keys, values, where, mesh):
         def put(i, slots):
             return slots.write(slots.row(keys, i), slots.row(values, i), where[i, 1][None], where[i, 0])
 
-        return jax.lax.fori_loop(0, where[:, 2].sum(), put, slots)
+        return jax.lax.fori_loop(0, where[:, 3].sum(), put, slots)
 
     return _on_each(mesh, body, 0, 4)(slots, keys, values, where)
 
@@ -162,9 +166,10 @@ def _decode(model, config, visible, max_new_steps, logprobs, in_place, params, s
     )
 
     # 3. Open the cache: old tokens are read-only, new ones go to a buffer. Nothing is read for rows without a request.
-    view = slots.view(rows[:, POSITION], visible, max_new_steps, slots=gathered, in_place=in_place)
-    if view.places is not None:
-        view = replace(view, places=jnp.where(rows[:, REMAINING] == ENDLESS, -1, view.places))
+    how: Any = dict(slots=gathered, in_place=in_place, windows=config.windows)
+    view = slots.view(rows[:, POSITION], rows[:, PREVIOUS], visible, max_new_steps, **how)
+    if view.storage_rows is not None:
+        view = replace(view, storage_rows=jnp.where(rows[:, REMAINING] == ENDLESS, -1, view.storage_rows))
 
     def going(carry):
         i, *_, stopped = carry
@@ -248,9 +253,9 @@ class ModelRunner:
         self._in_place = reads_in_place(config.dtype, platform)
 
     def set_params(self, params: Any) -> None:
-        """New parameters, cast and placed once: matmuls would cast the weights for every token."""
+        """New parameters, cast and placed once: matmuls would cast the weights for every token. Vectors stay."""
         dtype = self._config.dtype
-        cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and dtype != np.float32 else x, params)
+        cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and x.ndim > 1 else x, params)
         if self.mesh is not None:
             cast = jax.device_put(cast, sharding.named(self.mesh, sharding.replicated_spec()))
         self.params = cast
@@ -288,26 +293,26 @@ class ModelRunner:
         return min(PROMPTS, self.per_device) if length <= SHORT_PROMPT else 1
 
     def prefill(self, turn: Sequence[tuple[int, int, Sequence[int]]]) -> tuple[int, list[int]]:
-        """One chunk of each of some prompts that `joins` lets together: (slot, how much of it is there, the tokens to
-        come).
+        """One chunk of each of some prompts that `joins` lets together: (slot, how much of it is there, the prompt).
+        The last token of a prompt is left to the first decode call.
 
         Returns what it cost, in tokens of a device, and how many tokens of each were taken.
         """
-        chunks = [self._chunk(begin, len(tokens)) for _, begin, tokens in turn]
+        chunks = [self._chunk(begin, len(prompt) - 1 - begin) for _, begin, prompt in turn]
         visible = max(visible for _, visible in chunks)
         length = min(max(n for n, _ in chunks), *(self._longest(begin) for _, begin, _ in turn))
         ids = np.zeros((self.devices, self._at_once(length), length), np.int32)
-        where = np.zeros((self.devices, self._at_once(length), 3), np.int32)
+        where = np.zeros((self.devices, self._at_once(length), 4), np.int32)
         filled = [0] * self.devices
         taken = []
-        for slot, begin, tokens in turn:
-            device, place = divmod(slot, self.per_device)
+        for slot, begin, prompt in turn:
+            device, local = divmod(slot, self.per_device)
             row = filled[device]
             filled[device] += 1
-            taken.append(min(length, len(tokens)))
-            ids[device, row, : taken[-1]] = tokens[: taken[-1]]
-            where[device, row] = place, begin, 1
-        self._prefill(ids.reshape(-1, length), where.reshape(-1, 3), visible)
+            taken.append(min(length, len(prompt) - 1 - begin))
+            ids[device, row, : taken[-1]] = prompt[begin : begin + taken[-1]]
+            where[device, row] = local, begin, prompt[begin - 1] if begin else -1, 1
+        self._prefill(ids.reshape(-1, length), where.reshape(-1, 4), visible)
         return length * max(filled), taken
 
     def _prefill(self, ids: np.ndarray, where: np.ndarray, visible: int) -> None:
@@ -391,7 +396,7 @@ class ModelRunner:
                 progress(next(done), total)
         for visible, length in chunks:
             n = self.devices * self._at_once(length)
-            self._prefill(np.zeros((n, length), np.int32), np.zeros((n, 3), np.int32), visible)
+            self._prefill(np.zeros((n, length), np.int32), np.zeros((n, 4), np.int32), visible)
             progress(next(done), total)
         return compiled_programs() - before
 

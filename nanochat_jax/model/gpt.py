@@ -13,102 +13,28 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from nanochat_jax.model.attention import attention
 from nanochat_jax.model.config import REMAT_MODES as REMAT_MODES
+from nanochat_jax.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from nanochat_jax.model.config import GPTConfig as GPTConfig
 from nanochat_jax.model.kv_cache import KVCache, cached_attention
+from nanochat_jax.model.layers import apply_rotary as apply_rotary
+from nanochat_jax.model.layers import relu_squared, rms_norm
+from nanochat_jax.model.layers import rotary_tables as rotary_tables
 from nanochat_jax.model.linear import project
 from nanochat_jax.model.parameters import Params as Params
 from nanochat_jax.model.parameters import abstract as abstract
 from nanochat_jax.model.parameters import flops_per_token as flops_per_token
 from nanochat_jax.model.parameters import init as init
+from nanochat_jax.model.parameters import leaves, shape_of
 from nanochat_jax.model.parameters import num_params as num_params
-from nanochat_jax.model.parameters import shape_of
 from nanochat_jax.model.tensor_parallel import UNSHARDED, Parallel, keep_all_but_gathered
 from nanochat_jax.utils.errors import InputError
 
-NORM_EPS = float(np.finfo(np.float32).eps)  # 2**-23, also under bf16 activations (reference behaviour)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # modules
-
-
-@jax.custom_vjp
-def rms_norm(x: jax.Array) -> jax.Array:
-    """x / rms(x) over the last axis, without a gain; statistics in float32, result in x's dtype.
-
-    The backward pass works from the result, which the next product keeps anyway, and one number per row. `jax.grad`
-    would save x besides, in all 4 C values per token and layer.
-    """
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPS)).astype(x.dtype)
-
-
-def _rms_norm_fwd(x):
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPS)
-    # the barrier: XLA would rather compute the result again from x in the backward pass, and so keep both
-    y = jax.lax.optimization_barrier((x32 * scale).astype(x.dtype))
-    return y, (y, scale)
-
-
-def _rms_norm_bwd(residuals, d_y):
-    y, scale = residuals
-    y32, d32 = y.astype(jnp.float32), d_y.astype(jnp.float32)
-    return ((scale * (d32 - y32 * jnp.mean(y32 * d32, axis=-1, keepdims=True))).astype(y.dtype),)
-
-
-rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
-
-
-@jax.custom_vjp
-def relu_squared(x: jax.Array) -> jax.Array:
-    """max(x, 0)^2. Its gradient 2 max(x, 0) is taken from the root of the result, so that x (4 C values per token and
-    layer) need not be saved: half a unit in the last place of the result's dtype is lost."""
-    return jnp.square(jax.nn.relu(x))
-
-
-def _relu_squared_fwd(x):
-    y = relu_squared(x)
-    return y, y
-
-
-def _relu_squared_bwd(y, d_y):
-    return ((2.0 * jnp.sqrt(y.astype(jnp.float32)) * d_y.astype(jnp.float32)).astype(y.dtype),)
-
-
-relu_squared.defvjp(_relu_squared_fwd, _relu_squared_bwd)
-
-
-@functools.lru_cache(maxsize=32)
-def rotary_tables(length: int, head_dim: int, base: float, dtype: str = "bfloat16") -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of shape (length, head_dim / 2), float32 holding values rounded to `dtype` (reference: bfloat16).
-
-    Angles are the reference's float32 ones; power, cosine and sine are computed in float64. NumPy's float32 versions
-    differ in the last bit between processors with AVX-512 and without, and one such bit flips a bfloat16 rounding.
-    """
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inv_freq = np.float32(1.0) / np.power(np.float64(np.float32(base)), exponent.astype(np.float64)).astype(np.float32)
-    angle = (np.arange(length, dtype=np.float32)[:, None] * inv_freq[None, :]).astype(np.float64)
-
-    def rounded(table: np.ndarray) -> np.ndarray:
-        return table.astype(np.float32).astype(jnp.dtype(dtype)).astype(np.float32)
-
-    return rounded(np.cos(angle)), rounded(np.sin(angle))
-
-
-def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates (B, T, heads, D) by minus the angle, first half of D paired with the second.
-
-    cos, sin: (B or 1, T, 1, D/2).
-    """
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
 
 
 def _project_for_flax(x, kernel, dimension_numbers, precision=None, out_sharding=None):
@@ -122,15 +48,24 @@ class Attention(nnx.Module):
         self.c_k = _linear(config, f"h/{layer}/attn/c_k")
         self.c_v = _linear(config, f"h/{layer}/attn/c_v")
         self.c_proj = _linear(config, f"h/{layer}/attn/c_proj")
+        if config.has_value_embed(layer):
+            self.ve_gate = _linear(config, f"h/{layer}/attn/ve_gate")
+            self.value_embed = _embedding(config, f"h/{layer}/attn/value_embed")
 
-    def __call__(self, x, rotary, cache: KVCache | None, parallel: Parallel = UNSHARDED):
+    def __call__(self, x, ids, rotary, cache: KVCache | None, parallel: Parallel = UNSHARDED):
         B, T, _ = x.shape
         config = self.config
         x = parallel.enter(x)
         q = self.c_q(x).reshape(B, T, -1, config.head_dim)  # -1: this device's heads
         k = self.c_k(x).reshape(B, T, -1, config.head_dim)
         v = self.c_v(x).reshape(B, T, -1, config.head_dim)
+        if config.has_value_embed(self.layer):
+            # at most 3 times the embedding, 1.5 times at first: the gate is the value embedding's switch, per head
+            gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))
+            v = v + gate[..., None] * self.value_embed(ids).reshape(v.shape)
         q, k = rms_norm(apply_rotary(q, *rotary)), rms_norm(apply_rotary(k, *rotary))  # rotary first, then the norm
+        if config.qk_scale != 1.0:
+            q, k = q * config.qk_scale, k * config.qk_scale
         window = config.window(self.layer)
         k, v = parallel.local_kv_heads(config.n_head, config.n_kv_head, q.shape[2], k, v)
         if cache is None:
@@ -155,8 +90,8 @@ class Block(nnx.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def __call__(self, x, rotary, cache: KVCache | None, parallel: Parallel = UNSHARDED):
-        y, kv = self.attn(rms_norm(x), rotary, cache, parallel)
+    def __call__(self, x, ids, rotary, cache: KVCache | None, parallel: Parallel = UNSHARDED):
+        y, kv = self.attn(rms_norm(x), ids, rotary, cache, parallel)
         x = x + y
         mlp = _recomputed(self.mlp) if self.config.remat == "mlp" else self.mlp
         return x + mlp(rms_norm(x), parallel), kv
@@ -165,14 +100,26 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     """Token ids to final normed hidden states; the unembedding is applied by `forward` or, fused, by the loss."""
 
+    # there where the config has the part
+    resid_lambdas: nnx.Param
+    x0_lambdas: nnx.Param
+    smear_lambda: nnx.Param
+    backout_lambda: nnx.Param
+
     def __init__(self, config: GPTConfig):
         self.config = config
-        self.wte = nnx.Embed(*shape_of(config, "wte/embedding"), dtype=config.dtype, rngs=nnx.Rngs(0))
+        self.wte = _embedding(config, "wte")
         self.h = nnx.Dict({str(i): Block(config, i) for i in range(config.n_layer)})
         self.lm_head = _linear(config, "lm_head")
+        if config.smear:
+            self.smear_gate = _linear(config, "smear_gate")
+        for leaf in leaves(config):
+            if leaf.kind.use == "scale":
+                setattr(self, leaf.path, nnx.Param(jnp.zeros(leaf.shape)))
 
     def __call__(self, ids, cache: KVCache | None = None, parallel: Parallel = UNSHARDED):
         config = self.config
+        # 1. Rotary tables for these positions.
         T = ids.shape[1]
         if cache is None:
             cos, sin = rotary_tables(T, config.head_dim, config.rotary_base, config.rotary_dtype)
@@ -181,18 +128,56 @@ class GPT(nnx.Module):
             cos, sin = rotary_tables(cache.capacity, config.head_dim, config.rotary_base, config.rotary_dtype)
             position = cache.position[:, None] + jnp.arange(T)[None]
             rotary = jnp.asarray(cos)[position][:, :, None, :], jnp.asarray(sin)[position][:, :, None, :]
+        # 2. Embeddings, each with something of the one before.
         table = parallel.unsharded(self.wte.embedding[...], "wte/embedding", config.dtype).astype(config.dtype)
         x = rms_norm(parallel.look_up(table, ids))
+        if config.smear:
+            x = self._smear(x, ids, table, cache, parallel)
+        # 3. The layers.
+        x0, middle = x, None
         keys_values = []
         for layer in range(config.n_layer):
+            x = self._mix(x, x0, layer)
             block = self.h[str(layer)]
             everything = config.remat == "block" and cache is None
             if everything or parallel.fsdp is not None:
                 gather = functools.partial(parallel.unsharded, path=f"h/{layer}", dtype=config.dtype)
                 block = _recomputed(block, gather, None if everything else keep_all_but_gathered)
-            x, kv = block(x, rotary, cache, parallel)
+            x, kv = block(x, ids, rotary, cache, parallel)
             keys_values.append(kv)
+            if layer == config.n_layer // 2:
+                middle = x
+        # 4. What the middle layer knew already is taken out again.
+        if config.backout:
+            x = (x - self.backout_lambda[0] * middle).astype(config.dtype)
         return rms_norm(x), keys_values
+
+    def _smear(self, x, ids, table, cache: KVCache | None, parallel: Parallel):
+        """x_t + lambda * gate(x_t) * x_(t-1), from the embeddings as they were (B, T, C); the first has none before it,
+        nor has, unless the config says so, the first of a document."""
+        config = self.config
+        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        if cache is not None:
+            last = rms_norm(parallel.look_up(table, jnp.maximum(cache.last_ids, 0)))
+            before = before.at[:, 0].set(jnp.where(cache.last_ids[:, None] >= 0, last, 0))
+        gate = self.smear_lambda[0] * jax.nn.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        if config.smear_stops_at is not None:
+            gate = jnp.where(ids[..., None] == config.smear_stops_at, 0.0, gate)
+        return (x + gate * before).astype(config.dtype)
+
+    def _mix(self, x, x0, layer: int):
+        """The input of a layer: the residual stream and the embedding, each times the layer's factor in float32."""
+        config = self.config
+        if config.resid_lambdas:
+            x = self.resid_lambdas[layer] * x
+        if config.x0_lambdas:
+            x = x + self.x0_lambdas[layer] * x0
+        return x.astype(config.dtype)
+
+
+def _embedding(config: GPTConfig, path: str) -> nnx.Embed:
+    """The table at path/embedding."""
+    return nnx.Embed(*shape_of(config, f"{path}/embedding"), dtype=config.dtype, rngs=nnx.Rngs(0))
 
 
 def _linear(config: GPTConfig, path: str) -> nnx.Linear:
@@ -240,6 +225,7 @@ def unembed(config: GPTConfig, params: Params, hidden: jax.Array) -> jax.Array:
         logits = project(hidden, kernel)
     else:
         logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    logits = logits[..., : config.vocab_size]
     return config.softcap * jnp.tanh(logits / config.softcap)
 
 
@@ -256,4 +242,4 @@ def forward_cached(config: GPTConfig, params: Params, ids: jax.Array, cache: KVC
     the capacity are the caller's error: XLA clamps them silently.
     """
     hidden, keys_values = nnx.merge(_graphdef(config), params)(ids, cache)
-    return hidden, cache.replace_layers(keys_values)
+    return hidden, cache.append(ids, keys_values)

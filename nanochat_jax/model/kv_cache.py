@@ -12,6 +12,7 @@ on 2 cores, one row of 2 heads of 128: 1.25 ms a layer and token at 2048 positio
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -23,14 +24,18 @@ from nanochat_jax.hardware import cpu_kernels
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values a forward pass attends to: `b` rows, up to `visible` old tokens and a buffer for `room` new ones.
+    """Keys and values a forward pass attends to: `b` rows, up to `visible` old tokens and a buffer for new ones.
 
     Per layer: old_keys, old_values (b * G, visible, D) or None where nothing old is visible; new_keys, new_values
-    (b * G, room, D): rows and heads are merged because XLA keeps two copies of a buffer that is updated in one shape
-    and multiplied in another. Row r holds old tokens 0 .. start[r] - 1, then `filled` new ones, the same number for
-    every row. Entries beyond are masked, never read as content. places (b,) int32: the old arrays are a whole storage
-    (B * G, S, D), in which row r has place places[r], or -1: the row is unused, so what is read for it does not
-    matter; None: they hold these rows alone, in order. `capacity` bounds every position (it sizes the rotary tables).
+    (b * G, buffer, D): rows and heads are merged because XLA keeps two copies of a buffer that is updated in one shape
+    and multiplied in another. Row r holds start[r] old tokens, then `filled` new ones, the same number for every row;
+    of the old ones a layer's arrays hold those before position start[r] that fit, from index 0 on (layers with a
+    window have room for no more than it). Entries beyond are masked, never read as content.
+
+    storage_rows (b,) int32: the old arrays are a whole storage (B * G, S, D), of which row r is storage_rows[r], or -1:
+    the row is unused, so what is read for it does not matter; None: they hold these rows alone, in order. previous (b,)
+    int32: the id of each row's last old token, -1 where there is none; new_ids (b, buffer) int32: those of the new
+    ones. `capacity` bounds every position (it sizes the rotary tables).
     """
 
     old_keys: list[jax.Array] | None
@@ -39,24 +44,33 @@ class KVCache:
     new_values: list[jax.Array]
     start: jax.Array
     filled: jax.Array
+    previous: jax.Array
+    new_ids: jax.Array
     capacity: int = field(metadata=dict(static=True))
-    places: jax.Array | None = None
+    storage_rows: jax.Array | None = None
 
     @classmethod
     def create(cls, n_layer: int, rows: int, n_kv_head: int, capacity: int, head_dim: int, dtype) -> "KVCache":
         """An empty stand-alone cache: `rows` rows that advance in lockstep, up to `capacity` tokens each."""
-        return _open(
-            n_layer, (rows, n_kv_head, capacity, head_dim), dtype, None, None, jnp.zeros((rows,), jnp.int32), capacity
-        )
+        shape, zeros = (rows, n_kv_head, capacity, head_dim), jnp.zeros((rows,), jnp.int32)
+        return _open(n_layer, shape, dtype, None, None, zeros, zeros - 1, capacity)
 
     @property
     def position(self) -> jax.Array:
         """(b,) int32: how many tokens of each row the model has seen, so the position of its next one."""
         return self.start + self.filled
 
-    def replace_layers(self, keys_values: list[tuple[jax.Array, jax.Array]]) -> "KVCache":
-        """The cache with the per-layer buffers that `cached_attention` returned."""
-        return replace(self, new_keys=[k for k, _ in keys_values], new_values=[v for _, v in keys_values])
+    @property
+    def last_ids(self) -> jax.Array:
+        """(b,) int32: the token before the next one of each row, -1 where there is none."""
+        newest = jax.lax.dynamic_index_in_dim(self.new_ids, jnp.maximum(self.filled - 1, 0), axis=1, keepdims=False)
+        return jnp.where(self.filled > 0, newest, self.previous)
+
+    def append(self, ids: jax.Array, keys_values: list[tuple[jax.Array, jax.Array]]) -> "KVCache":
+        """The cache with these tokens (b, T) in its buffers; of each layer `cached_attention` returned them."""
+        new_ids = jax.lax.dynamic_update_slice(self.new_ids, ids.astype(jnp.int32), (0, self.filled))
+        keys, values = [k for k, _ in keys_values], [v for _, v in keys_values]
+        return replace(self, new_keys=keys, new_values=values, new_ids=new_ids)
 
     def advance(self, n: int | jax.Array) -> "KVCache":
         """Marks n more tokens of the buffer as valid, for all rows alike (n is a scalar)."""
@@ -94,41 +108,53 @@ class KVSlots:
     def view(
         self,
         start: jax.Array,
+        previous: jax.Array,
         visible: int,
-        room: int,
+        buffer: int,
         slot: jax.Array | None = None,
         slots: jax.Array | None = None,
         in_place: bool = False,
+        windows: Sequence[int | None] | None = None,
     ) -> KVCache:
-        """Opens all rows (or the one row `slot`, or the rows `slots` (b,) int32) for up to `room` more tokens.
+        """Opens all rows (or the one row `slot`, or the rows `slots` (b,) int32) for up to `buffer` more tokens.
 
         start (b,) int32 counts the valid tokens of each row, visible (static) must be at least the maximum of those
-        that matter, and start + room must not exceed the capacity: XLA would clamp the later write silently, so the
-        caller checks. in_place: old tokens stay where they are, instead of being copied once for the whole call; only
-        where `reads_in_place` is it a gain.
+        that matter, and start + buffer must not exceed the capacity: XLA would clamp the later write silently, so the
+        caller checks. previous (b,) int32: the id of each row's last token, -1 where it has none. windows: of each
+        layer, so that no more than it is read. in_place: old tokens stay where they are, instead of being copied once
+        for the whole call; only where `reads_in_place` is it a gain.
         """
         B, G, S, D = self.keys[0].shape
         rows = 1 if slot is not None else B if slots is None else slots.shape[0]
-        old_keys = old_values = places = None
+        old_keys = old_values = storage_rows = None
         if visible and in_place:
             old_keys, old_values = ([x.reshape(B * G, S, D) for x in xs] for xs in (self.keys, self.values))
             if slot is not None:
-                places = slot[None]
+                storage_rows = slot[None]
             else:
-                places = jnp.arange(B) if slots is None else slots
+                storage_rows = jnp.arange(B) if slots is None else slots
         elif visible:
             at = (0 if slot is None else slot, 0, 0, 0)
+            rows_read = jnp.arange(B) if slots is None else slots
+            if slot is not None:
+                rows_read = slot[None]
 
-            def old(storage):
+            def old(storage, window):
+                if window is not None and window < visible:  # each row's last ones alone
+                    part = jax.vmap(lambda row, begin: _part(storage, row, begin, window))
+                    return part(rows_read, jnp.maximum(start - window, 0)).reshape(rows * G, window, D)
                 if slots is not None:
                     chosen = jnp.take(storage[:, :, :visible], slots, axis=0, mode="clip")
                 else:
                     chosen = jax.lax.dynamic_slice(storage, at, (rows, G, visible, D))
                 return chosen.reshape(rows * G, visible, D)
 
-            old_keys, old_values = [old(k) for k in self.keys], [old(v) for v in self.values]
-        cache = _open(len(self.keys), (rows, G, room, D), self.keys[0].dtype, old_keys, old_values, start, S)
-        return replace(cache, places=places)
+            windows = windows or [None] * len(self.keys)
+            old_keys = [old(k, window) for k, window in zip(self.keys, windows, strict=True)]
+            old_values = [old(v, window) for v, window in zip(self.values, windows, strict=True)]
+        shape = rows, G, buffer, D
+        cache = _open(len(self.keys), shape, self.keys[0].dtype, old_keys, old_values, start, previous, S)
+        return replace(cache, storage_rows=storage_rows)
 
     def commit(self, cache: KVCache, slot: jax.Array | None = None, slots: jax.Array | None = None) -> "KVSlots":
         """Writes the whole buffer of a view, opened with the same `slot` or `slots`, after each row's old tokens.
@@ -146,14 +172,14 @@ class KVSlots:
         return jax.lax.fori_loop(0, slots.shape[0], put, self)
 
     def row(self, buffers: list[jax.Array], i: int | jax.Array) -> list[jax.Array]:
-        """Row i of a cache's buffers (b * G, room, D): (G, room, D) of each layer."""
+        """Row i of a cache's buffers (b * G, buffer, D): (G, buffer, D) of each layer."""
         G = self.keys[0].shape[1]
         return [jax.lax.dynamic_slice_in_dim(buffer, i * G, G) for buffer in buffers]
 
-    def buffers(self, rows: int, room: int) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Empty buffers of a cache: keys and values (rows * G, room, D) of each layer."""
+    def buffers(self, rows: int, buffer: int) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Empty buffers of a cache: keys and values (rows * G, buffer, D) of each layer."""
         _, G, _, D = self.keys[0].shape
-        zeros = jnp.zeros((rows * G, room, D), self.keys[0].dtype)
+        zeros = jnp.zeros((rows * G, buffer, D), self.keys[0].dtype)
         return [zeros] * len(self.keys), [zeros] * len(self.values)
 
     def write(self, keys, values, start: jax.Array, slot: jax.Array | None = None) -> "KVSlots":
@@ -183,13 +209,20 @@ class KVSlots:
         return KVSlots([copy(k) for k in self.keys], [copy(v) for v in self.values])
 
 
-def _open(n_layer, shape, dtype, old_keys, old_values, start, capacity) -> KVCache:
-    rows, G, room, D = shape
+def _part(storage, row, begin, length: int):
+    """(G, length, D): the tokens of a row of the storage from `begin` on."""
+    _, G, _, D = storage.shape
+    return jax.lax.dynamic_slice(storage, (row, 0, begin, 0), (1, G, length, D))[0]
+
+
+def _open(n_layer, shape, dtype, old_keys, old_values, start, previous, capacity) -> KVCache:
+    rows, G, buffer, D = shape
 
     def zeros():
-        return [jnp.zeros((rows * G, room, D), dtype) for _ in range(n_layer)]
+        return [jnp.zeros((rows * G, buffer, D), dtype) for _ in range(n_layer)]
 
-    return KVCache(old_keys, old_values, zeros(), zeros(), start, jnp.zeros((), jnp.int32), capacity)
+    filled, new_ids = jnp.zeros((), jnp.int32), jnp.zeros((rows, buffer), jnp.int32)
+    return KVCache(old_keys, old_values, zeros(), zeros(), start, filled, previous, new_ids, capacity)
 
 
 def reads_in_place(dtype, platform: str) -> bool:
@@ -205,7 +238,7 @@ def cached_attention(
     q (b, T, H, D), k and v (b, T, G, D); returns (b, T, H, D) and the layer's updated buffers (keys, values). Query t
     of row r sits at position p = cache.position[r] + t and sees keys max(0, p - window) .. p. One token per row in
     float32 on CPU is left to a kernel of our own (`rustbpe/src/cpu_kernels/attend.rs`): XLA multiplies a row's tiny
-    matrices one after the other and looks at every place there is (0.15 ms a layer for 32 rows of 2 heads and 128
+    matrices one after the other and looks at all that a row might hold (0.15 ms a layer for 32 rows of 2 heads and 128
     tokens, of which the kernel needs a tenth).
     """
     b, T, H, D = q.shape
@@ -220,8 +253,10 @@ def cached_attention(
     q = q.reshape(b, T, G, H // G, D).swapaxes(1, 2).reshape(b * G, T * H // G, D)
     old = None
     if cache.old_keys is not None and cache.old_values is not None:
-        old = cache.old_keys[layer], cache.old_values[layer], cache.places
-    arguments = q, old, (new_keys, new_values), cache.start, cache.filled
+        old = cache.old_keys[layer], cache.old_values[layer], cache.storage_rows
+    # Counted within the old arrays: those of a layer with a window hold only a row's last tokens.
+    start = cache.start if old is None else jnp.minimum(cache.start, old[0].shape[1])
+    arguments = q, old, (new_keys, new_values), start, cache.filled
     formula = functools.partial(_attend, (b, T, H, G, D), window)
     if T == 1 and q.dtype == dtype == jnp.float32 and cpu_kernels.available("decode_attention"):
         y = jax.lax.platform_dependent(*arguments, cpu=functools.partial(_kernel, window), default=formula)
@@ -234,23 +269,24 @@ def _kernel(window: int | None, q, old, new, start, filled) -> jax.Array:
     """The same as `_attend` for one token per row, as a custom call."""
     if old is None:
         old, start = (*new, None), jnp.zeros_like(start)  # none of it is valid
-    keys, values, places = old
-    places = jnp.arange(len(start)) if places is None else places
+    keys, values, storage_rows = old
+    storage_rows = jnp.arange(len(start)) if storage_rows is None else storage_rows
     width = jnp.int32(-1 if window is None else window)
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    return jax.ffi.ffi_call("decode_attention", out)(q, keys, values, places, *new, start, filled, width)
+    return jax.ffi.ffi_call("decode_attention", out)(q, keys, values, storage_rows, *new, start, filled, width)
 
 
 def _attend(sizes, window: int | None, q, old, new, start, filled) -> jax.Array:
-    """q (b * G, T * H / G, D) against old keys and values (B * G, S, D), of which row r has place places[r] of B (or r,
-    where places is None), and the call's buffers (b * G, room, D): the shape of q."""
+    """q (b * G, T * H / G, D) against old keys and values (B * G, S, D), of which row r is storage_rows[r] of B (or r,
+    where that is None), and the call's buffers (b * G, buffer, D): the shape of q. start (b,): old tokens of each row
+    in these arrays."""
     b, T, H, G, D = sizes
     new_keys, new_values = new
     if old is not None:
-        *old, places = old
-        if places is not None:  # a gather: XLA would make one even of the places 0, 1, 2, ...
+        *old, storage_rows = old
+        if storage_rows is not None:  # a gather: XLA would make one even of the rows 0, 1, 2, ...
             whole = [x.reshape(-1, G, *x.shape[1:]) for x in old]
-            old = [jnp.take(x, places, axis=0, mode="clip").reshape(b * G, *x.shape[2:]) for x in whole]
+            old = [jnp.take(x, storage_rows, axis=0, mode="clip").reshape(b * G, *x.shape[2:]) for x in whole]
 
     def score(keys, visible):  # visible (b or 1, T, S), per row and query
         s = jax.lax.dot_general(q, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)

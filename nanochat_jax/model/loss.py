@@ -48,14 +48,15 @@ def weighted_nll(
     hidden = parallel.enter(hidden_states(config, params, inputs, parallel))
     kernel = parallel.unsharded(params["lm_head"]["kernel"], "lm_head/kernel", hidden.dtype).astype(hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), weights.reshape(-1)
-    return fused_weighted_nll(*flat, config.softcap, parallel.tensor)
+    return fused_weighted_nll(*flat, config.softcap, parallel.tensor, _real_entries(config))
 
 
 def token_nll(config: GPTConfig, params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Per-token cross-entropy (B, T) float32 in nats, 0 at ignored targets; the log-probability is its negative."""
     hidden = hidden_states(config, params, inputs)
     kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
-    nll = _chunked_nll(hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), config.softcap)
+    flat = hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1)
+    nll = _chunked_nll(*flat, config.softcap, entries=_real_entries(config))
     return jnp.where(targets >= 0, nll.reshape(targets.shape), 0.0)
 
 
@@ -64,7 +65,7 @@ def token_statistics(
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probability of the target, entropy of the prediction), both (B, T) float32 in nats, 0 at ignored targets."""
     hidden = hidden_states(config, params, inputs)
-    kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+    kernel = params["lm_head"]["kernel"][:, : config.vocab_size].astype(hidden.dtype)
 
     def chunk(args):
         nll, tanh, exp, total = _cross_entropy(args[0], kernel, args[1], config.softcap)
@@ -76,6 +77,11 @@ def token_statistics(
     statistics = jax.lax.map(chunk, chunks)
     logprob, entropy = (jnp.where(targets >= 0, x.reshape(-1)[:n].reshape(targets.shape), 0.0) for x in statistics)
     return logprob, entropy
+
+
+def _real_entries(config: GPTConfig) -> int | None:
+    """The vocabulary's size where the unembedding has more columns."""
+    return config.vocab_size if config.padded_vocab_size > config.vocab_size else None
 
 
 def chunk_size(n_tokens: int, vocab_size: int, dtype=jnp.float32) -> int:
@@ -93,19 +99,20 @@ def chunk_size(n_tokens: int, vocab_size: int, dtype=jnp.float32) -> int:
     return -(-n_tokens // -(-n_tokens // most))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def fused_weighted_nll(hidden, kernel, targets, weights, softcap, tensor=None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def fused_weighted_nll(hidden, kernel, targets, weights, softcap, tensor=None, entries=None):
     """sum_n weights[n] * nll[n], a float32 scalar in nats; the logits of all tokens are never held.
 
     hidden (N, C) and kernel (C, V) of one dtype, targets (N,) int (anything where the weight is 0), weights (N,)
     float32. Differentiable in hidden and kernel; weights and targets are data. `tensor` names the mesh axis over which
     the kernel is sharded along the vocabulary, if it is (inside `jax.shard_map`); the gradient of hidden is then this
-    device's share. ValueError for a softcap above 60.
+    device's share. entries: how many columns of the whole kernel are tokens, the rest being padding (None: all).
+    ValueError for a softcap above 60.
     """
-    return (weights * _chunked_nll(hidden, kernel, targets, softcap, tensor)).sum()
+    return (weights * _chunked_nll(hidden, kernel, targets, softcap, tensor, entries)).sum()
 
 
-def _cross_entropy(hidden, kernel, targets, softcap, tensor=None):
+def _cross_entropy(hidden, kernel, targets, softcap, tensor=None, entries=None):
     """(nll (n,), tanh(raw / softcap) (n, V), exp(capped) (n, V), its sums (n,)) of one chunk: what a gradient needs.
 
     Softcapped logits lie in [-softcap, softcap], so their exponentials can neither overflow nor vanish and the pass
@@ -116,6 +123,9 @@ def _cross_entropy(hidden, kernel, targets, softcap, tensor=None):
     raw = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
     tanh = jnp.tanh(raw / softcap)
     exp = jnp.exp(softcap * tanh)
+    if entries is not None:
+        column = Parallel(tensor).offset(kernel.shape[1]) + jnp.arange(kernel.shape[1])
+        exp = jnp.where(column < entries, exp, 0.0)
     total = jnp.sum(exp, axis=1)
     here = (targets >= 0) & (targets < kernel.shape[1])
     target = jnp.take_along_axis(raw, jnp.where(here, targets, 0)[:, None], axis=1)[:, 0]
@@ -131,13 +141,12 @@ def _in_chunks(chunk, *arrays):
     return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in padded)
 
 
-def _chunked_nll(hidden, kernel, targets, softcap, tensor=None):
+def _chunked_nll(hidden, kernel, targets, softcap, tensor=None, entries=None):
     """Per-token nll (N,) without gradients kept."""
     n, targets = hidden.shape[0], _local_targets(kernel, targets, tensor)
     chunks = _in_chunks(chunk_size(n, kernel.shape[1], hidden.dtype), hidden, targets)
-    return jax.lax.map(lambda args: _cross_entropy(args[0], kernel, args[1], softcap, tensor)[0], chunks).reshape(-1)[
-        :n
-    ]
+    nll = jax.lax.map(lambda args: _cross_entropy(args[0], kernel, args[1], softcap, tensor, entries)[0], chunks)
+    return nll.reshape(-1)[:n]
 
 
 def _local_targets(kernel, targets, tensor):
@@ -145,13 +154,13 @@ def _local_targets(kernel, targets, tensor):
     return targets - Parallel(tensor).offset(kernel.shape[1])
 
 
-def _fused_fwd(hidden, kernel, targets, weights, softcap, tensor):
+def _fused_fwd(hidden, kernel, targets, weights, softcap, tensor, entries):
     n, targets = hidden.shape[0], _local_targets(kernel, targets, tensor)
 
     def step(carry, args):
         total, d_kernel = carry
         h, t, w = args
-        nll, tanh, exp, z = _cross_entropy(h, kernel, t, softcap, tensor)
+        nll, tanh, exp, z = _cross_entropy(h, kernel, t, softcap, tensor, entries)
         # d nll / d raw = (softmax - onehot) * (1 - tanh^2)
         is_target = jax.lax.broadcasted_iota(jnp.int32, exp.shape, 1) == t[:, None]
         d_capped = exp * (w / z)[:, None] - jnp.where(is_target, w[:, None], 0.0)
@@ -165,7 +174,7 @@ def _fused_fwd(hidden, kernel, targets, weights, softcap, tensor):
     return total, (d_hidden.reshape(-1, hidden.shape[1])[:n], d_kernel.astype(kernel.dtype))
 
 
-def _fused_bwd(softcap, tensor, residuals, cotangent):
+def _fused_bwd(softcap, tensor, entries, residuals, cotangent):
     d_hidden, d_kernel = residuals
     return (d_hidden * cotangent).astype(d_hidden.dtype), (d_kernel * cotangent).astype(d_kernel.dtype), None, None
 

@@ -19,42 +19,82 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
 
 Params = dict[str, Any]
 Shape = tuple[int, ...]
-Init = Callable[[jax.Array, Shape], jax.Array]  # (key, shape) -> float32 values
+Init = Callable[[jax.Array, Shape, GPTConfig], jax.Array]  # (key, shape, config) -> float32 values
 Naming = Literal["reference", "hugging_face"]
 
 MATRICES = "matrices"  # the group that Muon trains; every other group is AdamW's
 
 # Logical axes: their names are what parallel/sharding.py maps to mesh axes.
 AXIS_SIZES: dict[str, Callable[[GPTConfig], int]] = {
-    "vocab": lambda c: c.vocab_size,
+    "vocab": lambda c: c.padded_vocab_size,
+    "value_rows": lambda c: c.padded_vocab_size,
     "width": lambda c: c.n_embd,
     "heads": lambda c: c.n_head * c.head_dim,
     "kv_heads": lambda c: c.n_kv_head * c.head_dim,
+    "kv_gates": lambda c: c.n_kv_head,
     "hidden": lambda c: 4 * c.n_embd,
+    "layers": lambda c: c.n_layer,
 }
 
 
-def zeros(key: jax.Array, shape: Shape) -> jax.Array:
-    return jnp.zeros(shape, jnp.float32)
+def constant(value: float) -> Init:
+    return lambda key, shape, config: jnp.full(shape, value, jnp.float32)
 
 
-def standard_normal(key: jax.Array, shape: Shape) -> jax.Array:
-    return jax.random.normal(key, shape, jnp.float32)
+def normal(std: float) -> Init:
+    return lambda key, shape, config: jax.random.normal(key, shape, jnp.float32) * jnp.float32(std)
 
 
-def fan_in_normal(key: jax.Array, shape: Shape) -> jax.Array:
+def fan_in_normal(key: jax.Array, shape: Shape, config: GPTConfig) -> jax.Array:
     """N(0, s^2) with s = min(1, sqrt(out / in)) / sqrt(in), for a kernel (in, out) (arXiv:2310.17813)."""
     fan_in, fan_out = shape
     std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
     return jax.random.normal(key, shape, jnp.float32) * std
 
 
+def width_uniform(factor: float) -> Init:
+    """Uniform with standard deviation factor / sqrt(width)."""
+
+    def draw(key, shape, config):
+        bound = factor * math.sqrt(3.0 / config.n_embd)
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+    return draw
+
+
+def uniform(high: float) -> Init:
+    return lambda key, shape, config: jax.random.uniform(key, shape, jnp.float32, 0.0, high)
+
+
+def by_layer(first: float, last: float) -> Init:
+    """From `first` to `last` in equal steps; `first` where there is but one."""
+
+    def draw(key, shape, config):
+        layers = shape[0]
+        values = [first + (last - first) * i / max(layers - 1, 1) for i in range(layers)]
+        return jnp.array(values, jnp.float32)
+
+    return draw
+
+
+zeros = constant(0.0)
+
+
 def everywhere(config: GPTConfig, layer: int | None) -> bool:
     return True
+
+
+def with_part(part: str) -> Callable[[GPTConfig, int | None], bool]:
+    """Where the config has a part switched on."""
+    return lambda config, layer: getattr(config, part)
+
+
+def with_value_embed(config: GPTConfig, layer: int | None) -> bool:
+    return layer is not None and config.has_value_embed(layer)
 
 
 @dataclass(frozen=True)
@@ -64,12 +104,12 @@ class Parameter:
     path: where in the tree; with "{layer}", one array for every layer that `exists` accepts.
     axes: a logical axis for every dimension, which fixes its size and how it is sharded; a number is that size, never
         sharded.
-    init: the distribution it is drawn from.
+    init: the distribution it is drawn from; init_modern: the one under `initialisation="modern"`, where it is another.
     group: the optimizer group: MATRICES for Muon (two dimensions, one of them sharded over tensor), any other name for
         AdamW. A group of AdamW holds one row of the table.
     use: "matmul": a kernel (in, out), which the reference stores as (out, in); "lookup": a table whose rows are chosen;
         "scale": anything else. Only "matmul" costs FLOPs worth counting.
-    reference, hugging_face: its names there.
+    reference, hugging_face: its names there; "" where there is none.
     exists: (config, layer; None outside the layers) -> whether the model has it.
     """
 
@@ -79,34 +119,52 @@ class Parameter:
     group: str
     use: Literal["matmul", "lookup", "scale"]
     reference: str
-    hugging_face: str
+    hugging_face: str = ""
+    init_modern: Init | None = None
     exists: Callable[[GPTConfig, int | None], bool] = everywhere
 
     def shape(self, config: GPTConfig) -> Shape:
         return tuple(axis if isinstance(axis, int) else AXIS_SIZES[axis](config) for axis in self.axes)
 
 
-def _in_block(part: str, hugging_face: str, axes: tuple[str | int, ...], init: Init) -> Parameter:
+def _in_block(
+    part: str, hugging_face: str, axes: tuple[str | int, ...], init: Init, init_modern: Init | None = None
+) -> Parameter:
     """A row for a kernel that every layer has; part is, for instance, "attn/c_q"."""
     reference = f"transformer.h.{{layer}}.{part.replace('/', '.')}.weight"
     named = f"model.layers.{{layer}}.{hugging_face}.weight"
-    return Parameter(f"h/{{layer}}/{part}/kernel", axes, init, MATRICES, "matmul", reference, named)
+    return Parameter(f"h/{{layer}}/{part}/kernel", axes, init, MATRICES, "matmul", reference, named, init_modern)
 
 
 # Zero kernels at the end of every branch and before the logits: the first loss is exactly ln(vocab_size). The order of
 # the rows within a layer is that of the matrices in the optimizer's stacks, which checkpoints hold: append new ones.
 # fmt: off
 TABLE: tuple[Parameter, ...] = (
-    Parameter("wte/embedding", ("vocab", "width"), standard_normal, "embedding", "lookup",
-              "transformer.wte.weight", "model.embed_tokens.weight"),
-    _in_block("attn/c_q",    "self_attn.q_proj", ("width", "heads"),    fan_in_normal),
-    _in_block("attn/c_k",    "self_attn.k_proj", ("width", "kv_heads"), fan_in_normal),
-    _in_block("attn/c_v",    "self_attn.v_proj", ("width", "kv_heads"), fan_in_normal),
+    Parameter("wte/embedding", ("vocab", "width"), normal(1.0), "embedding", "lookup",
+              "transformer.wte.weight", "model.embed_tokens.weight", init_modern=normal(0.8)),
+    _in_block("attn/c_q",    "self_attn.q_proj", ("width", "heads"),    fan_in_normal, width_uniform(1.0)),
+    _in_block("attn/c_k",    "self_attn.k_proj", ("width", "kv_heads"), fan_in_normal, width_uniform(1.0)),
+    _in_block("attn/c_v",    "self_attn.v_proj", ("width", "kv_heads"), fan_in_normal, width_uniform(1.0)),
     _in_block("attn/c_proj", "self_attn.o_proj", ("heads", "width"),    zeros),
-    _in_block("mlp/c_fc",    "mlp.fc1",          ("width", "hidden"),   fan_in_normal),
+    _in_block("mlp/c_fc",    "mlp.fc1",          ("width", "hidden"),   fan_in_normal, width_uniform(0.4)),
     _in_block("mlp/c_proj",  "mlp.fc2",          ("hidden", "width"),   zeros),
     Parameter("lm_head/kernel", ("width", "vocab"), zeros, "unembedding", "matmul",
-              "lm_head.weight", "lm_head.weight"),
+              "lm_head.weight", "lm_head.weight", init_modern=normal(0.001)),
+    # parts of the modern recipe
+    Parameter("h/{layer}/attn/ve_gate/kernel", (VALUE_GATE_CHANNELS, "kv_gates"), uniform(0.02), MATRICES, "matmul",
+              "transformer.h.{layer}.attn.ve_gate.weight", exists=with_value_embed),
+    Parameter("h/{layer}/attn/value_embed/embedding", ("value_rows", "kv_heads"), width_uniform(1.0), "value_embeds",
+              "lookup", "value_embeds.{layer}.weight", exists=with_value_embed),
+    Parameter("resid_lambdas", ("layers",), by_layer(1.15, 1.05), "resid_lambdas", "scale",
+              "resid_lambdas", exists=with_part("resid_lambdas")),
+    Parameter("x0_lambdas", ("layers",), by_layer(0.20, 0.05), "x0_lambdas", "scale",
+              "x0_lambdas", exists=with_part("x0_lambdas")),
+    Parameter("smear_gate/kernel", (SMEAR_CHANNELS, 1), uniform(0.02), "smear_gate", "matmul",
+              "smear_gate.weight", exists=with_part("smear")),
+    Parameter("smear_lambda", (1,), zeros, "smear_lambda", "scale",
+              "smear_lambda", exists=with_part("smear")),
+    Parameter("backout_lambda", (1,), constant(0.2), "backout_lambda", "scale",
+              "backout_lambda", exists=with_part("backout")),
 )
 # fmt: on
 
@@ -208,12 +266,13 @@ def init(config: GPTConfig, key: jax.Array) -> Params:
     order: list[Leaf] = jax.tree.leaves(map_leaves(config, lambda leaf: leaf))
     alike: dict[tuple[Init, Shape], list[int]] = defaultdict(list)
     for index, leaf in enumerate(order):
-        alike[leaf.kind.init, leaf.shape].append(index)
+        modern = leaf.kind.init_modern if config.initialisation == "modern" else None
+        alike[modern or leaf.kind.init, leaf.shape].append(index)
     values: dict[str, jax.Array] = {}
     # one random program for all arrays of one shape and distribution: a d20 init compiles in 1 s instead of 5
     for (draw, shape), indices in alike.items():
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.array(indices))
-        drawn = jax.vmap(lambda one, draw=draw, shape=shape: draw(one, shape))(keys)
+        drawn = jax.vmap(lambda one, draw=draw, shape=shape: draw(one, shape, config))(keys)
         values.update((order[index].path, drawn[row]) for row, index in enumerate(indices))
     return nested(values.items())
 
@@ -223,12 +282,27 @@ def init(config: GPTConfig, key: jax.Array) -> Params:
 
 
 def num_params(config: GPTConfig) -> int:
-    """All parameters, both embeddings included."""
-    return sum(math.prod(leaf.shape) for leaf in leaves(config))
+    """All parameters, embeddings included."""
+    return sum(num_params_by_group(config).values())
+
+
+def num_params_by_group(config: GPTConfig) -> dict[str, int]:
+    """The parameters of every optimizer group."""
+    counts: dict[str, int] = defaultdict(int)
+    for leaf in leaves(config):
+        counts[leaf.kind.group] += math.prod(leaf.shape)
+    return dict(counts)
+
+
+def num_scaling_params(config: GPTConfig) -> int:
+    """Those that the modern recipe derives its horizon from: all matrices of the layers, and lm_head."""
+    counts = num_params_by_group(config)
+    return counts[MATRICES] + counts["unembedding"]
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Training FLOPs per token: 6 for every weight of a product, 12 L H D T for attention, counted full (reference
-    formula)."""
+    """Training FLOPs per token: 6 for every weight of a product, and 12 H D for every key that a query of a full
+    sequence's end sees (reference formula)."""
     weights = sum(math.prod(leaf.shape) for leaf in leaves(config) if leaf.kind.use == "matmul")
-    return 6 * weights + 12 * config.n_layer * config.n_embd * config.sequence_len
+    keys = sum(config.sequence_len if w is None else min(w, config.sequence_len) for w in config.windows)
+    return 6 * weights + 12 * config.n_embd * keys

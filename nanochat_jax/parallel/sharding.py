@@ -23,8 +23,17 @@ ROW_AXES = (DATA, FSDP)  # different rows; devices along TENSOR share theirs
 # Logical axis of the table of parameters -> the mesh axis that shards it; those not named here are never sharded.
 # Column-parallel kernels are sharded over TENSOR along their outputs, row-parallel ones along their inputs, so that a
 # sum over TENSOR follows only the latter.
-MESH_AXES = {"width": FSDP, "vocab": TENSOR, "heads": TENSOR, "kv_heads": TENSOR, "hidden": TENSOR}
-OF_KV_HEADS = {"kv_heads"}  # logical axes along the key/value heads, whose number need not divide (`kv_heads_divide`)
+MESH_AXES = {
+    "width": FSDP,
+    "value_rows": FSDP,
+    "vocab": TENSOR,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "kv_gates": TENSOR,
+    "hidden": TENSOR,
+}
+# logical axes along the key/value heads, whose number need not divide (`kv_heads_divide`)
+OF_KV_HEADS = {"kv_heads", "kv_gates"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,14 +62,16 @@ def row_shards(mesh: Mesh) -> int:
 def check(config: GPTConfig, mesh: Mesh) -> None:
     """Raises ValueError, naming the flag, if the model cannot be sharded over this mesh."""
     tensor, rows = mesh.shape[TENSOR], row_shards(mesh)
-    for what, size in (("heads", config.n_head), ("vocabulary entries", config.vocab_size)):
+    for what, size in (("heads", config.n_head), ("vocabulary entries", config.padded_vocab_size)):
         if size % tensor:
             raise InputError(f"--tensor={tensor} must divide the number of {what}, which is {size}")
-    if mesh.shape[FSDP] > 1 and config.n_embd % rows:
-        raise InputError(
-            f"--fsdp={mesh.shape[FSDP]}: the width, {config.n_embd}, must be a multiple of {rows}, the number of "
-            "devices divided by --tensor"
-        )
+    sizes = {"width": config.n_embd} | ({"vocabulary": config.padded_vocab_size} if config.value_embeds else {})
+    for what, size in sizes.items():
+        if mesh.shape[FSDP] > 1 and size % rows:
+            raise InputError(
+                f"--fsdp={mesh.shape[FSDP]}: the {what}, {size}, must be a multiple of {rows}, the number of devices "
+                "divided by --tensor"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -165,6 +165,12 @@ def adamw_settings(hyper: OptimHyper) -> dict[str, AdamWSettings]:
     return {
         "embedding": AdamWSettings(hyper.embedding_lr, *shared),
         "unembedding": AdamWSettings(hyper.unembedding_lr, *shared),
+        "value_embeds": AdamWSettings(0.5 * hyper.embedding_lr, *shared),
+        "resid_lambdas": AdamWSettings(0.005, *shared),
+        "x0_lambdas": AdamWSettings(0.5, *shared),
+        "smear_gate": AdamWSettings(0.2, *shared),
+        "smear_lambda": AdamWSettings(0.2, *shared),
+        "backout_lambda": AdamWSettings(0.2, *shared),
     }
 
 

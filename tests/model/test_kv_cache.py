@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.model import gpt
+from nanochat_jax.model.config import MODERN
 from nanochat_jax.model.kv_cache import KVCache, KVSlots, cached_attention, reads_in_place
 
 SHAPES = {
@@ -16,6 +17,7 @@ SHAPES = {
     "gqa": dict(n_head=4, n_kv_head=2),
     "mqa": dict(n_head=4, n_kv_head=1),
     "windows": dict(n_head=4, n_kv_head=2, window_pattern="SSL", n_layer=3),
+    "modern": dict(n_head=4, n_kv_head=2, n_layer=3) | MODERN | dict(window_pattern="SSL"),
 }
 
 
@@ -39,7 +41,7 @@ def logits_of(config, params, hidden):
 
 forward = jax.jit(gpt.forward, static_argnums=0)
 forward_cached = jax.jit(gpt.forward_cached, static_argnums=0)
-view = jax.jit(KVSlots.view, static_argnames=("visible", "room", "in_place"))
+view = jax.jit(KVSlots.view, static_argnames=("visible", "buffer", "in_place", "windows"))
 commit = jax.jit(KVSlots.commit)
 
 
@@ -91,24 +93,28 @@ def test_slots_at_different_positions_equal_forward(shape, in_place):
     # garbage everywhere: what is beyond a row's length must not matter
     slots = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 100, x.dtype), slots)
 
+    def before(rows):
+        return jnp.array([ids[row, lengths[row] - 1] if lengths[row] else -1 for row in rows])
+
     def prefill(slots, row, n, pad):
         at = int(lengths[row])
         chunk = np.zeros((1, n + pad), np.int32)
         chunk[0, :n] = ids[row, at : at + n]
-        cache = view(
-            slots, jnp.array([at]), visible=-(-at // 64) * 64, room=n + pad, slot=jnp.int32(row), in_place=in_place
-        )
+        how = dict(slot=jnp.int32(row), in_place=in_place, windows=config.windows)
+        visible = -(-at // 64) * 64
+        cache = view(slots, jnp.array([at]), before([row]), visible=visible, buffer=n + pad, **how)
         hidden, cache = forward_cached(config, params, chunk, cache)
         got = logits_of(config, params, hidden)[0, :n]
         np.testing.assert_allclose(got, expected[row, at : at + n], atol=2e-5, rtol=1e-4)
         lengths[row] = at + n
         return commit(slots, cache, jnp.int32(row))
 
-    def decode(slots, steps, room, rows=(0, 1, 2, 3)):
+    def decode(slots, steps, buffer, rows=(0, 1, 2, 3)):
         visible = -(-int(lengths.max()) // 64) * 64
         rows = np.array(rows)
         some = None if len(rows) == 4 else jnp.asarray(rows)
-        cache = view(slots, jnp.array(lengths[rows]), visible=visible, room=room, slots=some, in_place=in_place)
+        how = dict(slots=some, in_place=in_place, windows=config.windows)
+        cache = view(slots, jnp.array(lengths[rows]), before(rows), visible=visible, buffer=buffer, **how)
         for _ in range(steps):
             tokens = ids[rows, lengths[rows]][:, None]
             hidden, cache = forward_cached(config, params, tokens, cache)
@@ -148,7 +154,7 @@ def test_storage_is_updated_in_place(in_place):
             hidden, cache = gpt.forward_cached(config, params, token[:, None], cache)
             return jnp.argmax(gpt.unembed(config, params, hidden[:, 0]), -1).astype(jnp.int32), cache.advance(1)
 
-        start = jnp.zeros(4, jnp.int32), slots.view(start, 8192 if in_place else 128, 8, in_place=in_place)
+        start = jnp.zeros(4, jnp.int32), slots.view(start, start, 8192 if in_place else 128, 8, in_place=in_place)
         token, cache = jax.lax.fori_loop(0, 8, body, start)
         return token, slots.commit(cache)
 
@@ -178,7 +184,16 @@ def test_bf16_storage_keeps_its_dtype():
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_attention_gathers_nothing_where_the_rows_lie_in_order(platform):
     """A gather would copy all old keys and values, in every layer and for every token."""
-    cache = jax.eval_shape(lambda: slots_for(build("gqa")[0], 4, 256).view(jnp.zeros(4, jnp.int32), 128, 8))
+    row = jnp.zeros(4, jnp.int32)
+    cache = jax.eval_shape(lambda: slots_for(build("gqa")[0], 4, 256).view(row, row, 128, 8))
     q, kv = (jax.ShapeDtypeStruct((4, 1, heads, 8), jnp.float32) for heads in (4, 2))
     traced = jax.jit(lambda q, k, v, cache: cached_attention(q, k, v, cache, 0, None)).trace(q, kv, kv, cache)
     assert "gather" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_window_saves_reads():
+    """Where all that is visible is copied, a layer with a window copies no more than that."""
+    config, _ = build("windows")
+    row = jnp.zeros(4, jnp.int32)
+    cache = jax.eval_shape(lambda: slots_for(config, 4, 512).view(row, row, 512, 8, windows=config.windows))
+    assert [x.shape[1] for x in cache.old_keys] == [min(w, 512) for w in config.windows] == [128, 128, 512]

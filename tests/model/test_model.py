@@ -250,7 +250,8 @@ def test_rms_norm_and_its_gradient(dtype):
 
 def test_window_of_the_layers():
     config = GPTConfig(sequence_len=1024, n_layer=5, window_pattern="SSL")
-    assert [config.window(i) for i in range(5)] == [256, 256, None, 256, None]
+    assert [config.window(i) for i in range(5)] == [256, 256, 1024, 256, 1024]
+    assert GPTConfig(n_layer=2).windows == (None, None)
     assert GPTConfig(sequence_len=100, n_layer=2, window_pattern="S").window(0) == 128
     q = jnp.ones((1, 4, 1, 2))
     v = jnp.arange(4.0).reshape(1, 4, 1, 1) * jnp.ones((1, 4, 1, 2))

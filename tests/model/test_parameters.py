@@ -13,20 +13,22 @@ from flax import nnx
 
 from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
 from nanochat_jax.model import gpt, parameters
-from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.parameters import MATRICES, Parameter, zeros
+from nanochat_jax.model.config import MODERN, GPTConfig
+from nanochat_jax.model.parameters import MATRICES
 from nanochat_jax.parallel import sharding
-from nanochat_jax.parallel.sharding import AXES, FSDP, TENSOR
+from nanochat_jax.parallel.sharding import AXES, TENSOR
 from nanochat_jax.training import optim, zero
 from tests.toy_params import toy_params
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=64, n_layer=12, n_head=4, n_kv_head=2, n_embd=32)
 
 
-def test_the_table_is_what_the_modules_use():
-    state = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: gpt.GPT(CONFIG)))[1])
+@pytest.mark.parametrize("parts", [{}, MODERN], ids=["v1", "modern"])
+def test_the_table_is_what_the_modules_use(parts):
+    config = dataclasses.replace(CONFIG, **parts)
+    state = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: gpt.GPT(config)))[1])
     described = jax.tree.map(lambda a: (a.shape, a.dtype), state)
-    assert described == jax.tree.map(lambda a: (a.shape, a.dtype), parameters.abstract(CONFIG))
+    assert described == jax.tree.map(lambda a: (a.shape, a.dtype), parameters.abstract(config))
 
 
 def test_rows_keep_the_rules_of_their_group():
@@ -54,73 +56,14 @@ def test_a_tree_of_another_model_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the seven kinds of parameter that nanochat of July 2026 adds, as rows
+# the rows of the modern recipe, of all kinds
 
 
-def residual_start(key, shape):
-    return 1.15 - 0.10 * jnp.arange(shape[0], dtype=jnp.float32) / max(shape[0] - 1, 1)
-
-
-def small_uniform(key, shape):
-    return jax.random.uniform(key, shape, jnp.float32, 0.0, 0.02)
-
-
-def every_other(config, layer):
-    return layer % 2 == (config.n_layer - 1) % 2
-
-
-def scale(name, axes, init):
-    return Parameter(f"{name}/scale", axes, init, name, "scale", name, f"model.{name}")
-
-
-MODERN = (
-    scale("resid_lambdas", ("layers",), residual_start),
-    scale("x0_lambdas", ("layers",), residual_start),
-    Parameter("smear_gate/kernel", (24, 1), small_uniform, "smear_gate", "matmul", "smear_gate.weight", "model.smear"),
-    scale("smear_lambda", (1,), zeros),
-    scale("backout_lambda", (1,), zeros),
-    Parameter(
-        "value_embeds/{layer}/embedding", ("rows", "kv_heads"), small_uniform, "value_embedding", "lookup",
-        "value_embeds.{layer}.weight", "model.value_embeds.{layer}.weight", every_other,
-    ),
-    Parameter(
-        "h/{layer}/attn/ve_gate/kernel", (12, "kv_gates"), small_uniform, MATRICES, "matmul",
-        "transformer.h.{layer}.attn.ve_gate.weight", "model.layers.{layer}.ve_gate.weight", every_other,
-    ),
-)  # fmt: skip
-NEW_GROUPS = sorted({kind.group for kind in MODERN} - {MATRICES})
-
-
-@pytest.fixture
-def modern(monkeypatch):
-    """Those rows, their axes, and learning rates for the six new groups."""
-    monkeypatch.setattr(parameters, "TABLE", parameters.TABLE + MODERN)
-    monkeypatch.setitem(parameters.AXIS_SIZES, "layers", lambda c: c.n_layer)
-    monkeypatch.setitem(parameters.AXIS_SIZES, "rows", lambda c: c.vocab_size)
-    monkeypatch.setitem(parameters.AXIS_SIZES, "kv_gates", lambda c: c.n_kv_head)
-    monkeypatch.setitem(sharding.MESH_AXES, "rows", FSDP)
-    monkeypatch.setitem(sharding.MESH_AXES, "kv_gates", TENSOR)
-    monkeypatch.setattr(sharding, "OF_KV_HEADS", sharding.OF_KV_HEADS | {"kv_gates"})
-    settings = optim.adamw_settings
-
-    def more(hyper):
-        new = {name: optim.AdamWSettings(0.1 + 0.01 * i, 0.8, 0.9 + 0.01 * i, 1e-10, 0.05 * (i % 2))
-               for i, name in enumerate(NEW_GROUPS)}  # fmt: skip
-        return {**settings(hyper), **new}
-
-    monkeypatch.setattr(optim, "adamw_settings", more)
-
-
-def test_new_rows_are_counted_drawn_and_named(modern):
-    """The counts are the reference's for depth 4 (spec of July 2026)."""
-    config = GPTConfig.from_depth(4, 32768, 2048)
-    assert parameters.num_params(config) == 36_700_242
-    products = parameters.flops_per_token(config) - 12 * config.n_layer * config.n_embd * config.sequence_len
-    assert products == 6 * (11_534_384 + 24)
-    config = dataclasses.replace(CONFIG, n_layer=3)
+def test_the_kinds_of_rows_are_counted_drawn_and_named():
+    config = dataclasses.replace(CONFIG, n_layer=3, **MODERN)
     params = parameters.init(config, jax.random.key(0))
-    assert set(params["value_embeds"]) == {"0", "2"} and "ve_gate" not in params["h"]["1"]["attn"]
-    np.testing.assert_allclose(params["resid_lambdas"]["scale"], [1.15, 1.10, 1.05], rtol=1e-6)
+    assert {layer for layer, block in params["h"].items() if "value_embed" in block["attn"]} == {"0", "2"}
+    np.testing.assert_allclose(params["resid_lambdas"], [1.15, 1.10, 1.05], rtol=1e-6)
     assert 0 < params["smear_gate"]["kernel"].max() < 0.02
     named = params_to_reference(config, params)
     assert named["transformer.h.2.attn.ve_gate.weight"].shape == (2, 12) and named["smear_gate.weight"].shape == (1, 24)
@@ -128,9 +71,9 @@ def test_new_rows_are_counted_drawn_and_named(modern):
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1], ids=["sharded", "full"])
-def test_new_rows_travel_and_are_trained_on_a_mesh(modern, kv_heads):
+def test_all_rows_travel_and_are_trained_on_a_mesh(kv_heads):
     """Gradients scattered, clipped, taken by the optimizer and gathered on 2 x 2 x 2 devices, as on one."""
-    config = dataclasses.replace(CONFIG, n_layer=2, n_kv_head=kv_heads)
+    config = dataclasses.replace(CONFIG, n_layer=2, n_kv_head=kv_heads, **MODERN)
     mesh = sharding.make_mesh(jax.devices()[:8], fsdp=2, tensor=2)
     optimizer = optim.make_optimizer(optim.OptimHyper(weight_decay=0.1), lambda t: 1.0, config.n_embd)
     params, grads = toy_params(config, 1), toy_params(config, 2)
