@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from nanochat_jax.convert import InterchangeError, pt_files
 from nanochat_jax.convert.chat_template import chat_template
-from nanochat_jax.model.layers import NORM_EPS, GPTConfig
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.layers import NORM_EPS
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.tokenizer import Tokenizer
 

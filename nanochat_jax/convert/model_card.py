@@ -3,7 +3,9 @@
 from typing import Any
 
 from nanochat_jax.evals import results
-from nanochat_jax.model.layers import NORM_EPS, GPTConfig, num_params
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.layers import NORM_EPS
+from nanochat_jax.model.parameters import num_params
 from nanochat_jax.report import collect, stage, summary
 from nanochat_jax.report.collect import ReportError, Run
 from nanochat_jax.runs import checkpoint
