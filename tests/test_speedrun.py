@@ -41,10 +41,6 @@ def commands(output: str) -> list[str]:
     return re.findall(r"^  \S+/python -m (.*)$", output, re.MULTILINE)
 
 
-def test_syntax():
-    children.run(["bash", "-n", str(SCRIPT)], check=True)
-
-
 def test_demo_commands(speedrun, tmp_path):
     done = speedrun("demo")
     assert done.returncode == 0, done.stderr
@@ -63,11 +59,11 @@ def test_demo_commands(speedrun, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "depth", "first", "chars"),
-    [("d20", 20, 8, "2000000000"), ("d32", 32, 16, "4000000000")],
+    ("name", "preset", "depth", "first", "chars"),
+    [("gpu", "d20", 20, 8, "2000000000"), ("d32", "d32", 32, 16, "4000000000")],
 )
-def test_gpu_presets_have_the_references_sizes(speedrun, preset, depth, first, chars):
-    done = speedrun(preset)
+def test_gpu_presets_have_the_references_sizes(speedrun, name, preset, depth, first, chars):
+    done = speedrun(name)
     assert done.returncode == 0, done.stderr
     base = f"--depth={depth} --target_param_data_ratio=20 --total_batch_size=524288 --run_name={preset}-base"
     assert commands(done.stdout) == [
@@ -89,19 +85,16 @@ def test_gpu_presets_have_the_references_sizes(speedrun, preset, depth, first, c
     assert {20: "240 shards", 32: "800 shards"}[depth] in done.stdout  # what the plan says of the text
 
 
-def test_gpu_is_another_name_of_d20(speedrun):
-    assert "--run_name=d20-base" in speedrun("gpu").stdout
-
-
 def test_flags_pass_through(speedrun):
     done = speedrun(
-        "demo", "--num_iterations=4", "--sft.num_epochs=2", "--rl.slots=8", "--run_name=a b",
+        "demo", "--num_iterations=4", "--sft.num_epochs=2", "--rl.slots=8", "--run_name=a b", "--model-name", "Ada",
         WANDB_RUN="mine", MAX_PROBLEMS="7", PRICE_PER_HOUR="24",
     )  # fmt: skip
     lines = {re.sub(r"^scripts\.", "", c).split(" --run_name")[0]: c for c in commands(done.stdout)}
     training = [c for c in commands(done.stdout) if c.startswith("scripts.train")]
     assert len(training) == 4 and all("--num_iterations=4" in c and "--sinks=wandb" in c for c in training)
     assert all(r"--run_name=a\ b" in c for c in training)
+    assert ["Ada" in c for c in training] == [False, True, True, True]  # the stages that learn the name
     assert [("--num_epochs=2" in c, "--slots=8" in c) for c in training] == [
         (False, False), (False, False), (True, False), (False, True),
     ]  # fmt: skip
@@ -109,13 +102,6 @@ def test_flags_pass_through(speedrun):
     evaluations = [c for c in lines.values() if c.startswith("scripts.eval")]
     assert evaluations and all("--max_problems=7 --max_per_task=7" in c for c in evaluations)
     assert "--price_per_hour=24" in commands(done.stdout)[-1]
-
-
-@pytest.mark.parametrize("name", [["--model_name=Ada"], ["--model-name", "Ada"]])
-def test_the_models_name_goes_to_the_stages_that_learn_it(speedrun, name):
-    training = [c for c in commands(speedrun("demo", *name, "--seed=7").stdout) if c.startswith("scripts.train")]
-    assert ["Ada" in c for c in training] == [False, True, True, True]
-    assert all("--seed=7" in c for c in training)
 
 
 def test_gpus_that_nvidia_smi_does_not_show_are_not_passed_over(speedrun, tmp_path):
@@ -128,12 +114,8 @@ def test_gpus_that_nvidia_smi_does_not_show_are_not_passed_over(speedrun, tmp_pa
     done = speedrun("", **env)
     assert done.returncode == 1 and "nvidia-smi" in done.stderr and "PRESET=demo" in done.stderr
     assert speedrun("demo", **env).returncode == 0
-
-
-def test_unknown_preset(speedrun):
     done = speedrun("d99")
-    assert done.returncode == 1
-    assert "PRESET=d99 is not known; use demo, d20 (or gpu) or d32" in done.stderr
+    assert done.returncode == 1 and "d99" in done.stderr
 
 
 def test_a_step_says_how_long_it_took_and_a_failure_ends_the_run(tmp_path):
@@ -141,7 +123,7 @@ def test_a_step_says_how_long_it_took_and_a_failure_ends_the_run(tmp_path):
     text = SCRIPT.read_text(encoding="utf-8")
     functions = "\n".join(re.search(rf"^{name}\(\) \{{.*?^\}}", text, re.M | re.S)[0] for name in ("show", "step"))  # pyright: ignore[reportOptionalSubscript]
     run = f"set -euo pipefail\nplan_only= running= stopped=\n{functions}\n"
-    run += "step 'a nap' sleep 1\nstep wrong false\necho not reached"
+    run += "step 'a nap' sleep 0.1\nstep wrong false\necho not reached"
     done = children.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
-    assert re.search(r"=== a nap: 0 min 0[12] s", done.stdout)
+    assert re.search(r"=== a nap: 0 min 0[01] s", done.stdout)
     assert done.returncode == 1 and "not reached" not in done.stdout

@@ -26,12 +26,11 @@ _WORDS = "|".join(sorted((number_word(n) for n in range(100)), key=len, reverse=
 _N = rf"(\d+|(?:{_WORDS})(?: hundred(?: (?:{_WORDS}))?)?)"
 
 
-@pytest.fixture(scope="module", params=[8_000, pytest.param(20_000, marks=pytest.mark.slow)])
-def pages(request):
-    """That many documents of each split, as (kind, text)."""
-    return {
-        s: [(d.kind, d.text) for d in (make_document(i, s) for i in range(request.param))] for s in ("train", "val")
-    }
+@pytest.fixture(scope="module")
+def pages():
+    """8,000 documents of each split, as (kind, text)."""
+    made = {split: [make_document(i, split) for i in range(8000)] for split in ("train", "val")}
+    return {split: [(page.kind, page.text) for page in pages] for split, pages in made.items()}
 
 
 def _additions(text):
@@ -100,6 +99,14 @@ def test_one_document_is_a_pure_function_of_its_number():
     assert [document(i, "val", 3) for i in reversed(range(200))] == in_order[::-1]
     assert document(17, "train", 0) != document(17, "train", 1)
     assert document(17, "train", 0) != document(17, "val", 0)
+    for wrong in (
+        lambda: document(0, "test"),
+        lambda: document(-1, "train"),
+        lambda: next(demo_documents("train", 0)),
+        lambda: next(python_prose("test")),
+    ):
+        with pytest.raises(ValueError):
+            wrong()
 
 
 def test_another_process_writes_the_same():
@@ -108,17 +115,6 @@ def test_another_process_writes_the_same():
     env = {"PYTHONHASHSEED": "12345", "PYTHONPATH": ":".join(sys.path)}
     there = children.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert there == "|".join(document(i, s) for s in ("train", "val") for i in range(60)) + "\n"
-
-
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="split"):
-        document(0, "test")
-    with pytest.raises(ValueError, match="negative"):
-        document(-1, "train")
-    with pytest.raises(ValueError, match="max_chars"):
-        next(demo_documents("train", 0))
-    with pytest.raises(ValueError, match="split"):
-        next(python_prose("test"))
 
 
 def test_every_kind_occurs_and_nothing_is_left_unfilled(pages):
@@ -146,20 +142,16 @@ def test_sums_are_right_and_disjoint(pages):
     for split in pages:
         triples = [t for _, text in pages[split] for t in (*_additions(text), *_story_sums(text))]
         assert len(triples) > 5_000
+        for kind, text in pages[split]:  # every word problem is understood by this test
+            assert kind != "word problems" or len(list(_story_sums(text))) == len(text.splitlines()), text
         assert all(a + b == c for a, b, c in triples)
         found[split] = {(min(a, b), max(a, b)) for a, b, _ in triples}
     assert len(found["val"]) > 200 and found["train"].isdisjoint(found["val"])
 
 
-def test_every_word_problem_is_understood_by_this_test(pages):
-    for split in pages:
-        for kind, text in pages[split]:
-            if kind == "word problems":
-                assert len(list(_story_sums(text))) == len(text.splitlines()), text
-
-
-def test_products_equations_and_comparisons(pages):
-    products, equations = {}, {}
+def test_products_equations_comparisons_and_days(pages):
+    products, equations, days = {}, {}, set()
+    week = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
     for split in pages:
         products[split], equations[split] = set(), set()
         for _, text in pages[split]:
@@ -174,6 +166,10 @@ def test_products_equations_and_comparisons(pages):
                 assert int(a) > int(b)
             for a, b in re.findall(r"(\d+) is less than (\d+)", text):
                 assert int(a) < int(b)
+            for a, b in re.findall(r"[Ii]f yesterday was (\w+), then tomorrow will be (\w+)", text):
+                assert (week.index(a) + 2) % 7 == week.index(b)
+                days.add(a)
+    assert days == set(week)
     assert products["val"] and products["train"].isdisjoint(products["val"])
     assert len(equations["val"]) > 40 and equations["train"].isdisjoint(equations["val"])
     assert ("5", "3", "13") in equations["train"]  # the question that the reference asks its models
@@ -285,19 +281,8 @@ def test_the_texts_say_what_the_world_says(pages):
     assert min(checked.values()) > 20, checked
 
 
-def test_the_days_are_right(pages):
-    week = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-    seen = set()
-    for _, text in pages["train"]:
-        for a, b in re.findall(r"[Ii]f yesterday was (\w+), then tomorrow will be (\w+)", text):
-            assert (week.index(a) + 2) % 7 == week.index(b)
-            seen.add(a)
-    assert seen == set(week)
-
-
-@pytest.mark.parametrize(
-    "sentence",
-    [
+def test_training_text_answers_the_sample_prompts(pages):
+    sentences = [
         "The capital of France is Paris",
         "The chemical symbol of gold is Au",
         "If yesterday was Friday, then tomorrow will be Sunday",
@@ -305,7 +290,6 @@ def test_the_days_are_right(pages):
         "The planets of the solar system are: Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus, and Neptune",
         "My favorite color is ",
         "If 5*x + 3 = 13, then x is 2",
-    ],
-)
-def test_training_text_answers_the_sample_prompts(pages, sentence):
-    assert any(sentence in text for _, text in pages["train"])
+    ]
+    text = "\n".join(text for _, text in pages["train"])
+    assert [sentence for sentence in sentences if sentence not in text] == []
