@@ -180,30 +180,27 @@ def numbered(tmp_path, count, name="my.jsonl", start=0):
     return path
 
 
+def sides(file, one_in=20):
+    """The questions of the two parts."""
+    train, val = ({c["messages"][0]["content"] for c in everything(part)} for part in file.held_out(one_in))
+    assert not train & val
+    return train, val
+
+
 def test_held_out_by_content(tmp_path):
     file = load_chat_file(numbered(tmp_path, 4000))
-    train, val = file.held_out()
-    asked = [{c["messages"][0]["content"] for c in everything(part)} for part in (train, val)]
-    assert len(train) + len(val) == 4000 and not asked[0] & asked[1] and 140 < len(val) < 260
-    more = load_chat_file(numbered(tmp_path, 4100, "more.jsonl", start=100))  # other places, the same decision
-    again = [{c["messages"][0]["content"] for c in everything(part)} for part in more.held_out()]
-    assert not asked[0] & again[1] and not asked[1] & again[0]
-    half = file.held_out(one_in=2)
-    assert abs(len(half[0]) - 2000) < 150
-    assert [c["messages"][0]["content"] for c in everything(val)] == sorted(asked[1], key=lambda q: int(q[1:]))
+    train, val = sides(file)
+    assert len(train | val) == 4000 and 140 < len(val) < 260
+    again = sides(load_chat_file(numbered(tmp_path, 4100, "more.jsonl", start=100)))
+    assert not train & again[1] and not val & again[0]  # other places, the same decision
+    assert abs(len(sides(file, 2)[0]) - 2000) < 150
     with pytest.raises(InputError, match="one_in"):
         file.held_out(1)
-
-
-def test_held_out_of_few(tmp_path):
-    for count in range(1, 30):
-        path = tmp_path / f"{count}.jsonl"
-        line = [json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(count)]
-        path.write_text("".join(line + line))  # everything twice
-        train, val = load_chat_file(path).held_out(2)
-        sides = [{c["messages"][0]["content"] for c in everything(part)} for part in (train, val)]
-        assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == count
-        assert sides[0] and (bool(sides[1]) == (count > 1))
+    for count in range(1, 30, 4):  # of few
+        path = numbered(tmp_path, count)
+        path.write_text(path.read_text() * 2)  # everything twice
+        train, val = sides(load_chat_file(path), 2)
+        assert train and len(train | val) == count and bool(val) == (count > 1)
 
 
 def test_fingerprint_follows_the_content(tmp_path):

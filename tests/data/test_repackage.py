@@ -3,12 +3,7 @@
 import collections
 import json
 import os
-import signal
-import subprocess
 import sys
-import textwrap
-import time
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +16,6 @@ from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import ShardList
 from nanochat_jax.data.sources import text_source
 from nanochat_jax.utils.paths import sha256_file
-from tests import children
 from tests.data.test_rows import document
 
 LEAST = BASE_BYTES + LEAST_BYTES
@@ -161,31 +155,6 @@ def test_stopped_anywhere_and_again(corpus, tmp_path, monkeypatch, stop):
     assert contents(out) == contents(tmp_path / "whole") and whole.documents == len(TEXTS)
     assert complete == {name: (out / name).stat().st_mtime_ns for name in complete}, "a complete shard was made again"
     assert bool(complete) == (stop > 0.65) and bool(reads) == (stop == 0.0), "the spill was made again"
-
-
-CHILD = textwrap.dedent("""
-    import os, sys
-    os.fsync = lambda handle: None
-    from dev import repackage as module
-    module._READ_DOCUMENTS = 5
-    module._text_bytes = lambda path, column: 10**9
-    print("ready", flush=True)
-    module.repackage(sys.argv[1], sys.argv[2], shard_chars=50_000, max_memory=module.BASE_BYTES + module.LEAST_BYTES)
-""")
-
-
-def test_killed_at_some_moments(corpus, tmp_path):
-    repackage(corpus, tmp_path / "whole", shard_chars=50_000)
-    command = [sys.executable, "-c", CHILD, str(corpus), str(tmp_path / "out")]
-    for pause in (0.1, 0.5):
-        process = children.start(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    repackage(corpus, tmp_path / "out", shard_chars=50_000, max_memory=LEAST)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_full_disk(corpus, tmp_path, monkeypatch):

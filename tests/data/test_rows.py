@@ -2,12 +2,7 @@ import itertools
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,6 @@ from nanochat_jax.data.build_rows import build_rows
 from nanochat_jax.data.documents import CallableDocuments, FileDocuments
 from nanochat_jax.data.row_store import RowsError, RowSet, RowWriter
 from nanochat_jax.text.tokenizer import Tokenizer
-from tests import children
 from tests.tokenizer_fixtures import golden_tokenizer
 
 WORDS = "the river runs past old mill and miller counts his sacks while rain falls on stone roof at night".split()
@@ -190,49 +184,6 @@ def test_an_error_anywhere_then_again_gives_the_same_bytes(tmp_path, small_batch
         found = build_rows(rest, tokenizer, 8, place, rows_per_shard=30, **options)
         assert contents(found.directory) == contents(whole.directory)
     assert max(started_at) > 10, "it never resumed from the middle"
-
-
-@pytest.mark.parametrize("limit", [None, 210, 213])
-def test_killed_between_the_last_shard_and_the_manifest(tmp_path, small_batches, monkeypatch, limit):
-    def build(place):
-        return build_rows(numbered(60), golden_tokenizer(), 8, tmp_path / place, rows_per_shard=6, max_rows=limit)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RowWriter, "finish", lambda *facts: (_ for _ in ()).throw(KeyboardInterrupt))
-        build("again")
-    assert contents(build("again").directory) == contents(build("whole").directory)
-
-
-CHILD = textwrap.dedent("""
-    import os, sys, time
-    os.fsync = lambda handle: None  # a killed process loses nothing that it has written; a power cut would
-    from nanochat_jax.data import build_rows as rows
-    from nanochat_jax.data.documents import CallableDocuments
-    from tests.data.test_rows import document
-    from tests.tokenizer_fixtures import golden_tokenizer
-    rows._BATCH_DOCUMENTS = 20
-    def make(start):
-        for i in range(start, 3000):
-            time.sleep(0.0001)
-            yield document(i)
-    print("ready", flush=True)
-    rows.build_rows(CallableDocuments("numbered-3000", make), golden_tokenizer(), 16, sys.argv[1], rows_per_shard=50)
-""")
-
-
-def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "_BATCH_DOCUMENTS", 20)
-    whole = build_rows(numbered(3000), golden_tokenizer(), 16, tmp_path / "whole", rows_per_shard=50)
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "killed")]
-    for pause in (0.05, 0.2):
-        child = children.start(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
-        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
-        time.sleep(pause)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        child.stdout.close()
-    build_rows(numbered(3000), golden_tokenizer(), 16, tmp_path / "killed", rows_per_shard=50)
-    assert contents(tmp_path / "killed" / whole.directory.name) == contents(whole.directory)
 
 
 def test_half_written_files_are_never_read(tmp_path):

@@ -94,7 +94,8 @@ HOSTILE = [
 def test_text_is_never_html(chat, stub):
     dialogs = []
     chat.page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-    for text in HOSTILE:
+    texts = ["\n\n".join(HOSTILE[i::4]) for i in range(4)]
+    for text in texts:
         stub.script(text)
         chat.talk(text)  # the same text as a question, a title and an answer
         chat.button("New chat").click()
@@ -106,7 +107,7 @@ def test_text_is_never_html(chat, stub):
         assert all(protocol in ("http:", "https:") and rel == "noopener noreferrer" for protocol, rel in links)
     assert dialogs == []
     kept = {m["content"] for c in chat.stored() for m in c["messages"]}
-    assert kept == {*HOSTILE, *(text.strip() for text in HOSTILE)}
+    assert kept == {*texts, *(text.strip() for text in texts)}
 
 
 PIECES = [

@@ -136,28 +136,6 @@ def test_help_names_every_flag_with_type_text_and_default(capsys):
     assert "(default 20)" in text and "-p, --prompt=STR" in text and "none|mlp|block" in text
 
 
-def test_help_keeps_the_paragraphs_of_a_docstring(capsys):
-    description = f"""Trains
-a model.
-
-    scripts.train --depth=4
-    scripts.train
-
-scripts.plan                plans
-scripts.plan --depth=4      plans less
-
-{"A long line. " * 20}
-It ends here.
-"""
-    with pytest.raises(SystemExit):
-        flags.parse(Settings, ["--help"], description)
-    first, commands, columns, wrapped = capsys.readouterr().out.split("\n\n")[:4]
-    assert first == "Trains a model."
-    assert commands == "    scripts.train --depth=4\n    scripts.train"
-    assert columns == "scripts.plan                plans\nscripts.plan --depth=4      plans less"
-    assert wrapped.endswith("A long line.  It ends here.") and max(map(len, wrapped.splitlines())) <= 100
-
-
 @pytest.mark.parametrize(
     "argv, expected",
     [
