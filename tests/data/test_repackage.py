@@ -106,21 +106,6 @@ def test_only_seed_and_input_decide_the_order(corpus, tmp_path):
     assert read(tmp_path / "4") != one and sorted(read(tmp_path / "4")) == sorted(one)
 
 
-def test_many_buckets_give_the_same(corpus, tmp_path, monkeypatch):
-    whole = repackage(corpus, tmp_path / "whole", shard_chars=CHARS)
-    monkeypatch.setattr(module, "_text_bytes", lambda path, column: 10**9)  # so it takes many of them
-    buckets, pieces = [], []
-    read_bucket, chunks = module._read_bucket, module._chunks
-    monkeypatch.setattr(module, "_read_bucket", lambda path: buckets.append(path.name) or read_bucket(path))
-    made = repackage(corpus, tmp_path / "many", shard_chars=CHARS, max_memory=LEAST)
-    assert made.listing.shards == whole.listing.shards and len(buckets) > 300
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "LEAST_BYTES", 1)  # many pieces on the way in, too
-    monkeypatch.setattr(module, "_chunks", lambda *a: (pieces.append(len(piece)) or piece for piece in chunks(*a)))
-    made = repackage(corpus, tmp_path / "pieces", shard_chars=CHARS, max_memory=BASE_BYTES + 300_000)
-    assert made.listing.shards == whole.listing.shards and len(pieces) > 5
-
-
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 

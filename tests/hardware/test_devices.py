@@ -29,14 +29,9 @@ def test_gpu_that_jax_cannot_use_is_an_error_with_the_remedy(monkeypatch):
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 989e12),
-        ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA A100 80GB PCIe", 312e12),
-        ("NVIDIA B200", 2250e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce RTX 3090", 71e12),
     ],
 )
