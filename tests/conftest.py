@@ -75,3 +75,19 @@ def compile_cache(tmp_path_factory) -> Path:
 def golden() -> Path:
     """The folder with the numbers produced by the reference system."""
     return GOLDEN
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs are compiled as users have them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch) -> Path:
+    """An empty base directory."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path

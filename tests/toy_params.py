@@ -16,3 +16,9 @@ def toy_params(config: gpt.GPTConfig, seed: int = 0) -> gpt.Params:
         return jnp.asarray(np.float32(std) * rng.standard_normal(leaf.shape, np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, gpt.abstract(config))
+
+
+def on_one_device(shapes):
+    """A tree of shapes as what is restored to the first device."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)

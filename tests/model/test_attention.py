@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from nanochat_jax.model import attention as module
 from nanochat_jax.model.attention import attention, blocked_attention, choose_implementation
@@ -44,15 +45,11 @@ def tensors(shape, dtype=jnp.float32, seed=0):
     return [jnp.asarray(rng.normal(size=(B, T, n, D)), dtype) for n in (H, G, G)]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def out_and_gradients(f, tensors, d_out):
     """f(*tensors), and what d_out means for each of them, as one program."""
-
-    @jax.jit
-    def both(tensors, d_out):
-        out, back = jax.vjp(f, *tensors)
-        return out, back(d_out)
-
-    return both(tuple(tensors), d_out)
+    out, back = jax.vjp(f, *tensors)
+    return out, back(d_out)
 
 
 def slow_attention(q, k, v, window):
@@ -114,19 +111,16 @@ GRADIENTS = [
 def test_gradients_match_plain_formula(shape, window):
     d_out = tensors(shape, seed=1)[0]
 
-    @jax.jit
-    def gradients(tensors, d_out):
-        paths = blocked_attention, xla_attention
-        return [jax.vjp(functools.partial(path, window=window), *tensors)[1](d_out) for path in paths]
+    def on_path(path):
+        return out_and_gradients(functools.partial(path, window=window), tensors(shape), d_out)[1]
 
-    for ours, plain in zip(*gradients(tensors(shape), d_out), strict=True):
+    for ours, plain in zip(*map(on_path, PATHS.values()), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 9])
-def test_bf16_inputs(window):
+def test_bf16_inputs():
     """bf16 in and out, the softmax in float32: both directions within bf16 rounding of the float32 result."""
-    shape = (2, 150, 4, 2, 16)
+    shape, window = (2, 150, 4, 2, 16), 9
     low = tensors(shape, jnp.bfloat16)
     exact = [x.astype(jnp.float32) for x in low]
     d_low = tensors(shape, jnp.bfloat16, seed=1)[0]
@@ -188,7 +182,7 @@ def gpu(monkeypatch):
     choose_implementation.cache_clear()
 
 
-@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "12.0"])
 def test_cudnn_is_chosen_on_a_capable_gpu(gpu, capability):
     gpu(capability=capability)
     chosen, reason = choose_implementation("auto", "gpu", "bfloat16", 128)
@@ -205,7 +199,6 @@ def test_cudnn_is_chosen_on_a_capable_gpu(gpu, capability):
         ({}, "bfloat16", 36, "36"),
         ({"version": "rocm 6"}, "bfloat16", 128, "NVIDIA"),
         ({"capability": "7.5"}, "bfloat16", 128, "7.5"),
-        ({"capability": "7.0"}, "bfloat16", 128, "7.0"),
     ],
 )
 def test_gpu_without_cudnn_says_why(gpu, device, dtype, head, word):
@@ -225,17 +218,11 @@ def test_cpu_runs_the_blocked_path():
         choose_implementation("flash", "cpu", "float32", 128)
 
 
-def _without_cudnn(monkeypatch):
-    from jax._src.cudnn import fused_attention_stablehlo
-
+def test_requested_cudnn_without_the_plugin_names_the_remedy(monkeypatch):
     def absent():
         raise RuntimeError("cuDNN is not detected.")
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", absent)
-
-
-def test_requested_cudnn_without_the_plugin_names_the_remedy(monkeypatch):
-    _without_cudnn(monkeypatch)
     q, k, v = tensors((1, 16, 2, 2, 16), jnp.bfloat16)
     with pytest.raises(InputError, match="cuda12"):
         attention(q, k, v, implementation="cudnn")
@@ -244,8 +231,6 @@ def test_requested_cudnn_without_the_plugin_names_the_remedy(monkeypatch):
 @pytest.mark.parametrize("window", [None, 4])
 def test_cudnn_request_lowers_to_cudnn_calls(monkeypatch, window):
     """Lowered for CUDA (which needs no GPU), forward and backward are cuDNN's, grouped heads and window included."""
-    from jax._src.cudnn import fused_attention_stablehlo
-
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91002)
     q, k, v = tensors((2, 16, 6, 2, 32), jnp.bfloat16)
 

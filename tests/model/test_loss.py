@@ -15,7 +15,7 @@ from nanochat_jax.model.loss import fused_weighted_nll, next_token_loss, target_
 from tests.toy_params import toy_params
 
 CAP = 15.0
-SIZES = [(1, 8, 7), (5, 16, 33), (127, 8, 101), (128, 8, 64), (130, 12, 17), (300, 4, 1001)]  # N, C, V
+SIZES = [(1, 8, 7), (127, 8, 101), (128, 8, 64), (300, 4, 1001)]  # N, C, V
 
 
 @pytest.fixture(scope="module", params=["one chunk", "many chunks"])
@@ -51,11 +51,8 @@ def dense_nll(hidden, kernel, targets, softcap):
 value_and_grad = jax.jit(jax.value_and_grad(fused_weighted_nll, (0, 1)), static_argnums=4)
 
 
-SIZES_AND_CHUNKS = [
-    *((size, "many chunks") for size in SIZES),
-    # in one piece it does not matter how the rows divide into chunks
-    *(pytest.param(size, "one chunk", marks=pytest.mark.slow if size[0] in (5, 127, 128) else ()) for size in SIZES),
-]
+# in one piece it does not matter how the rows divide into chunks
+SIZES_AND_CHUNKS = [*((size, "many chunks") for size in SIZES), *((size, "one chunk") for size in SIZES[::3])]
 
 
 @pytest.mark.parametrize("size, chunks", SIZES_AND_CHUNKS, indirect=["chunks"])
@@ -150,16 +147,12 @@ def test_next_token_loss_is_the_weighted_mean(params):
 model_value_and_grad = jax.jit(jax.value_and_grad(lambda p, *b: next_token_loss(CONFIG, p, *b)))
 
 
-@pytest.mark.parametrize("case", ["zero weights", "all targets ignored"])
-def test_nothing_to_learn_is_zero_and_not_nan(params, case):
+def test_nothing_to_learn_is_zero_and_not_nan(params):
     inputs, targets, weights = batch()
-    if case == "zero weights":
-        weights = np.zeros_like(weights)
-    else:
-        targets = np.full_like(targets, -1)
-    value, grads = model_value_and_grad(params, inputs, targets, weights)
-    assert value == 0.0
-    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+    for y, w in ((targets, np.zeros_like(weights)), (np.full_like(targets, -1), weights)):
+        value, grads = model_value_and_grad(params, inputs, y, w)
+        assert value == 0.0
+        assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
 
 
 def test_ignored_targets_equal_zero_weights(params):
@@ -185,7 +178,7 @@ def test_accumulation_invariance(params):
 
 def test_too_large_a_softcap_is_refused():
     hidden, kernel, targets, weights = problem(5, 4, 7)
-    with pytest.raises(ValueError, match="at most 60"):
+    with pytest.raises(ValueError, match="softcap"):
         fused_weighted_nll(hidden, kernel, targets, weights, 61.0)
 
 

@@ -17,6 +17,7 @@ from tests import children
 from tests.skips import NOT_BUILT
 
 rustbpe = pytest.importorskip("rustbpe", reason=NOT_BUILT)
+pytestmark = pytest.mark.usefixtures("optimized")  # what is compared to the bit
 needs_kernel = pytest.mark.skipif(rustbpe.skinny_matmul() is None, reason="needs AVX2")
 
 
@@ -48,10 +49,8 @@ def custom_calls(function, *args) -> int:
     return jax.jit(function).lower(*args).as_text().count("stablehlo.custom_call @skinny_matmul")
 
 
-@pytest.mark.parametrize(
-    "rows", [(1,), (2,), (8,), (20,), (33,), (64,), (65,), (1, 1), (8, 1), (3, 5), (1, 16), (2, 2, 2)]
-)
-@pytest.mark.parametrize("inner, outer", [(1, 1), (5, 7), (33, 65), (256, 1024), (100, 513), (64, 9001)])
+@pytest.mark.parametrize("rows", [(1,), (2,), (8,), (33,), (64,), (65,), (3, 5), (2, 2, 2)])
+@pytest.mark.parametrize("inner, outer", [(1, 1), (33, 65), (100, 513), (64, 9001)])
 def test_it_is_the_product(any_size, rows, inner, outer):
     x, kernel = arrays((*rows, inner), (inner, outer))
     y = project(x, kernel)
@@ -62,9 +61,9 @@ def test_it_is_the_product(any_size, rows, inner, outer):
 @needs_kernel
 def test_the_kernel_serves_a_few_rows_of_a_large_float32_matrix():
     kernel = jnp.ones((256, 1024))
-    used = [rows for rows in range(1, 80) if custom_calls(linear.project, jnp.ones((rows, 256)), kernel)]
-    assert rustbpe.skinny_rows() == 64
-    assert used == list(range(2, rustbpe.skinny_rows() + 1))
+    most = rustbpe.skinny_rows()
+    for rows in (1, 2, 3, 33, most, most + 1, 80):
+        assert custom_calls(linear.project, jnp.ones((rows, 256)), kernel) == (2 <= rows <= most)
     assert not custom_calls(linear.project, jnp.ones((8, 256), jnp.bfloat16), kernel.astype(jnp.bfloat16))
     assert not custom_calls(linear.project, jnp.ones((8, 128)), jnp.ones((128, 255)))
 
@@ -77,17 +76,14 @@ def test_other_platforms_get_a_plain_product():
 
 
 @needs_kernel
-@pytest.mark.parametrize(
-    "inner, outer", [(64, 64), (128, 255), (128, 256), (256, 256), (256, 1024), (300, 1100), (768, 768)]
-)
-def test_a_row_does_not_depend_on_its_company(inner, outer):
+@pytest.mark.parametrize("inner, outer", [(64, 64), (128, 255), (128, 256), (300, 1100), (768, 768)])
+def test_a_product_is_batch_invariant(inner, outer):
     """Below `LARGE` XLA's product has the same bits for all these numbers of rows, above the kernel has those of XLA's
     product of one row."""
     x, kernel = arrays((rustbpe.skinny_rows(), inner), (inner, outer))
     together = np.asarray(project(x, kernel))
-    for rows in (1, 2, 3, 4, 7, 8, 16, 31, 33, 50, 63):
-        if rows <= len(x):
-            np.testing.assert_array_equal(project(x[:rows], kernel), together[:rows])
+    for rows in (1, 2, 3, 7, 8, 16, 33, 63):
+        np.testing.assert_array_equal(project(x[:rows], kernel), together[:rows])
 
 
 @needs_kernel
@@ -134,9 +130,26 @@ def test_gradient_and_vmap(any_size, rows):
     )
 
 
-def falls_back(caplog, reason: str, rows: int) -> None:
-    """Checks that the product is a plain one, and that the log says why, once."""
-    x, kernel = arrays((rows, 256), (256, 1024))
+def refuse(*args, **kwargs):
+    raise RuntimeError("not this one")
+
+
+NO_KERNEL = {  # name -> what is in its place
+    "an old build": (rustbpe, "skinny_matmul", None, "pip install"),
+    "an old processor": (rustbpe, "skinny_matmul", lambda: None, "AVX2"),
+    "registering fails": pytest.param(jax.ffi, "register_ffi_target", refuse, "not this one", marks=needs_kernel),
+}
+
+
+@pytest.mark.parametrize("module, name, instead, reason", NO_KERNEL.values(), ids=NO_KERNEL)
+def test_without_the_kernel_the_product_is_a_plain_one_and_the_log_says_why_once(
+    undecided, monkeypatch, caplog, module, name, instead, reason
+):
+    if instead is None:
+        monkeypatch.delattr(module, name)
+    else:
+        monkeypatch.setattr(module, name, instead)
+    x, kernel = arrays((8, 256), (256, 1024))
     with caplog.at_level(logging.INFO, "nanochat_jax.hardware.cpu_kernels"):
         for _ in range(2):
             assert not custom_calls(lambda x, kernel: linear.project(x, kernel), x, kernel)
@@ -145,26 +158,6 @@ def falls_back(caplog, reason: str, rows: int) -> None:
         record.getMessage() for record in caplog.records if record.name == "nanochat_jax.hardware.cpu_kernels"
     ]
     assert "skinny_matmul" in message and reason in message
-
-
-def test_without_the_kernel_an_old_build(undecided, monkeypatch, caplog):
-    monkeypatch.delattr(rustbpe, "skinny_matmul")
-    monkeypatch.delattr(rustbpe, "skinny_rows")
-    falls_back(caplog, "pip install", 8)
-
-
-def test_without_the_kernel_an_old_processor(undecided, monkeypatch, caplog):
-    monkeypatch.setattr(rustbpe, "skinny_matmul", lambda: None)
-    falls_back(caplog, "AVX2", 6)
-
-
-@needs_kernel
-def test_without_the_kernel_registering_fails(undecided, monkeypatch, caplog):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("not this one")
-
-    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    falls_back(caplog, "not this one", 7)
 
 
 REFUSED = """

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +12,28 @@ import pytest
 
 from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
 from nanochat_jax.model import gpt
-from nanochat_jax.model.attention import attention
 from nanochat_jax.model.gpt import GPTConfig, forward, init
 from nanochat_jax.model.kv_cache import KVCache
 from nanochat_jax.model.loss import next_token_loss, token_nll
+from tests.golden_models import below, golden_arrays, golden_model
 from tests.toy_params import toy_params
 
-SIX = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+NAMES = sorted({name.split("/")[0] for name in golden_arrays("model_v1")})
 
 
-@pytest.fixture(scope="module", params=["A", "B"])
-def case(request, golden):
+@pytest.fixture(scope="module", params=NAMES)
+def case(request):
     """(config, params, arrays) of one golden model: A has grouped heads, B an odd vocabulary."""
-    with np.load(golden / "model_v1.npz") as archive:
-        prefix = request.param + "/"
-        arrays = {name.removeprefix(prefix): archive[name] for name in archive.files if name.startswith(prefix)}
-    sizes: dict[str, Any] = {name: int(arrays[f"config/{name}"]) for name in SIX}
-    config = GPTConfig(**sizes)
-    return config, params_from_reference(config, group(arrays, "param/")), arrays
+    prefix = f"{request.param}/"
+    return *golden_model("model_v1", prefix), below(golden_arrays("model_v1"), prefix)
 
 
 # Run at once, not operation by operation: each of those would be a program to compile.
 run_forward = jax.jit(forward, static_argnums=0)
 hidden_states = jax.jit(gpt.hidden_states, static_argnums=0)
 forward_cached = jax.jit(gpt.forward_cached, static_argnums=0)
+unembed = jax.jit(gpt.unembed, static_argnums=0)
 loss_and_gradients = jax.jit(jax.value_and_grad(next_token_loss, 1), static_argnums=0)
-
-
-def group(arrays, prefix):
-    return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-
-
-def assert_gradients(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, g in theirs.items():
-        np.testing.assert_allclose(ours[name], g, rtol=0, atol=1e-4 * np.abs(g).max(), err_msg=name)
 
 
 def test_logits(case):
@@ -55,7 +41,6 @@ def test_logits(case):
     np.testing.assert_allclose(run_forward(config, params, arrays["ids"]), arrays["logits"], atol=1e-4, rtol=1e-4)
     hidden = hidden_states(config, params, arrays["ids"])
     np.testing.assert_allclose(hidden, arrays["inner/final_normed"], atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(gpt.unembed(config, params, hidden), arrays["logits"], atol=1e-4, rtol=1e-4)
 
 
 def test_losses(case):
@@ -68,12 +53,16 @@ def test_losses(case):
         np.testing.assert_allclose(nll(config, params, ids, of), arrays[f"loss_none{kind}"], atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", gpt.REMAT_MODES)
+@pytest.mark.parametrize("case, remat", [*((n, "none") for n in NAMES), (NAMES[0], "mlp"), (NAMES[0], "block")],
+                         indirect=["case"])  # fmt: skip
 def test_gradients(case, remat):
     config, params, arrays = case
     config = dataclasses.replace(config, remat=remat)
     _, grads = loss_and_gradients(config, params, arrays["ids"], arrays["targets"])
-    assert_gradients(params_to_reference(config, grads), group(arrays, "grad/"))
+    ours, theirs = params_to_reference(config, grads), below(arrays, "grad/")
+    assert ours.keys() == theirs.keys()
+    for name, g in theirs.items():
+        np.testing.assert_allclose(ours[name], g, rtol=0, atol=1e-4 * np.abs(g).max(), err_msg=name)
 
 
 def test_rotary(case):
@@ -97,7 +86,7 @@ def test_cached_chunks(case):
     for n in arrays["kv/splits"].tolist():
         hidden, cache = forward_cached(config, params, ids[:, at : at + n], cache)
         cache = cache.advance(n)
-        logits.append(gpt.unembed(config, params, hidden))
+        logits.append(unembed(config, params, hidden))
         at += n
     np.testing.assert_allclose(np.concatenate(logits, axis=1), arrays["kv/logits"], atol=1e-4, rtol=1e-4)
     for i, buffers in enumerate((cache.new_keys, cache.new_values)):
@@ -107,9 +96,9 @@ def test_cached_chunks(case):
 
 def test_reference_names_round_trip(case):
     config, params, arrays = case
-    back = params_to_reference(config, params)
-    assert back.keys() == group(arrays, "param/").keys()
-    for name, a in group(arrays, "param/").items():
+    back, theirs = params_to_reference(config, params), below(arrays, "param/")
+    assert back.keys() == theirs.keys()
+    for name, a in theirs.items():
         np.testing.assert_array_equal(back[name], a)
     broken = {**back, "extra": back["lm_head.weight"], "transformer.wte.weight": back["transformer.wte.weight"].T}
     del broken["lm_head.weight"]
@@ -253,9 +242,6 @@ def test_window_of_the_layers():
     assert [config.window(i) for i in range(5)] == [256, 256, 1024, 256, 1024]
     assert GPTConfig(n_layer=2).windows == (None, None)
     assert GPTConfig(sequence_len=100, n_layer=2, window_pattern="S").window(0) == 128
-    q = jnp.ones((1, 4, 1, 2))
-    v = jnp.arange(4.0).reshape(1, 4, 1, 1) * jnp.ones((1, 4, 1, 2))
-    np.testing.assert_allclose(attention(q, q, v, window=1)[0, :, 0, 0], [0, 0.5, 1.5, 2.5])  # itself and one earlier
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """Several processes: what the environment says, the meeting, and whole runs of two processes on this machine."""
 
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,14 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.parallel import cluster, multihost, sharding
 from nanochat_jax.parallel.cluster import Cluster, DistributedError, find_cluster, first_host
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.text.tokenizer import Tokenizer
-from tests import children
+from tests import toy_runs
 
-ROOT = Path(__file__).parents[2]
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PROCID": "3",
@@ -81,32 +76,33 @@ def test_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_what_is_incomplete_or_contradictory_is_refused():
-    with pytest.raises(DistributedError, match="two things.*slurm: process 3 of 4.*mpi: process 2 of 4"):
-        find_cluster("auto", {**SLURM, **OPEN_MPI})
-    with pytest.raises(DistributedError, match="not JAX_PROCESS_ID"):
-        find_cluster("auto", {k: v for k, v in VARIABLES.items() if k != "JAX_PROCESS_ID"})
-    with pytest.raises(DistributedError, match="JAX_PROCESS_ID='two' must be a number"):
-        find_cluster("auto", {**VARIABLES, "JAX_PROCESS_ID": "two"})
-    with pytest.raises(DistributedError, match="process 2 is not among 2"):
-        find_cluster("auto", {**VARIABLES, "JAX_PROCESS_ID": "2"})
-    with pytest.raises(DistributedError, match="must be host:port, got 'node0'"):
-        find_cluster("auto", {**VARIABLES, "JAX_COORDINATOR_ADDRESS": "node0"})
-    with pytest.raises(DistributedError, match="--distributed=mpi, but"):
-        find_cluster("mpi", SLURM)
-    with pytest.raises(DistributedError, match="JAX_COORDINATOR_ADDRESS=host:port"):
-        find_cluster("auto", {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+@pytest.mark.parametrize(
+    "mode, variables, named",
+    [
+        ("auto", {**SLURM, **OPEN_MPI}, "slurm: process 3 of 4.*mpi: process 2 of 4"),
+        ("auto", {k: v for k, v in VARIABLES.items() if k != "JAX_PROCESS_ID"}, "JAX_PROCESS_ID"),
+        ("auto", {**VARIABLES, "JAX_PROCESS_ID": "two"}, "JAX_PROCESS_ID='two'"),
+        ("auto", {**VARIABLES, "JAX_PROCESS_ID": "2"}, "process 2 .* 2"),
+        ("auto", {**VARIABLES, "JAX_COORDINATOR_ADDRESS": "node0"}, "host:port.*'node0'"),
+        ("mpi", SLURM, "--distributed=mpi"),
+        ("auto", {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "JAX_COORDINATOR_ADDRESS=host:port"),
+        ("mpirun", {}, "auto, off, slurm, mpi, env"),
+    ],
+)
+def test_what_is_incomplete_or_contradictory_is_refused(mode, variables, named):
+    with pytest.raises(DistributedError, match=named):
+        find_cluster(mode, variables)
 
 
 def test_a_loopback_coordinator_of_several_hosts_is_refused(monkeypatch):
     several = Cluster("slurm", 4, 3, "127.0.1.1:4000", 2)
-    with pytest.raises(DistributedError, match=r"127.0.1.1:4000 is a loopback.*JAX_COORDINATOR_ADDRESS=HOST:4000"):
+    with pytest.raises(DistributedError, match=r"127.0.1.1:4000 .*JAX_COORDINATOR_ADDRESS=HOST:4000"):
         cluster.refuse_loopback(several)
     cluster.refuse_loopback(Cluster("mpi", 2, 1, "127.0.0.1:4000", 2))  # all on one host
     cluster.refuse_loopback(Cluster("env", 2, 1, "127.0.0.1:4000"))  # said on purpose
     answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 4000))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answer)  # as /etc/hosts of many systems has it
-    with pytest.raises(DistributedError, match="node0:4000 is a loopback one \\(127.0.1.1\\)"):
+    with pytest.raises(DistributedError, match="node0:4000 .*127.0.1.1"):
         cluster.refuse_loopback(Cluster("env", 2, 1, "node0:4000"))
 
 
@@ -158,15 +154,14 @@ def test_all_come_in_any_order():
 def test_those_who_do_not_come_are_named_by_everybody():
     results = meet(4, [0, 2], 1.0)
     for told in results.values():
-        assert "processes 1, 3 of 4 did not come to 127.0.0.1:" in told and "within 1 s" in told
-        assert f"0 on {socket.gethostname()}, 2 on" in told
+        assert "processes 1, 3 of 4" in told and "127.0.0.1:" in told and f"0 on {socket.gethostname()}, 2 on" in told
 
 
 def test_without_process_0_the_others_say_where_they_looked(monkeypatch):
     clock = time.monotonic
     monkeypatch.setattr(cluster.time, "monotonic", lambda: clock() * 20)  # the ten seconds more are over soon
     told = meet(2, [1], 1.0)[1]
-    assert "did not reach process 0 at 127.0.0.1:" in told and "loopback" in told
+    assert "process 0 at 127.0.0.1:" in told and "loopback" in told
 
 
 def test_a_stranger_does_not_disturb_the_meeting():
@@ -207,10 +202,10 @@ def test_alone_everything_is_as_it_was():
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 # 8 rows: a whole number of batches of 2 and of 4, since held-out rows beyond the last whole batch are not measured
-COMMON = dict(device="cpu", eval_tokens=8 * 192, save_every=4, sample_every=0)
+COMMON = dict(eval_tokens=8 * 192, save_every=2, sample_every=0)
 STAGES = {
-    "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, num_iterations=8, run_name="base"),
-    "sft": dict(total_batch_size=1536, num_iterations=4, metrics_max_problems=8, source="base", run_name="sft"),
+    "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, num_iterations=4, run_name="base"),
+    "sft": dict(total_batch_size=1536, num_iterations=2, metrics_max_problems=4, source="base", run_name="sft"),
     "rl": dict(num_iterations=2, examples_per_step=2, num_samples=4, max_new_tokens=16, slots=8, eval_examples=4)
     | dict(eval_samples=2, source="sft", run_name="rl"),
 }
@@ -221,27 +216,14 @@ PATIENCE = 1200  # seconds until a process counts as hung, also on a machine tha
 
 def launch(home: Path, stage: str, processes: int, **changes) -> list[subprocess.Popen]:
     flags = {**COMMON, **STAGES[stage], "device_batch_size": 4 // processes, **changes}
-    command = [sys.executable, "-m", "scripts.train", f"--stage={stage}", "--demo"]
-    command += [f"--{k}={v}" for k, v in flags.items()]
-    started, port = [], free_port()
-    for index in range(processes):
-        env = {**os.environ, "NANOCHAT_BASE_DIR": str(home), "JAX_COMPILATION_CACHE_DIR": str(home.parent / "cache")}
-        if processes > 1:
-            env |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
-            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
-        with open(home / f"log{index}.txt", "a") as log:
-            started.append(children.start(command, cwd=ROOT, env=env, stdout=log, stderr=log))
-    return started
+    env = {"JAX_NUM_PROCESSES": str(processes), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
+    several = [env | {"JAX_PROCESS_ID": str(index)} for index in range(processes)] if processes > 1 else [{}]
+    return [toy_runs.launch(stage, home, f"log{index}.txt", env, **flags) for index, env in enumerate(several)]
 
 
 def finish(home: Path, stage: str, processes: int, **changes) -> None:
-    started = launch(home, stage, processes, **changes)
-    try:
-        for index, process in enumerate(started):
-            assert process.wait(PATIENCE) == 0, (home / f"log{index}.txt").read_text()[-2000:]
-    finally:
-        for process in started:
-            process.kill()
+    for index, process in enumerate(launch(home, stage, processes, **changes)):
+        assert process.wait(PATIENCE) == 0, (home / f"log{index}.txt").read_text()[-2000:]
 
 
 def losses(home: Path, run: str) -> list[float]:
@@ -257,13 +239,10 @@ def scores(home: Path, run: str) -> list[dict]:
 def homes(tmp_path_factory):
     """Base directories where the same stages are run by one process, and by two."""
     parent = tmp_path_factory.mktemp("processes")
-    tokenizer = Tokenizer.train(demo_documents("train", 200_000), 500)
-    made = []
     for name in ("one", "two"):
         (parent / name).mkdir()
-        tokenizer.save(parent / name / "tokenizer")
-        made.append(parent / name)
-    return made
+        toy_runs.toy_tokenizer().save(parent / name / "tokenizer")
+    return parent / "one", parent / "two"
 
 
 @pytest.mark.slow
@@ -279,17 +258,15 @@ def test_two_processes_give_the_losses_of_one_in_every_stage(homes):
         assert len(losses(two, stage)) == STAGES[stage]["num_iterations"]
         for got, wanted in zip(scores(two, stage), scores(one, stage), strict=True):
             assert got == pytest.approx(wanted, abs=1e-4)
-    assert checkpoint.steps(two / "runs" / "base") == [4, 8]
+    assert checkpoint.steps(two / "runs" / "base") == [2, 4]
     assert "2 processes (env)" in (two / "log0.txt").read_text()
     shown = (two / "log1.txt").read_text()
-    assert "step 8" not in shown and "held-out" not in shown, "only the main process reports"
+    assert "step 4" not in shown and "held-out" not in shown, "only the main process reports"
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_stops_both_at_one_step_and_one_process_goes_on(homes):
-    one, two = homes
-    if not losses(one, "base"):
-        finish(one, "base", 1)
+    _, two = homes
     # far more steps than are done before the signal has reached all
     changes = dict(run_name="cut", num_iterations=2000, save_every=0)
 
@@ -313,17 +290,3 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step_and_one_process_goes_on(ho
     assert again.wait(PATIENCE) == 0
     records = [r["step"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"]
     assert records == list(range(len(records)))
-
-
-@pytest.mark.slow
-def test_a_process_that_never_comes_is_named(homes):
-    code = "from nanochat_jax.parallel import cluster; cluster.start('env', 2.0)"
-    env = {**os.environ, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}
-    env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "PYTHONPATH": str(ROOT)}
-    done = children.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and "processes 1, 2 of 3 did not come" in done.stderr
-
-
-def test_a_mode_that_does_not_exist_is_refused():
-    with pytest.raises(DistributedError, match="auto, off, slurm, mpi, env"):
-        find_cluster("mpirun", {})

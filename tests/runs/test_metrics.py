@@ -15,11 +15,17 @@ from nanochat_jax.utils import paths
 from nanochat_jax.utils.errors import exit_status
 
 
-def test_lines_are_read_back_and_a_torn_line_is_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = metrics.MetricsLog(path)
-    log.write({"kind": "train", "step": 0, "loss": 1.5})
+def written(folder, *records):
+    """A metrics file with these records."""
+    log = metrics.MetricsLog(path := folder / "metrics.jsonl")
+    for record in records:
+        log.write(record)
     log.close()
+    return path
+
+
+def test_lines_are_read_back_and_a_torn_line_is_left_out(tmp_path):
+    path = written(tmp_path, {"kind": "train", "step": 0, "loss": 1.5})
     with open(path, "a") as f:
         f.write('{"kind": "train", "st')
     assert metrics.read(path) == [{"kind": "train", "step": 0, "loss": 1.5}]
@@ -28,12 +34,7 @@ def test_lines_are_read_back_and_a_torn_line_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("keep_eval", [True, False])
 def test_rewind_drops_exactly_what_will_be_written_again(tmp_path, keep_eval):
-    path = tmp_path / "metrics.jsonl"
-    log = metrics.MetricsLog(path)
-    for step in range(4):
-        log.write({"kind": "eval", "step": step})
-        log.write({"kind": "train", "step": step})
-    log.close()
+    path = written(tmp_path, *({"kind": kind, "step": step} for step in range(4) for kind in ("eval", "train")))
     metrics.rewind(path, 2, keep_eval)
     kept = [(r["kind"], r["step"]) for r in metrics.read(path)]
     expected = [("eval", 0), ("train", 0), ("eval", 1), ("train", 1)]
@@ -70,9 +71,9 @@ def test_unknown_sink_is_an_error_that_lists_the_known_ones(tmp_path):
 
 
 def test_a_missing_sink_package_is_reported_and_left_out(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert metrics.open_sinks("wandb", "run", tmp_path, {}) == {}
-    assert "cannot start" in caplog.text and "pip install '.[wandb]'" in caplog.text
+    assert "pip install '.[wandb]'" in caplog.text
 
 
 @pytest.mark.parametrize("offline, mode", [("1", "offline"), ("", None)])
@@ -137,11 +138,7 @@ def test_another_trouble_with_the_disk_is_named_too(tmp_path):
 
 @pytest.mark.parametrize("room", [0, 100])
 def test_going_on_with_a_full_disk_says_so_and_spoils_nothing(room, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "metrics.jsonl"
-    log = metrics.MetricsLog(path)
-    for step in range(9):
-        log.write({"kind": "train", "step": step})
-    log.close()
+    path = written(tmp_path, *({"kind": "train", "step": step} for step in range(9)))
     before, kept = path.read_bytes(), 5 * len(b'{"kind": "train", "step": 0}\n')
     with monkeypatch.context() as patch:
         patch.setattr(paths, "open", lambda path, mode: io.BufferedWriter(Filling(path, mode, room)), raising=False)

@@ -23,6 +23,7 @@ from nanochat_jax.training.loop import TrainingError
 from nanochat_jax.training.optim import OptimHyper
 from nanochat_jax.training.step import TrainState
 from nanochat_jax.training.watchdog import HungError
+from tests.toy_params import on_one_device
 
 
 @jax.jit
@@ -104,8 +105,7 @@ def bpb(params) -> dict[str, float]:
 
 
 def target():
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), fresh())
+    return on_one_device(fresh())
 
 
 def resumed(run) -> tuple[TrainState, bool]:
@@ -120,6 +120,31 @@ def numbers(run):
     return [{k: v for k, v in r.items() if k not in timing} for r in records]
 
 
+def at(step, act, source=batches):
+    """Batches of `source`; before that of `step` is given, act() is called."""
+
+    def make(start):
+        for i, batch in enumerate(source(start)):
+            if start + i == step:
+                act()
+            yield batch
+
+    return make
+
+
+def power_cut():
+    raise OSError("power cut")
+
+
+def check_resumed(tmp_path, whole, **changes):
+    """The run `cut`, started again, ends as the uninterrupted run `whole` did."""
+    state, evaluated = resumed(tmp_path / "cut")
+    again = fit(job(tmp_path / "cut", **changes), state, evaluated)
+    assert again.finished and again.results == whole.results
+    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
 def test_cadence(tmp_path):
     outcome = fit(job(tmp_path), fresh())
     assert outcome.finished and int(outcome.state.step) == 10
@@ -131,6 +156,7 @@ def test_cadence(tmp_path):
     for r in records:
         if r["kind"] == "train":
             assert r["tok_per_sec"] * r["seconds"] == pytest.approx(6)
+            assert r["mfu"] == pytest.approx(flops_per_token(CONFIG) * r["tok_per_sec"] / 1e12)
 
 
 @pytest.mark.parametrize("every", [0, -1])
@@ -140,23 +166,12 @@ def test_zero_or_negative_cadence_means_only_at_the_end(tmp_path, every):
     assert checkpoint.steps(tmp_path) == [10]
 
 
-def test_resume_gives_the_same_records_and_state(tmp_path):
+def test_an_error_of_the_data_loses_nothing_saved_and_the_rest_is_identical(tmp_path):
     whole = fit(job(tmp_path / "whole"), fresh())
-    (tmp_path / "cut").mkdir()
-
-    def stops_at(step):
-        def stop(params):
-            raise RuntimeError("power cut")
-
-        return stop
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit(job(tmp_path / "cut", sample_every=8, sample=stops_at(8)), fresh())
-    assert checkpoint.steps(tmp_path / "cut")[-1] == 6
-    state, evaluated = resumed(tmp_path / "cut")
-    again = fit(job(tmp_path / "cut"), state, evaluated)
-    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    with pytest.raises(OSError, match="power cut"):
+        fit(job(tmp_path / "cut", batches=at(7, power_cut)), fresh())
+    assert checkpoint.steps(tmp_path / "cut") == [3, 6]
+    check_resumed(tmp_path, whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -164,38 +179,29 @@ def test_resume_gives_the_same_records_and_state(tmp_path):
 def test_signals_save_and_return_and_the_rest_is_identical(tmp_path, number, moment):
     whole = fit(job(tmp_path / "whole"), fresh())
 
-    def with_signal(start):
-        for i, batch in enumerate(batches(start)):
-            if start + i == 5 and moment.startswith("waiting"):
-                os.kill(os.getpid(), number)
-            yield batch
+    def send():
+        os.kill(os.getpid(), number)
 
     def schedule(step):  # of the step whose numbers are read
         if step == 4 and moment.startswith("in"):
-            os.kill(os.getpid(), number)
+            send()
         return 1.0 - step / 10
 
-    stopped = fit(job(tmp_path / "cut", batches=with_signal, schedule=schedule), fresh())
+    waiting = {"batches": at(5, send)} if moment.startswith("waiting") else {"schedule": schedule}
+    stopped = fit(job(tmp_path / "cut", **waiting), fresh())
     assert not stopped.finished
     step = checkpoint.steps(tmp_path / "cut")[-1]
     assert step == int(stopped.state.step) == (5 if moment.startswith("waiting") else 6)
-    state, evaluated = resumed(tmp_path / "cut")
-    again = fit(job(tmp_path / "cut"), state, evaluated)
-    assert again.finished and again.results == whole.results
-    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    check_resumed(tmp_path, whole)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers must be put back"
 
 
 def test_a_wait_for_data_is_ended_by_sigterm_and_nothing_is_saved_twice(tmp_path, capfd, monkeypatch):
-    def never(start):
-        for i, batch in enumerate(batches(start)):
-            if start + i == 5:
-                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-                threading.Event().wait(20)
-            yield batch
+    def wait():
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Event().wait(20)
 
-    began = time.monotonic()
+    never, began = at(5, wait), time.monotonic()
     assert not fit(job(tmp_path, batches=never), fresh()).finished
     assert time.monotonic() - began < 10 and checkpoint.steps(tmp_path)[-1] == 5
     assert "stopped by SIGTERM at step 5" in capfd.readouterr().out
@@ -213,6 +219,14 @@ def test_a_finished_run_does_nothing_when_started_again(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def expected_params(steps, but=()):
+    """The parameter after so many steps, of which some are skipped."""
+    a = np.ones(3, np.float32)
+    for step, (x, _, _) in zip(range(steps), batches(0), strict=False):
+        a = a if step in but else a * np.float32(0.9) + x.mean()
+    return a
+
+
 def poisoned(*steps, by=np.nan):
     def make(start):
         for i, (x, y, w) in enumerate(batches(start)):
@@ -221,19 +235,16 @@ def poisoned(*steps, by=np.nan):
     return make
 
 
-@pytest.mark.parametrize("at", [[7], [4, 5], [0], [9]])  # 4 and 9: their numbers are read before an evaluation, a save
-def test_a_bad_step_is_skipped_and_changes_nothing(tmp_path, at):
-    outcome = fit(job(tmp_path, batches=poisoned(*at)), fresh())
-    a = np.ones(3, np.float32)
-    for step, (x, _, _) in zip(range(10), batches(0), strict=False):
-        a = a if step in at else a * np.float32(0.9) + x.mean()
-    np.testing.assert_allclose(outcome.state.params["a"], a, rtol=1e-6)
+@pytest.mark.parametrize("bad", [[7], [4, 5], [0], [9]])  # 4, 9: their numbers are read before an evaluation, a save
+def test_a_bad_step_is_skipped_and_changes_nothing(tmp_path, bad):
+    outcome = fit(job(tmp_path, batches=poisoned(*bad)), fresh())
+    np.testing.assert_allclose(outcome.state.params["a"], expected_params(10, but=bad), rtol=1e-6)
     assert int(outcome.state.step) == 10
     records = numbers(tmp_path)
-    assert [r["step"] for r in records if r["kind"] == "train"] == [s for s in range(10) if s not in at]
-    assert [(r["step"], r["loss"]) for r in records if r["kind"] == "skip"] == [(s, "nan") for s in at]
-    assert anomalies.steps(tmp_path) == at
-    for step in at:
+    assert [r["step"] for r in records if r["kind"] == "train"] == [s for s in range(10) if s not in bad]
+    assert [(r["step"], r["loss"]) for r in records if r["kind"] == "skip"] == [(s, "nan") for s in bad]
+    assert anomalies.steps(tmp_path) == bad
+    for step in bad:
         kept = np.load(anomalies.folder(tmp_path, step) / "batch.npz")
         assert np.isnan(kept["inputs"]).all() and kept["inputs"].shape == (1, 2, 3)
 
@@ -249,33 +260,23 @@ def test_a_spike_is_skipped_once_the_usual_level_is_known(tmp_path):
     assert float(off.state.params["a"][0]) > 2 * float(whole.state.params["a"][0])
 
 
-@pytest.mark.parametrize("cut", [*(pytest.param(n, marks=pytest.mark.slow) for n in (49, 51)), 50])
+@pytest.mark.parametrize("cut", [50, *(pytest.param(n, marks=pytest.mark.slow) for n in (49, 51))])
 def test_a_resumed_run_skips_the_same_steps(tmp_path, cut):
     spikes = poisoned(48, 50, 51, by=30)
     whole = fit(job(tmp_path / "whole", n=60, batches=spikes, save_every=1), fresh())
     assert anomalies.steps(tmp_path / "whole")
-
-    def breaks(start):
-        for i, batch in enumerate(spikes(start)):
-            if start + i == cut:
-                raise OSError("power cut")
-            yield batch
-
     with pytest.raises(OSError, match="power cut"):
-        fit(job(tmp_path / "cut", n=60, batches=breaks, save_every=1), fresh())
-    state, evaluated = resumed(tmp_path / "cut")
-    again = fit(job(tmp_path / "cut", n=60, batches=spikes, save_every=1), state, evaluated)
-    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+        fit(job(tmp_path / "cut", n=60, batches=at(cut, power_cut, spikes), save_every=1), fresh())
+    check_resumed(tmp_path, whole, n=60, batches=spikes, save_every=1)
 
 
 def test_too_many_skips_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(TrainingError, match=r"3 steps in a row up to step 9.*last good.*step 9.*replay.*--matrix_lr"):
+    with pytest.raises(TrainingError, match=r"3 steps .*step 9.*--matrix_lr"):
         fit(job(tmp_path, n=12, batches=poisoned(7, 8, 9), max_skips=3), fresh())
     assert checkpoint.steps(tmp_path)[-1] == 9 and anomalies.steps(tmp_path) == [7, 8, 9]
     assert [p.parent.name for p in (tmp_path / "incidents").glob("*/params")] == ["00000007"], "one copy is enough"
     state, evaluated = resumed(tmp_path)
-    with pytest.raises(TrainingError, match="3 steps in a row up to step 9"):  # the ones before are remembered
+    with pytest.raises(TrainingError, match="3 steps .*step 9"):  # the ones before are remembered
         fit(job(tmp_path, n=12, batches=poisoned(7, 8, 9), max_skips=3), state, evaluated)
 
 
@@ -284,23 +285,29 @@ def test_incidents_do_not_fill_the_disk(tmp_path):
     assert len(anomalies.steps(tmp_path)) == anomalies.KEPT and anomalies.steps(tmp_path)[-1] == 29
 
 
-def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+def full_disk_at(step, monkeypatch) -> list[int]:
+    """Saving that step fails; the steps that are saved."""
     publish, saved = checkpoint._publish, []
 
-    def full(run, step, temporary, meta):
-        if step == 6:
+    def full(run, at, temporary, meta):
+        if at == step:
             raise OSError(28, "No space left on device")
-        publish(run, step, temporary, meta)
-        saved.append(step)
+        publish(run, at, temporary, meta)
+        saved.append(at)
 
     monkeypatch.setattr(checkpoint, "_publish", full)
+    return saved
+
+
+def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    saved = full_disk_at(6, monkeypatch)
 
     def slowly(start):
         for batch in batches(start):
             time.sleep(0.05)
             yield batch
 
-    with pytest.raises(checkpoint.CheckpointError, match=r"saving step 6.*No space left.*last good checkpoint is .*03"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"step 6.*No space left.*00000003"):
         fit(job(tmp_path, n=100, batches=slowly), fresh())
     assert saved == [3]
     steps = [r["step"] for r in numbers(tmp_path) if r["kind"] == "train"]
@@ -308,11 +315,8 @@ def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
 
 
 def test_a_failing_last_save_is_no_success(tmp_path, monkeypatch):
-    def full(run, step, temporary, meta):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_publish", full)
-    with pytest.raises(checkpoint.CheckpointError, match="saving step 3"):
+    full_disk_at(3, monkeypatch)
+    with pytest.raises(checkpoint.CheckpointError, match="step 3"):
         fit(job(tmp_path, n=3), fresh())
 
 
@@ -328,54 +332,26 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_publish", slow)
     fit(job(tmp_path, n=40, kind=DonatingJob, evaluations=(), save_every=20, keep=0), fresh())
     assert during[0] > 25, "the loop waited for the disk"
-    a = np.ones(3, np.float32)
-    for _, (x, _, _) in zip(range(20), batches(0), strict=False):
-        a = a * np.float32(0.9) + x.mean()
-    np.testing.assert_allclose(checkpoint.restore(tmp_path, 20, target()).params["a"], a, rtol=1e-5)
+    saved = checkpoint.restore(tmp_path, 20, target()).params["a"]
+    np.testing.assert_allclose(saved, expected_params(20), rtol=1e-5)
 
 
 def test_a_step_that_hangs_leaves_a_checkpoint_and_says_where_it_hangs(tmp_path, capfd):
-    waiting = threading.Event()
-
-    def stuck(start):
-        for i, batch in enumerate(batches(start)):
-            if start + i == 7:
-                waiting.wait(60)
-            yield batch
+    def stuck():
+        threading.Event().wait(60)
 
     began = time.monotonic()
-    with pytest.raises(HungError, match="step 7 hangs; the last good checkpoint is step 7"):
-        fit(job(tmp_path, batches=stuck, hang_timeout=1.0), fresh())
+    with pytest.raises(HungError, match="step 7.* step 7"):
+        fit(job(tmp_path, batches=at(7, stuck), hang_timeout=1.0), fresh())
     assert time.monotonic() - began < 30
     shown = capfd.readouterr().err
     assert "--hang_timeout" in shown and "in stuck" in shown and "watchdog" in shown
     state, evaluated = resumed(tmp_path)
-    again = fit(job(tmp_path), state, evaluated)
-    whole = fit(job(tmp_path / "whole"), fresh())
-    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
+    fit(job(tmp_path), state, evaluated)
     assert [r["step"] for r in numbers(tmp_path) if r["kind"] == "train"] == list(range(10))
     records = metrics.read(tmp_path / "metrics.jsonl")
     (noted,) = [r for r in records if r["kind"] == "incident"]  # for the report; a resumed run keeps it
     assert (noted["step"], noted["what"]) == (7, "hang") and noted["seconds"] > 1
-
-
-def test_errors_of_the_data_reach_the_caller_and_nothing_saved_is_lost(tmp_path):
-    def breaks(start):
-        for i, batch in enumerate(batches(start)):
-            if start + i == 7:
-                raise OSError("disk went away")
-            yield batch
-
-    with pytest.raises(OSError, match="disk went away"):
-        fit(job(tmp_path, batches=breaks), fresh())
-    assert checkpoint.steps(tmp_path) == [3, 6]
-
-
-def test_mfu_uses_the_given_peak(tmp_path):
-    fit(job(tmp_path, n=3), fresh())
-    for r in metrics.read(tmp_path / "metrics.jsonl"):
-        if r["kind"] == "train":
-            assert r["mfu"] == pytest.approx(flops_per_token(CONFIG) * r["tok_per_sec"] / 1e12)
 
 
 def test_several_evaluations_keep_their_own_cadence(tmp_path):
@@ -404,15 +380,10 @@ def test_rollouts_see_the_newest_parameters_and_resume_exactly(tmp_path):
     assert [r["samples"] for r in records if r["kind"] == "transcripts"][3] == [{"text": "said at 3"}]
 
     def breaks(params, step):
-        if step == 7:
-            raise RuntimeError("power cut")
-        return rollout(params, step)
+        return power_cut() if step == 7 else rollout(params, step)
 
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(OSError, match="power cut"):
         fit(job(tmp_path / "cut", batches=None, rollout=breaks), fresh())
-    state, evaluated = resumed(tmp_path / "cut")
-    again = fit(job(tmp_path / "cut", batches=None, rollout=rollout), state, evaluated)
-    np.testing.assert_array_equal(again.state.params["a"], whole.state.params["a"])
-    assert numbers(tmp_path / "cut") == records
+    check_resumed(tmp_path, whole, batches=None, rollout=rollout)
     sessions = [r for r in metrics.read(tmp_path / "cut" / "metrics.jsonl") if r["kind"] == "session"]
     assert [r["step"] for r in sessions] == [0, 6] and all(r["versions"]["jax"] for r in sessions)

@@ -4,6 +4,8 @@
 # pyright: reportOptionalSubscript=false, reportOperatorIssue=false
 # (optax types every tree as a union of arrays and containers)
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,21 +13,12 @@ import optax
 import pytest
 
 from nanochat_jax.training.muon import aspect_scale, default_ns_dtype, muon, orthogonalize
+from tests.golden_models import below, golden_arrays
 
-NS_CASES = ("tall", "wide", "square", "near_square", "batched", "rank1")
-MUON_RUNS = {
-    "nesterov_fp32": {"ns_dtype": "float32"},
-    "nesterov_bf16": {"ns_dtype": "bfloat16"},
-    "plain_fp32": {"ns_dtype": "float32", "nesterov": False},
-    "plain_bf16": {"ns_dtype": "bfloat16", "nesterov": False},
-    "nesterov_3steps_fp32": {"ns_dtype": "float32", "ns_steps": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def data(golden):
-    with np.load(golden / "optim_v1.npz") as arrays:
-        return dict(arrays)
+DATA = golden_arrays("optim_v1")
+CASES = [name.split("/")[1] for name in DATA if re.fullmatch(r"ns/\w+/fp32_steps1", name)]
+PARAMS = [name.split("/")[1] for name in DATA if re.fullmatch(r"muon/\w+/init", name)]
+RUNS = [name.split("/")[1] for name in DATA if re.fullmatch(rf"muon/\w+/{PARAMS[0]}/param_step0", name)]
 
 
 compiled = jax.jit(orthogonalize, static_argnums=(1, 2))
@@ -68,37 +61,39 @@ def slow_muon(params, grads, lr, momentum, steps=5, nesterov=True, weight_decay=
 # Newton-Schulz
 
 
-@pytest.mark.parametrize("case", NS_CASES)
-@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow), 5])
-def test_newton_schulz_fp32(data, case, steps):
-    result = compiled(jnp.asarray(data[f"ns/{case}/input"]), steps, "float32")
-    atol = 1e-4 if case == "rank1" else 2e-5
-    np.testing.assert_allclose(result, data[f"ns/{case}/fp32_steps{steps}"], rtol=0, atol=atol)
+def recorded(case: str, dtype: str) -> dict[int, np.ndarray]:
+    """Number of steps -> result. Near rank one bf16 is chaotic, so that only one and two steps can be compared."""
+    found = below(DATA, f"ns/{case}/{'fp32' if dtype == 'float32' else 'bf16'}_steps")
+    chaotic = dtype == "bfloat16" and is_near_rank_one(case)
+    return {int(steps): result for steps, result in found.items() if int(steps) <= 2 or not chaotic}
 
 
-def bf16_cases():
-    """(case, steps, compiled?) The chaotic near-rank-one matrix is compared after one and two steps only."""
-    for case in NS_CASES:
-        yield case, 1, True
-        yield pytest.param(case, 2, True, marks=() if case == "rank1" else pytest.mark.slow)
-        if case != "rank1":
-            yield case, 5, True
-    yield from (("batched", steps, False) for steps in (1, 2, 5))
+def is_near_rank_one(case: str) -> bool:
+    values = np.linalg.svd(DATA[f"ns/{case}/input"], compute_uv=False)
+    return bool((values[..., 1] < 1e-2 * values[..., 0]).all())
 
 
-@pytest.mark.parametrize("case, steps, jit", list(bf16_cases()))
-def test_newton_schulz_bf16_follows_the_eager_recipe(data, case, steps, jit):
+@pytest.mark.parametrize("case", CASES)
+def test_newton_schulz_fp32(case):
+    expected = recorded(case, "float32")
+    run = jax.jit(lambda x: {steps: orthogonalize(x, steps, "float32") for steps in expected})
+    for steps, result in run(DATA[f"ns/{case}/input"]).items():
+        np.testing.assert_allclose(result, expected[steps], rtol=0, atol=1e-4 if is_near_rank_one(case) else 2e-5)
+
+
+STACK = next(case for case in CASES if DATA[f"ns/{case}/input"].ndim == 3)
+
+
+@pytest.mark.parametrize("case, jit", [*((case, True) for case in CASES), (STACK, False)])
+def test_newton_schulz_bf16_follows_the_eager_recipe(case, jit):
     """Rounded after every operation, compiled or not: exact here; atol 1e-2 is for matmuls of another order."""
-    run = compiled if jit else orthogonalize
-    result = run(jnp.asarray(data[f"ns/{case}/input"]), steps, "bfloat16")
-    assert result.dtype == jnp.bfloat16
-    expected = data[f"ns/{case}/bf16_steps{steps}"]
-    np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0, atol=1e-2)
+    for steps, expected in recorded(case, "bfloat16").items():
+        result = (compiled if jit else orthogonalize)(jnp.asarray(DATA[f"ns/{case}/input"]), steps, "bfloat16")
+        np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_zero_stays_zero(data, dtype):
-    assert not np.any(compiled(data["ns/zero/input"], 5, dtype))
+def test_zero_stays_zero(dtype):
     stack = np.zeros((3, 8, 4), np.float32)
     stack[1] = normal(0, 8, 4)
     result = np.asarray(compiled(stack, 5, dtype), np.float32)
@@ -115,41 +110,17 @@ def test_newton_schulz_against_float64(shape):
     assert np.linalg.norm(bf16 - slow) <= 0.12 * np.linalg.norm(slow)
 
 
-@pytest.mark.parametrize(
-    "shape", [(16, 64), (96, 24), *(pytest.param((64, n), marks=pytest.mark.slow) for n in (128, 127))]
-)
-@pytest.mark.parametrize("steps", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4)), 5])
-def test_wide_matrices_of_any_condition_number(shape, steps):
+@pytest.mark.parametrize("shape", [(16, 64), (96, 24), (64, 128), (64, 127)])
+def test_matrices_of_any_condition_number(shape):
     """Singular values over 0 to 8 decades: the Gram form for aspect 2 and more stays as exact as the plain one."""
-    rng = np.random.default_rng(3)
-    small = min(shape)
+    rng, small = np.random.default_rng(3), min(shape)
+    run = jax.jit(lambda x: {steps: orthogonalize(x, steps, "float32") for steps in (0, 1, 3, 5)})
     for decades in (0, 1, 2, 3, 5, 8):
         u, _ = np.linalg.qr(rng.normal(size=(shape[0], small)))
         v, _ = np.linalg.qr(rng.normal(size=(shape[1], small)))
         x = (u * 10 ** np.linspace(0, -decades, small)) @ v.T
-        result = compiled(jnp.asarray(x, jnp.float32), steps, "float32")
-        np.testing.assert_allclose(result, slow_orthogonalize(x, steps), rtol=0, atol=2e-5)
-
-
-def test_scalar_map_of_the_specification():
-    """Singular values go through the quintic five times; the matrix U diag(s) V' makes each of them visible."""
-    expected = {0.001: 0.47054, 0.01: 0.69892, 0.05: 0.75812, 0.1: 0.71212, 0.3: 1.07959, 0.5: 0.76544, 0.9: 0.68201}
-    for s, value in expected.items():
-        rest = np.sqrt(1 - s * s)  # Frobenius norm 1, so the division changes nothing
-        result = compiled(jnp.diag(jnp.array([s, rest], jnp.float32)), 5, "float32")
-        assert float(result[0, 0]) == pytest.approx(value, abs=2e-4)
-
-
-def test_transposition_and_scale_do_not_matter():
-    x = normal(1, 24, 60)
-    wide = np.asarray(compiled(x, 5, "float32"))
-    np.testing.assert_allclose(compiled(x.T, 5, "float32").T, wide, atol=1e-6)
-    np.testing.assert_allclose(compiled(x * 1000, 5, "float32"), wide, atol=2e-5)
-
-
-def test_result_is_nearly_orthogonal():
-    values = np.linalg.svd(np.asarray(compiled(normal(2, 64, 160), 5, "float32")), compute_uv=False)
-    assert values.min() > 0.6 and values.max() < 1.3
+        for steps, result in run(jnp.asarray(x, jnp.float32)).items():
+            np.testing.assert_allclose(result, slow_orthogonalize(x, steps), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,28 +154,33 @@ def run_muon(transform, params, grads):
     return out, state
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param(r, marks=pytest.mark.slow if r == "plain_bf16" else ()) for r in MUON_RUNS]
-)
-def test_muon_runs(data, run):
-    names = [f"p{i}" for i in range(4)]
-    momentum = jnp.asarray(data["muon/momentum_per_step"])
-    transform = muon(float(data["muon/lr"]), lambda count: momentum[count], kernel_layout="out_in", **MUON_RUNS[run])
-    params = {name: jnp.asarray(data[f"muon/{name}/init"]) for name in names}
-    grads = [{name: jnp.asarray(data[f"muon/{name}/grad_step{t}"]) for name in names} for t in range(4)]
+@pytest.mark.parametrize("run", RUNS)
+def test_muon_runs(run):
+    momentum, fp32 = jnp.asarray(DATA["muon/momentum_per_step"]), run.endswith("fp32")
+    steps = re.search(r"(\d+)steps", run)
+    transform = muon(
+        float(DATA["muon/lr"]),
+        lambda count: momentum[count],
+        nesterov=not run.startswith("plain"),
+        ns_steps=int(steps[1]) if steps else 5,
+        ns_dtype="float32" if fp32 else "bfloat16",
+        kernel_layout="out_in",
+    )
+    params = {name: jnp.asarray(DATA[f"muon/{name}/init"]) for name in PARAMS}
+    grads = [{name: jnp.asarray(DATA[f"muon/{name}/grad_step{t}"]) for name in PARAMS} for t in range(len(momentum))]
     history, state = run_muon(transform, params, grads)
     for t, (values, buffers) in enumerate(history):
-        for name in names:
-            start, where = data[f"muon/{name}/init"], f"muon/{run}/{name}"
-            expected = data[f"{where}/param_step{t}"]
-            if run.endswith("fp32"):
+        for name in PARAMS:
+            start, where = DATA[f"muon/{name}/init"], f"muon/{run}/{name}"
+            expected = DATA[f"{where}/param_step{t}"]
+            if fp32:
                 np.testing.assert_allclose(values[name], expected, rtol=0, atol=1e-5)
             else:
                 assert np.linalg.norm(values[name] - expected) <= 0.1 * np.linalg.norm(expected - start)
             np.testing.assert_allclose(
-                buffers[name], data[f"{where}/momentum_buffer_step{t}"], rtol=1e-6, atol=1e-5, err_msg=f"{name} {t}"
+                buffers[name], DATA[f"{where}/momentum_buffer_step{t}"], rtol=1e-6, atol=1e-5, err_msg=f"{name} {t}"
             )
-    assert int(state.count) == 4
+    assert int(state.count) == len(momentum)
 
 
 def test_both_layouts_are_the_same_optimizer():
@@ -214,8 +190,6 @@ def test_both_layouts_are_the_same_optimizer():
     ours, _ = first_update(muon(0.02, ns_dtype="float32"), kernels)
     theirs, _ = first_update(muon(0.02, ns_dtype="float32", kernel_layout="out_in"), weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.mT, atol=1e-6), ours, theirs)
-    size = {name: np.linalg.norm(update) / np.sqrt(8 * (2 if name == "up" else 1)) for name, update in ours.items()}
-    assert size["up"] / size["down"] == pytest.approx(2, rel=0.2)  # sqrt(32 / 8) = 2 against 1
 
 
 def test_stack_equals_separate_matrices():

@@ -9,10 +9,15 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.model.gpt import abstract
+from nanochat_jax.parallel import sharding
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.stages import pipeline
+from nanochat_jax.stages import base, pipeline
 from nanochat_jax.training import anomalies, job, replay
+from nanochat_jax.training.optim import OptimHyper, make_optimizer
+from nanochat_jax.training.step import state_of
 from tests import toy_runs
+from tests.toy_params import on_one_device
 
 BAD_STEP, BAD_ROW = 2, 5
 
@@ -35,8 +40,6 @@ def run(tmp_path_factory):
                     w.reshape(-1, w.shape[-1])[BAD_ROW, 3] = np.inf
                 yield x, y, w
 
-        import nanochat_jax.stages.base as base
-
         patch.setattr(base, "micro_batches", poisoned)
         patch.setattr(job, "make_train_step", lambda *a, **k: STEPS.append(made := make_train_step(*a, **k)) or made)
         patch.setattr(base, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
@@ -58,19 +61,13 @@ def test_a_nan_is_found_in_its_row(run, capsys):
 
 def test_a_step_is_reproduced(run):
     """The honest batch, with the same parameters: the numbers that the training step itself gives."""
-    from nanochat_jax.parallel import sharding
-    from nanochat_jax.training.optim import OptimHyper, make_optimizer
-    from nanochat_jax.training.step import state_of
-
     incident = replay.open_incident(str(run))
     weights = np.where(np.isfinite(incident.weights), incident.weights, 0.5)
     honest = replay.Incident(incident.folder, incident.facts, incident.inputs, incident.targets, weights)
     result = replay.replay(honest, replay.ReplaySettings(device_batch_size=4))
     config = checkpoint.config_from_dict(incident.facts["meta"]["config"])
     mesh = sharding.make_mesh()
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), replay_abstract(config))
-    params = checkpoint.load_tree(incident.folder / "params", {"params": target})["params"]
+    params = checkpoint.load_tree(incident.folder / "params", {"params": on_one_device(abstract(config))})["params"]
     optimizer = make_optimizer(OptimHyper(), 4, config.n_embd)
     batch = [a.reshape(2, 8, -1) for a in (honest.inputs, honest.targets, honest.weights)]
     _, numbers = STEPS[0](state_of(config, params, optimizer, mesh), *batch, np.full(2, np.inf, np.float32))
@@ -80,12 +77,6 @@ def test_a_step_is_reproduced(run):
     assert squares == pytest.approx(result.grad_norm, rel=1e-5)
     without = replay.replay(honest, replay.ReplaySettings(device_batch_size=4, gradients=False))
     assert without.loss == pytest.approx(result.loss, rel=1e-5) and without.grad_norm is None
-
-
-def replay_abstract(config):
-    from nanochat_jax.model.gpt import abstract
-
-    return abstract(config)
 
 
 def test_the_skipped_step_changed_nothing_that_counts(run):
