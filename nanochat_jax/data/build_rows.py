@@ -1,8 +1,8 @@
 """Token rows, made once, before training: from documents here, from conversations in ``data/conversation_rows.py``.
 
-Every document becomes bos and its tokens; all of them in order are one stream, which ``data/packing.py`` slices into
-rows of T+1 tokens. Reading (and, for shards, downloading) goes on in a thread while the batch of documents at hand is
-encoded.
+Every document becomes bos and its tokens. ``data/packing.py`` makes rows of T+1 tokens of them: all in order are one
+stream to be sliced, or each row is filled with documents by best fit. Reading (and, for shards, downloading) goes on in
+a thread while the batch of documents at hand is encoded.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.data.documents import KEPT_MESSAGES, Documents, TextStats
-from nanochat_jax.data.packing import Packer, Piece, Tally, TokenStream
+from nanochat_jax.data.packing import BestFitDocuments, Packer, Piece, Tally, TokenStream
 from nanochat_jax.data.row_store import (
     MANIFEST,
     ROWS_FORMAT,
@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 # Documents are encoded in batches of about this size: enough for all threads, little enough to hold twice.
 _BATCH_CHARS, _BATCH_DOCUMENTS = 4_000_000, 8192
 _REPORT_EVERY = 512  # documents or conversations
+
+PACKINGS = ("stream", "best_fit")
+# Best fit chooses among so many documents; where there are fewer, so many are added (the reference's numbers).
+BUFFER, REFILL = 1000, 128
 
 Progress = Callable[[int, int, int], None]
 
@@ -134,18 +138,31 @@ def build_rows(
     out_dir: str | Path | None = None,
     split: str = "train",
     *,
+    packing: str = "stream",
     max_rows: int | None = None,
     rows_per_shard: int | None = None,
     progress: Progress | None = None,
 ) -> RowSet:
-    """Rows of ``documents``, as ``write_rows`` has it. The manifest tells ``documents``, ``characters``,
-    ``stream_tokens`` that were read and what had to be repaired. Raises RowsError for too little text or space."""
+    """Rows of ``documents``, as ``write_rows`` has it; ``packing`` is "stream" (nothing is lost) or "best_fit" (every
+    row begins with a document, and what does not fit is cropped).
+
+    The manifest tells ``documents``, ``characters``, ``stream_tokens`` that were read, in best fit how many tokens of
+    them were ``cropped``, and what had to be repaired. Raises RowsError for too little text or space.
+    """
+    if packing not in PACKINGS:
+        raise RowsError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
     identity: dict[str, Any] = {"source": documents.fingerprint()}
+    if packing == "best_fit":
+        identity["packing"] = [packing, BUFFER, REFILL]
     if documents.in_blocks:  # the order of training is part of what such rows are: data/loader.py
         identity["block"] = rows_per_shard or shard_rows(T, row_dtype(tokenizer.vocab_size))
 
-    def packer_at(state: Any) -> TokenStream:
+    def packer_at(state: Any) -> Packer:
         nothing = {"documents": 0, "characters": 0, "stream_tokens": 0, **TextStats().as_dict()}
+        if packing == "best_fit":
+            read, dtype = state["now"] if state else nothing, row_dtype(tokenizer.vocab_size)
+            pieces = _pieces(documents, tokenizer, read, REFILL)
+            return BestFitDocuments(T, tokenizer.bos_id, dtype, pieces, read, state, BUFFER)
         state = state or {"before": nothing, "token": 0}
         return TokenStream(T, _pieces(documents, tokenizer, state["before"]), state["before"], state["token"])
 
@@ -158,18 +175,22 @@ def build_rows(
                 f"the {split} text has only {tally['stream_tokens']} tokens, too few for one row of {T + 1}; give more "
                 "text or shorter rows"
             )
+        if cropped := tally.get("cropped"):
+            logger.info("%s text: %.1f%% of its tokens were cropped", split, 100 * cropped / tally["stream_tokens"])
         return tally
 
     return write_rows(
-        identity, tokenizer, T, split, packer_at, judge,
+        identity, tokenizer, T, split, packer_at, judge, name="best_fit-" if packing == "best_fit" else "",
         out_dir=out_dir, max_rows=max_rows, rows_per_shard=rows_per_shard, progress=progress,
     )  # fmt: skip
 
 
-def _pieces(documents: Documents, tokenizer: Tokenizer, before: Tally) -> Generator[Piece, None, None]:
-    """The documents that follow those of the tally ``before``, encoded batch by batch."""
+def _pieces(
+    documents: Documents, tokenizer: Tokenizer, before: Tally, most: int = _BATCH_DOCUMENTS
+) -> Generator[Piece, None, None]:
+    """The documents that follow those of the tally ``before``, encoded in batches of up to ``most``."""
     tally = before
-    with contextlib.closing(read_ahead(_batches(documents, before["documents"]), documents.stop)) as batches:
+    with contextlib.closing(read_ahead(_batches(documents, before["documents"], most), documents.stop)) as batches:
         for texts, repairs in batches:
             ids, _ = tokenizer.encode_to_numpy(texts)
             tally = {
@@ -183,7 +204,7 @@ def _pieces(documents: Documents, tokenizer: Tokenizer, before: Tally) -> Genera
             yield Piece(ids, tally)
 
 
-def _batches(documents: Documents, start: int) -> Iterator[tuple[list[str], TextStats]]:
+def _batches(documents: Documents, start: int, most: int) -> Iterator[tuple[list[str], TextStats]]:
     """Documents from number ``start`` in batches, each with the repairs since ``start`` up to its end.
 
     Where a batch ends depends only on the documents from its own first one on.
@@ -193,7 +214,7 @@ def _batches(documents: Documents, start: int) -> Iterator[tuple[list[str], Text
     for text in documents.iterate(start):
         texts.append(text)
         chars += len(text)
-        if chars >= _BATCH_CHARS or len(texts) >= _BATCH_DOCUMENTS:
+        if chars >= _BATCH_CHARS or len(texts) >= most:
             yield texts, TextStats(**documents.stats.as_dict())
             texts, chars = [], 0
     yield texts, TextStats(**documents.stats.as_dict())  # the repairs after the last document, and what is left

@@ -22,7 +22,7 @@ import numpy as np
 from nanochat_jax.data.build_rows import Progress, read_ahead, write_rows
 from nanochat_jax.data.packing import (
     NO_CONVERSATIONS,
-    BestFit,
+    BestFitConversations,
     Packer,
     Rendered,
     RenderedConversations,
@@ -160,7 +160,7 @@ def build_conversation_rows(
         if best_fit:
             order = itertools.chain(state["buffer"], range(state["next"], count)) if state else range(count)
             dtype = row_dtype(tokenizer.vocab_size)
-            return BestFit(T + 1, tokenizer.bos_id, dtype, rendered(order), state, BUFFER)
+            return BestFitConversations(T + 1, tokenizer.bos_id, dtype, rendered(order), state, BUFFER)
         before, token = (state["before"], state["token"]) if state else (NO_CONVERSATIONS, 0)
         source = rendered(range(before["conversations"] + before["skipped"], count))
         return TokenStream(T, conversation_pieces(source, before), before, token)

@@ -1,15 +1,16 @@
-"""Tokens into rows of T+1: one after another as a stream, or conversations side by side by best fit.
+"""Tokens into rows of T+1: one after another as a stream, or documents or conversations side by side by best fit.
 
 A packer takes what it packs from a source and keeps a tally, JSON-able, of what has been read. Its state is what it
 needs to make the rows that follow again.
 """
 
+import base64
 import contextlib
 import itertools
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Generator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Generator, Iterator
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -83,7 +84,114 @@ class TokenStream:
         return np.lib.stride_tricks.sliding_window_view(np.concatenate(parts), self._T + 1)[:: self._T], None
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
+# --- best fit ---------------------------------------------------------------------------------------------------------
+
+Item = TypeVar("Item")
+
+
+class LengthBuffer(Generic[Item]):
+    """Items by length; among equals, the first to arrive comes first."""
+
+    def __init__(self):
+        self._items: dict[int, Item] = {}  # arrival -> item
+        self._sorted: list[tuple[int, int]] = []  # (length, -arrival)
+        self._arrivals = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Item]:
+        """In the order of arrival."""
+        return iter(self._items.values())
+
+    def add(self, length: int, item: Item) -> None:
+        arrival = next(self._arrivals)
+        self._items[arrival] = item
+        insort(self._sorted, (length, -arrival))
+
+    def pop_longest(self, most: int) -> Item | None:
+        """The longest of at most so many tokens; None where there is none."""
+        return self._pop(bisect_right(self._sorted, (most, 1)) - 1)
+
+    def pop_shortest(self) -> Item | None:
+        return self._pop(bisect_right(self._sorted, (self._sorted[0][0], 1)) - 1 if self._sorted else -1)
+
+    def _pop(self, index: int) -> Item | None:
+        if index < 0:
+            return None
+        _, arrival = self._sorted.pop(index)
+        return self._items.pop(-arrival)
+
+
+class Document(NamedTuple):
+    """Its length, and as many of its tokens as a row can hold."""
+
+    length: int
+    ids: np.ndarray
+
+
+class BestFitDocuments:
+    """Rows that each begin with a document and are full: always the longest document in the buffer that still fits;
+    where none does, the shortest is cropped to what is left of the row, and its rest is lost (reference behaviour).
+
+    source: pieces, those first that follow the state's; every document begins with `bos`. buffer: whenever there are
+    fewer documents to choose from, those of another piece are added. The tally counts the `cropped` tokens. What is
+    left in the end is too little for a row; then the buffer has run dry, so the last rows fit less well.
+    """
+
+    def __init__(
+        self,
+        T: int,
+        bos: int,
+        dtype: np.dtype,
+        source: Generator[Piece, None, None],
+        tally: Tally,
+        state: dict[str, Any] | None,
+        buffer: int,
+    ):
+        self.source, self.tally = source, {**tally, "cropped": tally.get("cropped", 0)}
+        self._T, self._bos, self._dtype, self._size = T, bos, dtype, buffer
+        self._buffer: LengthBuffer[Document] = LengthBuffer()
+        if state:
+            ids, at = np.frombuffer(base64.b64decode(state["ids"]), dtype), 0
+            for length in state["lengths"]:
+                self._buffer.add(length, Document(length, ids[at : at + min(length, T + 1)]))
+                at += min(length, T + 1)
+
+    def state(self) -> dict[str, Any]:
+        """The documents themselves, cut to what a row can hold: some stay in the buffer for as long as it exists."""
+        ids = np.concatenate([np.empty(0, self._dtype), *(document.ids for document in self._buffer)])
+        return {
+            "lengths": [document.length for document in self._buffer],
+            "ids": base64.b64encode(ids.astype(self._dtype).tobytes()).decode(),
+            "now": self.tally,
+        }
+
+    def _refill(self) -> None:
+        while len(self._buffer) < self._size:
+            piece = next(self.source, None)
+            if piece is None:
+                return
+            self.tally = {**piece.tally, "cropped": self.tally["cropped"]}
+            starts = np.flatnonzero(piece.ids == self._bos)
+            for start, length in zip(starts, np.diff(starts, append=len(piece.ids)), strict=True):
+                kept = piece.ids[start : start + min(length, self._T + 1)]
+                self._buffer.add(int(length), Document(int(length), kept))
+
+    def take(self, most: int = 1) -> tuple[np.ndarray, None] | None:
+        """One row."""
+        row, filled = np.empty((1, self._T + 1), self._dtype), 0
+        while filled <= self._T:
+            self._refill()
+            left = self._T + 1 - filled
+            document = self._buffer.pop_longest(left) or self._buffer.pop_shortest()
+            if document is None:
+                return None
+            kept = document.ids[:left]
+            row[0, filled : filled + len(kept)] = kept
+            filled += len(kept)
+            self.tally = {**self.tally, "cropped": self.tally["cropped"] + document.length - len(kept)}
+        return row, None
 
 
 class Rendered(NamedTuple):
@@ -125,7 +233,7 @@ def conversation_pieces(source: RenderedConversations, tally: Tally) -> Generato
                 yield Piece(rendered.ids, tally)
 
 
-class BestFit:
+class BestFitConversations:
     """Rows of unsplit conversations: always the longest in the buffer that still fits (the first among equals), then
     `pad`, which is never supervised.
 
@@ -143,13 +251,11 @@ class BestFit:
     ):
         self.source, self.tally = source, state["now"] if state else NO_CONVERSATIONS
         self._capacity, self._pad, self._dtype, self._size = capacity, pad, dtype, buffer
-        self._buffer: dict[int, tuple[int, Rendered]] = {}  # arrival -> index, conversation
-        self._sorted: list[tuple[int, int]] = []  # (length, -arrival)
-        self._arrivals = itertools.count()
+        self._buffer: LengthBuffer[tuple[int, Rendered]] = LengthBuffer()  # by number
         self._next: int = state["next"] if state else 0
 
     def state(self) -> dict[str, Any]:
-        return {"next": self._next, "buffer": [index for index, _ in self._buffer.values()], "now": self.tally}
+        return {"next": self._next, "buffer": [index for index, _ in self._buffer], "now": self.tally}
 
     def _refill(self) -> None:
         while len(self._buffer) < self._size:
@@ -163,9 +269,7 @@ class BestFit:
                 within = f" in the first {len(rendered.ids)} tokens" if rendered.cut else ""
                 self.tally = _skipped(self.tally, index, f"no token of the assistant{within}, so nothing to learn")
             else:
-                arrival = next(self._arrivals)
-                self._buffer[arrival] = index, rendered
-                insort(self._sorted, (len(rendered.ids), -arrival))
+                self._buffer.add(len(rendered.ids), (index, rendered))
 
     def take(self, most: int = 1) -> tuple[np.ndarray, np.ndarray] | None:
         """One row and its mask."""
@@ -175,9 +279,8 @@ class BestFit:
         row = np.full((1, self._capacity), self._pad, self._dtype)
         mask = np.zeros((1, self._capacity), np.uint8)
         filled = 0
-        while place := bisect_right(self._sorted, (self._capacity - filled, 1)):
-            _, arrival = self._sorted.pop(place - 1)
-            _, rendered = self._buffer.pop(-arrival)
+        while (found := self._buffer.pop_longest(self._capacity - filled)) is not None:
+            _, rendered = found
             end = filled + len(rendered.ids)
             row[0, filled:end], mask[0, filled:end] = rendered.ids, rendered.mask
             filled = end

@@ -14,7 +14,7 @@ from nanochat_jax.data import build_rows, row_store
 from nanochat_jax.data import conversation_rows as module
 from nanochat_jax.data.conversation_rows import build_conversation_rows, render_many
 from nanochat_jax.data.loader import RowLoader, val_batches
-from nanochat_jax.data.packing import BestFit, Rendered
+from nanochat_jax.data.packing import BestFitConversations, Rendered
 from nanochat_jax.data.row_store import RowsError, RowSet
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.reference_stride import ReferenceStride
@@ -240,7 +240,7 @@ def test_best_fit_equals_the_reference(case):
         Rendered(np.array(c["ids"], np.uint16), np.array(c["mask"], np.uint8), False) for c in expected["conversations"]
     ]
     source = (pair for pair in enumerate(wrapped(given_conversations, expected["rank"], expected["world_size"], 200)))
-    packer = BestFit(T + 1, 256, np.dtype("<u2"), source, None, expected["buffer_size"])
+    packer = BestFitConversations(T + 1, 256, np.dtype("<u2"), source, None, expected["buffer_size"])
 
     class Packed:
         def __init__(self):
@@ -291,7 +291,7 @@ def test_best_fit_is_its_definition(tmp_path, small_batches, monkeypatch, T, per
 def test_best_fit_of_any_lengths(lengths, capacity, buffer):
     rendered = [([i] * n, [1] * n) for i, n in enumerate(lengths)]
     source = ((i, Rendered(np.array(a), np.array(b), False)) for i, (a, b) in enumerate(rendered))
-    packer = BestFit(capacity, 99, np.dtype("<u2"), source, None, buffer)
+    packer = BestFitConversations(capacity, 99, np.dtype("<u2"), source, None, buffer)
     rows = []
     while (taken := packer.take()) is not None:
         rows.append((taken[0][0].tolist(), taken[1][0].tolist()))
