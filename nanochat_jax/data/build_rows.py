@@ -36,6 +36,7 @@ _BATCH_CHARS, _BATCH_DOCUMENTS = 4_000_000, 8192
 _REPORT_EVERY = 512  # documents or conversations
 
 PACKINGS = ("stream", "best_fit")
+PACKING_OF = {"v1": "stream", "modern": "best_fit"}  # of the recipes
 # Best fit chooses among so many documents; where there are fewer, so many are added (the reference's numbers).
 BUFFER, REFILL = 1000, 128
 
@@ -186,10 +187,10 @@ def build_rows(
 
 
 def _pieces(
-    documents: Documents, tokenizer: Tokenizer, before: Tally, most: int = _BATCH_DOCUMENTS
+    documents: Documents, tokenizer: Tokenizer, before: Tally, most: int | None = None
 ) -> Generator[Piece, None, None]:
-    """The documents that follow those of the tally ``before``, encoded in batches of up to ``most``."""
-    tally = before
+    """The documents that follow those of the tally ``before``, encoded in batches (of up to ``most``)."""
+    tally, most = before, most or _BATCH_DOCUMENTS
     with contextlib.closing(read_ahead(_batches(documents, before["documents"], most), documents.stop)) as batches:
         for texts, repairs in batches:
             ids, _ = tokenizer.encode_to_numpy(texts)

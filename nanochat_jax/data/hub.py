@@ -1,6 +1,7 @@
-"""Downloads the shards of a data set: the reference's FineWeb-Edu, or any folder of parquet files.
+"""Downloads the shards of a data set: the reference's FineWeb-Edu or ClimbMix, or any folder of parquet files.
 
     python -m nanochat_jax.data.hub -n 8
+    python -m nanochat_jax.data.hub -n 8 --repo=climbmix
 
 ``-n`` counts training shards (about 250 M characters and 100 MB each); the held-out one always comes with them and is
 always the same, however much is downloaded. Training downloads what else it needs while it tokenizes, so this command
@@ -41,7 +42,10 @@ from nanochat_jax.utils.progress import Live, time_left
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_REPO = "karpathy/fineweb-edu-100b-shuffle"
+# The data sets of the recipes, by the name of their folder.
+DATASET_OF = {"v1": "fineweb_edu", "modern": "climbmix"}
+DATASETS = {"fineweb_edu": "karpathy/fineweb-edu-100b-shuffle", "climbmix": "karpathy/climbmix-400b-shuffle"}
+DEFAULT_REPO = DATASETS["fineweb_edu"]
 
 
 # --- many files -------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def find_list(
             listing = ShardList.parse(fetch_text(url)).moved_to(url.rpartition("/")[0])
         else:
             shards = list_files(repo, folder, revision)
-            if repo == DEFAULT_REPO:
+            if repo in DATASETS.values():
                 shards = [shard for shard in shards if re.fullmatch(r"shard_\d{5}\.parquet", shard.name)]
             listing = ShardList(hub_base(repo, folder, revision), tuple(shards), shards[-1].name if shards else "")
     except ValueError as error:
@@ -132,9 +136,9 @@ def find_list(
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def shards_dir() -> Path:
-    """Where the default data set goes: fineweb_edu below the base directory's data/."""
-    return data_dir() / "fineweb_edu"
+def shards_dir(dataset: str = "fineweb_edu") -> Path:
+    """Where one of `DATASETS` goes, below the base directory's data/."""
+    return data_dir() / dataset
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class DownloadSettings:
     tokens: float = flag(0.0, "instead of num_files: have enough shards for about so many training tokens")
     num_workers: int = flag(4, "download so many files at a time", short="w")
     endpoint: str = flag("", "address of the hub or a mirror of it; default: HF_ENDPOINT, or the hub")
-    repo: str = flag(DEFAULT_REPO, "data set on the hub (owner/name)")
+    repo: str = flag(DEFAULT_REPO, "data set on the hub (owner/name, or fineweb_edu, climbmix)", words=DATASETS)
     folder: str = flag("", "folder in it that holds the parquet files")
     revision: str = flag("main", "branch, tag or commit of it")
     list: str = flag("", "instead of repo: address of a shards.json, the files being beside it")
@@ -158,8 +162,9 @@ class DownloadSettings:
             return Path(self.out).expanduser()
         if self.list:
             return data_dir() / (self.list.rstrip("/").rsplit("/", 2)[-2].partition(":")[0] or "list")
-        if self.repo == DEFAULT_REPO and not self.folder:
-            return shards_dir()
+        for name, repo in DATASETS.items():
+            if self.repo == repo and not self.folder:
+                return shards_dir(name)
         return data_dir() / "--".join([*self.repo.split("/"), *self.folder.strip("/").split("/")]).rstrip("-")
 
 

@@ -123,7 +123,7 @@ class LengthBuffer(Generic[Item]):
         return self._items.pop(-arrival)
 
 
-class Document(NamedTuple):
+class TokenizedDocument(NamedTuple):
     """Its length, and as many of its tokens as a row can hold."""
 
     length: int
@@ -151,11 +151,11 @@ class BestFitDocuments:
     ):
         self.source, self.tally = source, {**tally, "cropped": tally.get("cropped", 0)}
         self._T, self._bos, self._dtype, self._size = T, bos, dtype, buffer
-        self._buffer: LengthBuffer[Document] = LengthBuffer()
+        self._buffer: LengthBuffer[TokenizedDocument] = LengthBuffer()
         if state:
             ids, at = np.frombuffer(base64.b64decode(state["ids"]), dtype), 0
             for length in state["lengths"]:
-                self._buffer.add(length, Document(length, ids[at : at + min(length, T + 1)]))
+                self._buffer.add(length, TokenizedDocument(length, ids[at : at + min(length, T + 1)]))
                 at += min(length, T + 1)
 
     def state(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class BestFitDocuments:
             starts = np.flatnonzero(piece.ids == self._bos)
             for start, length in zip(starts, np.diff(starts, append=len(piece.ids)), strict=True):
                 kept = piece.ids[start : start + min(length, self._T + 1)]
-                self._buffer.add(int(length), Document(int(length), kept))
+                self._buffer.add(int(length), TokenizedDocument(int(length), kept))
 
     def take(self, most: int = 1) -> tuple[np.ndarray, None] | None:
         """One row."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.data.documents import CallableDocuments, Documents, FileDocuments, ShardDocuments
-from nanochat_jax.data.hub import shards_dir
+from nanochat_jax.data.hub import DATASET_OF, shards_dir
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import ShardList, shards_for
 
@@ -26,9 +26,14 @@ class TextSource:
 
 
 def text_source(
-    data: str = "", demo: bool = False, text_column: str = "text", tokens: float | None = None
+    data: str = "",
+    demo: bool = False,
+    text_column: str = "text",
+    tokens: float | None = None,
+    recipe: str = "v1",
 ) -> TextSource:
-    """`data`, a file or folder; or the embedded demo data; or, with neither, the shards in the base directory.
+    """`data`, a file or folder; or the embedded demo data; or, with neither, the shards of the recipe's data set in the
+    base directory.
 
     A folder with a list of shards (``shards.json``) is the full data set of that list: what is not there is downloaded
     when it is needed, ahead of need for about `tokens` training tokens. Raises DataError saying how to get text when
@@ -38,7 +43,8 @@ def text_source(
         raise DataError("--data and --demo exclude each other: give one of them")
     if demo:
         return TextSource(_demo("train"), _demo("val"), "embedded demo data")
-    root = Path(data) if data else shards_dir()
+    dataset = DATASET_OF[recipe]
+    root = Path(data) if data else shards_dir(dataset)
     if root.is_dir() and (listing := ShardList.load(root)) is not None:
         expected = None if tokens is None else shards_for(tokens)
         stream = ShardDocuments(root, listing, "train", text_column, expected)
@@ -48,7 +54,7 @@ def text_source(
     if not data and not any(root.glob("*.parquet")):
         raise DataError(
             f"there is no text in {root}. Give your own with --data=PATH, download shards with "
-            "`python -m nanochat_jax.data.hub -n 8`, or use --demo"
+            f"`python -m nanochat_jax.data.hub -n 8 --repo={dataset}`, or use --demo"
         )
     train, val = FileDocuments(root, "train", text_column), FileDocuments(root, "val", text_column)
     return TextSource(train, val, f"text of {root} (held out: {train.held_out()})")

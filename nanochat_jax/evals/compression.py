@@ -65,11 +65,11 @@ def relative_saving(ours: Measure, theirs: Measure) -> float:
     return 100 * (theirs.tokens - ours.tokens) / theirs.tokens
 
 
-def collect_texts(settings: TokEvalSettings) -> dict[str, str]:
+def collect_texts(settings: TokEvalSettings, recipe: str = "v1") -> dict[str, str]:
     """The project's own texts, and the first part of the training and held-out text where there is any."""
     texts = dict(TEXTS)
     try:
-        source = text_source(settings.data, settings.demo, settings.text_column)
+        source = text_source(settings.data, settings.demo, settings.text_column, recipe=recipe)
     except DataError as error:
         if settings.data or settings.demo:
             raise
@@ -94,7 +94,7 @@ def stock_tokenizers(names: Iterable[str]) -> dict[str, Tokenizer]:
 def evaluate(settings: TokEvalSettings) -> dict[str, dict[str, Measure]]:
     """Measures, prints tables and saves the numbers beside the tokenizer; returns {encoding: {text: measure}}."""
     tokenizer = Tokenizer.load()
-    texts = collect_texts(settings)
+    texts = collect_texts(settings, tokenizer.training.get("recipe", "v1"))
     results = {"ours": measure(tokenizer, texts)}
     others = stock_tokenizers(name.strip() for name in settings.encodings.split(",") if name.strip())
     sizes = {"ours": tokenizer.vocab_size, **{name: other.vocab_size for name, other in others.items()}}

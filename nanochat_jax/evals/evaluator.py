@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import tasks
-from nanochat_jax.data.build_rows import build_rows
+from nanochat_jax.data.build_rows import PACKING_OF, build_rows
 from nanochat_jax.data.conversation_rows import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.data.row_store import RowSet
@@ -98,10 +98,10 @@ class Evaluator:
             with RowsProgress(f"{name}: held-out rows", most) as progress:
                 if name == "bpb":
                     data = s.data or ("" if self.demo else self.trained_with.get("data") or "")
-                    source = text_source(data, self.demo and not data, s.text_column)
-                    self._rows[name] = build_rows(
-                        source.val, self.tokenizer, T, split="val", max_rows=most, progress=progress
-                    )
+                    recipe = self.trained_with.get("recipe") or "v1"
+                    source = text_source(data, self.demo and not data, s.text_column, recipe=recipe)
+                    how: Any = dict(split="val", packing=PACKING_OF[recipe], max_rows=most, progress=progress)
+                    self._rows[name] = build_rows(source.val, self.tokenizer, T, **how)
                 else:
                     chats = (
                         demo_world.sft_mixture("val", model_name=self._model_name)

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 
 from nanochat_jax.data.documents import text_iterator
 from nanochat_jax.data.sources import text_source
+from nanochat_jax.model.config import RECIPES
 from nanochat_jax.text.tokenizer import FILE_NAME, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, TokenizerError
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
@@ -35,6 +36,10 @@ class TokTrainSettings:
 
     data: str = flag("", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards")
     text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
+    recipe: str = flag(
+        "v1", "the reference's of October 2025, or its modern one of July 2026 (they change with this flag)",
+        choices=RECIPES,
+    )  # fmt: skip
     demo: bool = flag(False, "train on the embedded demo data with small defaults (they change with this flag)")
     max_chars: int = flag(10_000_000_000, "read at most about this many characters")
     doc_cap: int = flag(10_000, "read at most this many characters of a document")
@@ -43,12 +48,14 @@ class TokTrainSettings:
 
 
 DEFAULTS = TokTrainSettings()
+MODERN = TokTrainSettings(recipe="modern", max_chars=2_000_000_000, vocab_size=32768)
 DEMO = TokTrainSettings(demo=True, max_chars=5_000_000, vocab_size=2048)
 
 
 def parse_settings(argv: list[str]) -> TokTrainSettings:
     """Settings from command-line arguments; exits with status 2 on a mistake."""
-    defaults = DEMO if flags.is_set("demo", argv) else DEFAULTS
+    recipes = {"v1": DEFAULTS, "modern": MODERN}
+    defaults = DEMO if flags.is_set("demo", argv) else recipes.get(flags.chosen("recipe", argv) or "v1", DEFAULTS)
     return flags.parse(defaults, argv, f"python -m scripts.tok_train: {__doc__}")
 
 
@@ -63,7 +70,7 @@ def train_tokenizer(settings: TokTrainSettings) -> Tokenizer:
         raise TokenizerError(f"--vocab_size={settings.vocab_size} is too small; it must be {smallest} or more")
     if settings.max_chars < 1 or settings.doc_cap < 1:
         raise TokenizerError("--max_chars and --doc_cap must be 1 or more")
-    source = text_source(settings.data, settings.demo, settings.text_column)
+    source = text_source(settings.data, settings.demo, settings.text_column, recipe=settings.recipe)
     inputs = {
         "source": source.train.fingerprint(),
         "pattern": SPLIT_PATTERN,
@@ -91,6 +98,7 @@ def train_tokenizer(settings: TokTrainSettings) -> Tokenizer:
         counts,
         inputs=key,
         source=source.description,
+        recipe=settings.recipe,
         doc_cap=settings.doc_cap,
         max_chars=settings.max_chars,
         seconds=round(seconds, 3),

@@ -235,6 +235,16 @@ def is_set(name: str, argv: Sequence[str]) -> bool:
     return found
 
 
+def chosen(name: str, argv: Sequence[str]) -> str | None:
+    """The value given to a flag, before the rest is parsed. The last one counts; None: it is not given."""
+    found = None
+    for argument, following in zip(argv, [*argv[1:], None], strict=False):
+        key, equals, value = argument.partition("=")
+        if argument.startswith("--") and _normal(key) == name:
+            found = value if equals else following
+    return found
+
+
 def _normal(key: str) -> str:
     return key.removeprefix("--").replace("-", "_")
 

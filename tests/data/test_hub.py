@@ -28,9 +28,10 @@ from nanochat_jax.data.fetch import (
     list_files,
     offline,
 )
-from nanochat_jax.data.hub import DEFAULT_REPO, download_shards, fetch_ahead, find_list, main, shards_dir
+from nanochat_jax.data.hub import DATASETS, DEFAULT_REPO, download_shards, fetch_ahead, find_list, main, shards_dir
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.data.shards import LAST_SHARD, Shard, ShardList, shard_name, shards_for
+from nanochat_jax.data.sources import text_source
 from tests import children
 from tests.web_server import HubServer, no_real_network
 
@@ -407,3 +408,12 @@ def test_offline_mode_opens_no_socket(server, tmp_path, monkeypatch, capsys, var
     for value, meaning in (("0", False), ("false", False), ("", False), ("yes", True)):
         monkeypatch.setenv("NANOCHAT_OFFLINE", value)
         assert offline() == meaning
+
+
+def test_the_data_sets_of_the_recipes_have_short_names(server, capsys):
+    server.publish(DATASETS["climbmix"], SHARDS)
+    assert main(["-n", "1", "--repo=climbmix"]) == 0
+    assert set(files_in(shards_dir("climbmix"))) == {shard_name(0), shard_name(LAST_SHARD)}
+    assert str(shards_dir("climbmix")) in text_source(recipe="modern").description
+    with pytest.raises(DataError, match="--repo=fineweb_edu"):
+        text_source(recipe="v1")
