@@ -31,9 +31,11 @@ MAX_SHARD_BYTES = 4 << 30
 
 def cannot_express(config: GPTConfig) -> str | None:
     """Why `transformers`' nanochat model cannot be this one; None: it can."""
-    windowed = [i for i in range(config.n_layer) if config.window(i) is not None]
-    if windowed:
-        return f"layers {windowed} attend through a window (window_pattern {config.window_pattern}); its model has none"
+    known = {"rotary_base", "rotary_dtype", "initialisation"} | (
+        {"vocab_multiple"} if config.padded_vocab_size == config.vocab_size else set()
+    )
+    if parts := [f"{name}={getattr(config, name)}" for name in config.parts if name not in known]:
+        return f"its model has no {', '.join(parts)}"
     return None
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax.convert import InterchangeError, huggingface, pt_files
-from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.convert import InterchangeError, pt_files
+from nanochat_jax.model.config import MODERN, GPTConfig
 from nanochat_jax.text.tokenizer import Tokenizer
 
 STAGE_FOLDERS = {
@@ -23,15 +23,8 @@ STAGE_FOLDERS = {
 }  # fmt: skip
 CONFIG_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 _MODEL = re.compile(r"model_(\d+)\.pt")
-_MODERN_TENSORS = (
-    "resid_lambdas",
-    "x0_lambdas",
-    "value_embeds",
-    "smear_gate",
-    "smear_lambda",
-    "backout_lambda",
-    "ve_gate",
-)
+# Tensors that the reference's models have since July 2026.
+_MODERN_TENSORS = re.compile(r"(resid|x0)_lambdas|value_embeds\.|smear_(gate|lambda)|backout_lambda|ve_gate\.")
 
 
 @dataclass(frozen=True)
@@ -87,26 +80,33 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     arrays = {name.removeprefix("_orig_mod."): array for name, array in tree.items()}
     if len(arrays) < len(tree):
         raise InterchangeError(f"{path} has tensors both with and without the prefix _orig_mod.")
-    if later := sorted(name for name in arrays if any(part in name for part in _MODERN_TENSORS)):
-        raise InterchangeError(
-            f"{path} is of a later nanochat than that of October 2025, whose model runs here: it has {', '.join(later)}"
-        )
     return arrays
 
 
 def read_config(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path: Path) -> tuple[GPTConfig, list[str]]:
-    """(config, notes on what was assumed): the meta file's `model_config`, and from the tensors what it leaves out."""
-    given = meta.get("model_config", {})
-    if not isinstance(given, dict) or not all(isinstance(given.get(k, 1), int) for k in CONFIG_FIELDS):
+    """(config, notes on what was assumed): the meta file's `model_config`, from the tensors what it leaves out, and
+    which of the recipes it is. The smear of a modern model crosses documents, as it was trained."""
+    recorded = meta.get("model_config", {})
+    given: dict[str, Any] = dict(recorded) if isinstance(recorded, dict) else {CONFIG_FIELDS[0]: recorded}
+    parts: dict[str, Any] = {}
+    modern = sorted(name for name in arrays if _MODERN_TENSORS.search(name))
+    if modern:
+        parts = {**MODERN, "smear_across_documents": True, "window_pattern": given.pop("window_pattern", "L").upper()}
+    elif "window_pattern" in given:
+        raise InterchangeError(
+            f"{path}: model_config has a window_pattern, as models of July 2026 have, but the tensors lack the parts "
+            "of that recipe (resid_lambdas and others)"
+        )
+    if not all(isinstance(given.get(k, 1), int) for k in CONFIG_FIELDS):
         raise InterchangeError(f"{path}: model_config must hold integers: {', '.join(CONFIG_FIELDS)}")
     if unknown := sorted(set(given) - set(CONFIG_FIELDS)):
-        raise InterchangeError(f"{path}: model_config has fields that the reference of October 2025 has not: {unknown}")
+        raise InterchangeError(f"{path}: model_config has fields that no model of the reference has: {unknown}")
     inferred, notes = _infer(arrays, given), []
     assumed = [k for k in CONFIG_FIELDS if k not in given]
     if assumed:
         notes.append(f"{path.name} lacks {', '.join(f'{k} (taken: {inferred[k]})' for k in assumed)}")
     try:
-        return GPTConfig(**{**inferred, **given}), notes
+        return GPTConfig(**{**parts, **inferred, **given}), notes
     except ValueError as error:
         raise InterchangeError(f"{path}: {error}") from error
 
@@ -156,10 +156,16 @@ def check_token_bytes(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def cannot_express(config: GPTConfig, tokenizer: Tokenizer) -> str | None:
-    """Why the reference cannot load this model; None: it can."""
-    if reason := huggingface.cannot_express(config):
-        return reason.replace("its model", "the reference")
-    fixed = {"rotary_base": 10000.0, "softcap": 15.0, "rotary_dtype": "bfloat16"}
+    """Why the reference, in either of its recipes, cannot load this model; None: it can."""
+    neutral = GPTConfig()
+    fixed: dict[str, Any] = {"softcap": neutral.softcap}
+    free = {"initialisation", "vocab_multiple"}
+    if not set(config.parts) - free - {"window_pattern", "rotary_base", "rotary_dtype"}:
+        fixed |= {name: getattr(neutral, name) for name in ("rotary_base", "rotary_dtype", "window_pattern")}
+    else:
+        fixed |= {name: value for name, value in MODERN.items() if name not in free | {"window_pattern"}}
+        if config.padded_vocab_size != -(-config.vocab_size // MODERN["vocab_multiple"]) * MODERN["vocab_multiple"]:
+            fixed["vocab_multiple"] = MODERN["vocab_multiple"]
     for name, value in fixed.items():
         if getattr(config, name) != value:
             return f"{name} is {getattr(config, name)}, and the reference has {value} built in"
@@ -179,11 +185,13 @@ def write_checkpoint(
     place.mkdir(parents=True)
     (folder / "tokenizer").mkdir()
     step = meta["step"]
+    modern = any(_MODERN_TENSORS.search(name) for name in arrays)
+    fields = (*CONFIG_FIELDS, "window_pattern") if modern else CONFIG_FIELDS
     with open(place / f"model_{step:06d}.pt", "wb") as file:
         pt_files.write(file, arrays)
     document = {
         "step": step,
-        "model_config": {name: getattr(config, name) for name in CONFIG_FIELDS},
+        "model_config": {name: getattr(config, name) for name in fields},
         "user_config": {k: v for k, v in meta.get("settings", {}).items() if isinstance(v, int | float | bool | str)},
         "device_batch_size": meta.get("settings", {}).get("device_batch_size", 1),
         "max_seq_len": config.sequence_len,
@@ -191,4 +199,4 @@ def write_checkpoint(
     (place / f"meta_{step:06d}.json").write_text(json.dumps(document, indent=2))
     (folder / "tokenizer" / "tokenizer.pkl").write_bytes(pt_files.tokenizer_bytes(tokenizer))
     with open(folder / "tokenizer" / "token_bytes.pt", "wb") as file:
-        pt_files.write(file, tokenizer.token_bytes(v1_compat=True))
+        pt_files.write(file, tokenizer.token_bytes(v1_compat=not modern))

@@ -17,6 +17,7 @@ from nanochat_jax.convert.chat_template import chat_template
 from nanochat_jax.convert.export import ExportSettings, export
 from nanochat_jax.convert.import_run import ImportSettings, import_checkpoint
 from nanochat_jax.model import gpt
+from nanochat_jax.model.config import MODERN
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -115,6 +116,28 @@ def test_round_trips_are_exact_to_the_bit(base, tokenizer, to):
         assert meta["settings"] == {"depth": 2, "model_name": "Ada"}
 
 
+def test_a_modern_model_goes_to_the_reference_and_back(base, tokenizer):
+    config, params = make_run(tokenizer, **{**MODERN, "window_pattern": "SL"}, smear_across_documents=True)
+    out, _ = write(base, "reference")
+    place = out / "chatsft_checkpoints" / "d2"
+    meta = json.loads((place / "meta_000005.json").read_text())
+    assert meta["model_config"] == {**GROUPED, "vocab_size": config.vocab_size, "window_pattern": "SL"}
+    tensors = pt_files.read(place / "model_000005.pt")
+    assert tensors["value_embeds.1.weight"].shape == (config.padded_vocab_size, 16) and len(tensors) == 2 + 6 * 2 + 7
+    lengths = pt_files.read(out / "tokenizer" / "token_bytes.pt")
+    np.testing.assert_array_equal(lengths, tokenizer.token_bytes(v1_compat=False))
+    import_checkpoint(ImportSettings(path=out, run_name="back"))
+    back_config, back, _, _ = checkpoint.load_model("back")
+    assert back_config == config
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    del tensors["smear_lambda"]
+    (out / "SHA256SUMS").unlink()
+    with open(place / "model_000005.pt", "wb") as file:
+        pt_files.write(file, tensors)
+    with pytest.raises(InterchangeError, match="missing smear_lambda"):
+        import_checkpoint(ImportSettings(path=out, run_name="partly"))
+
+
 def test_the_references_files(base, tokenizer):
     config, _ = make_run(tokenizer)
     out, _ = write(base, "reference")
@@ -145,6 +168,10 @@ def test_large_models_are_written_in_shards(tmp_path):
         ("reference", {"rotary_dtype": "float32"}, "rotary_dtype is float32"),
         ("reference", {"softcap": 30.0}, "softcap is 30"),
         ("reference", {"rotary_base": 1e5}, "rotary_base"),
+        ("hf", {"smear": True}, "smear"),
+        ("hf", {"vocab_multiple": 64}, "vocab_multiple"),
+        ("reference", {**MODERN, "backout": False}, "backout"),
+        ("reference", {"value_embeds": True}, "rotary_base"),
     ],
 )
 def test_what_the_target_cannot_express_is_refused_with_the_reason(base, tokenizer, to, fields, reason):

@@ -171,11 +171,8 @@ def test_models_that_cannot_run_here_are_refused_with_the_reason(theirs, hf, mon
         changed(hf / "config.json", **{key: value})
         with pytest.raises(InterchangeError, match=r"config\.json"):
             run(hf)
-    place = theirs / "mid_checkpoints" / "d1"
-    arrays = {"transformer.wte.weight": np.ones((2, 2), np.float32), "resid_lambdas": np.ones(2, np.float32)}
-    with open(place / "model_000007.pt", "wb") as file:
-        pt_files.write(file, arrays)
-    with pytest.raises(InterchangeError, match=r"later nanochat.*resid_lambdas"):
+    changed(theirs / "mid_checkpoints" / "d1" / "meta_000007.json", model_config={"window_pattern": "SSSL"})
+    with pytest.raises(InterchangeError, match="window_pattern.*resid_lambdas"):
         run(theirs)
     assert not list((Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs").glob("[!.]*")), "a refused import leaves no run"
 
