@@ -5,7 +5,7 @@ decisions are the reference's, item by item (`core_prompts`).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,51 +41,69 @@ def evaluate_core(
     bundle: Bundle,
     *,
     max_per_task: int = -1,
-    tasks: Sequence[str] | None = None,
+    done: Mapping[str, dict[str, Any]] | None = None,
+    save: Callable[[dict[str, Any]], Any] = lambda partial: None,
     progress: ShareProgress | None = None,
 ) -> dict[str, Any]:
-    """The CORE metric and every task's result, with bootstrap intervals over items (95 %, stratified by task).
+    """The CORE metric and every task's result, one task after the other, so that an interruption costs one of them.
 
-    max_per_task crops every task to so many items, which also changes their shots (as in the reference); tasks names
-    the tasks to run (default: all of the bundle; "complete" says whether it was all). Returns {"core_metric",
-    "interval", "complete", "tasks": {label: as `evaluate_task`}, "seconds"}. Raises ValueError for unknown tasks and
-    for a max_per_task that leaves too few items to show, before anything is run.
+    max_per_task crops every task to so many items, which also changes their shots (as in the reference). done: results
+    of tasks that an interrupted evaluation has saved. save is given what there is after each task but the last.
+
+    Returns {"tasks": {label: as `evaluate_task`}, "n", "accuracy", "baseline", "centered" (the metric), "interval" (of
+    the metric, 95 %, items resampled within tasks), "items"}; while tasks are missing, "skipped" in place of figures.
+    Raises ValueError for a max_per_task that leaves too few items to show, before anything is run.
     """
-    chosen = [task for task in bundle.tasks if tasks is None or task.label in tasks]
-    known = [task.label for task in bundle.tasks]
-    if unknown := sorted(set(tasks or ()) - set(known)):
-        raise InputError(f"no CORE task is called {', '.join(unknown)}; there are {', '.join(known)}")
-    if not chosen:
-        raise InputError(f"no CORE task to run; there are {', '.join(known)}")
-    shots = max(task.num_fewshot for task in chosen)
+    shots = max(task.num_fewshot for task in bundle.tasks)
     if 0 < max_per_task <= shots:
-        raise InputError(f"max_per_task={max_per_task} leaves no {shots} shots beside an item; use {shots + 1} or more")
-    began, done, results = time.monotonic(), 0.0, {}
-    work = [_work(task, bundle.items(task), max_per_task) for task in chosen]
-    for task, own in zip(chosen, work, strict=True):
+        raise InputError(
+            f"--max_per_task={max_per_task} leaves no {shots} shots beside an item; use {shots + 1} or more"
+        )
+    found = dict(done or {})
+    work = {task.label: _work(task, bundle.items(task), max_per_task) for task in bundle.tasks}
+    for task in bundle.tasks:
+        if task.label in found:
+            continue
+        before = sum(work[label] for label in found)
 
-        def shown(fraction: float, task=task, own=own, done=done) -> None:
+        def shown(fraction: float, task=task, before=before) -> None:
             if progress is not None:
-                progress(task.label, (done + own * fraction) / sum(work))
+                progress(task.label, (before + work[task.label] * fraction) / sum(work.values()))
 
         items = bundle.items(task)
         result = evaluate_task(scorer, tokenizer, task, items, item_order(len(items), max_per_task), progress=shown)
-        results[task.label], done = result, done + own
+        found[task.label] = result
         if progress is not None:
             progress.say(_line(task.label, result))
+        if len(found) < len(bundle.tasks):
+            save(_metric(bundle, found))
+    return _metric(bundle, found)
 
-    baselines = np.array([task.baseline for task in chosen])
 
-    def metric(accuracies: np.ndarray) -> np.ndarray:
-        return centered(accuracies, baselines).mean(-1)
+def _metric(bundle: Bundle, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `evaluate_core` returns for the tasks that are done."""
+    parts = {task.label: found[task.label] for task in bundle.tasks if task.label in found}
+    result = {"n": sum(part["n"] for part in parts.values()), "tasks": parts}
+    if len(parts) < len(bundle.tasks):
+        return {**result, "skipped": f"{len(parts)} of {len(bundle.tasks)} tasks are done; run it again to resume"}
+    baselines = np.array([part["baseline"] for part in parts.values()])
+    accuracies = np.array([part["accuracy"] for part in parts.values()])
 
-    correct = [[item["correct"] for item in result["items"]] for result in results.values()]
+    def metric(means: np.ndarray) -> np.ndarray:
+        return centered(means, baselines).mean(-1)
+
+    correct = [[item["correct"] for item in part["items"]] for part in parts.values()]
     return {
-        "core_metric": float(metric(np.array([result["accuracy"] for result in results.values()]))),
+        **result,
+        "accuracy": float(accuracies.mean()),
+        "baseline": float(baselines.mean()),
+        "centered": float(metric(accuracies)),
         "interval": list(stats.stratified_interval(correct, metric)),
-        "complete": len(chosen) == len(known),
-        "tasks": results,
-        "seconds": round(time.monotonic() - began, 3),
+        "items": [
+            {"id": f"{label}/{item['id']}", "correct": item["correct"]}
+            for label, part in parts.items()
+            for item in part["items"]
+        ],
     }
 
 

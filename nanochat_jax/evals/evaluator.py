@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
 
 import tasks
 from nanochat_jax.data.build_rows import PACKING_OF, build_rows
@@ -14,7 +13,7 @@ from nanochat_jax.data.conversation_rows import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import text_source
-from nanochat_jax.evals import core, samples, stats
+from nanochat_jax.evals import core, samples
 from nanochat_jax.evals.bpb import held_out_loss
 from nanochat_jax.evals.chat_eval import (
     categorical_settings,
@@ -26,7 +25,6 @@ from nanochat_jax.evals.chat_eval import (
     problem_count,
 )
 from nanochat_jax.evals.core_bundle import Bundle, open_bundle
-from nanochat_jax.evals.core_prompts import item_order
 from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
@@ -35,7 +33,6 @@ from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.parallel import sharding
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.progress import ProblemsProgress, RowsProgress, ShareProgress
 from tasks import demo_world
 
@@ -234,73 +231,16 @@ class Evaluator:
         }
 
     def _core(self, partial: Result | None, save: Callable[[Result], Any]) -> Result:
-        """CORE, one task after the other, so that an interruption costs one of them."""
-        bundle, settings, most = self.bundle, self.settings_of("CORE"), self.settings.max_per_task
-        if 0 < most <= (shots := max(task.num_fewshot for task in bundle.tasks)):
-            raise InputError(f"--max_per_task={most} leaves no {shots} shots beside an item; use {shots + 1} or more")
-        done = dict(partial["tasks"]) if partial and partial["settings"] == settings else {}
-        before = partial["seconds"] if done and partial else 0.0
-        began = time.monotonic()
-        work = {t.label: (t.num_fewshot + 1) * len(item_order(len(bundle.items(t)), most)) for t in bundle.tasks}
-        result: Result = {}
+        began, settings = time.monotonic(), self.settings_of("CORE")
+        earlier = partial if partial and partial["settings"] == settings else {"tasks": {}, "seconds": 0.0}
+
+        def result(part: dict[str, Any]) -> Result:
+            seconds = round(earlier["seconds"] + time.monotonic() - began, 3)
+            return {"task": "CORE", "kind": "core", "settings": settings, "seconds": seconds, **part}
+
         with ShareProgress("CORE") as progress:
-            for task in bundle.tasks:
-                if task.label not in done:
-                    part: Any = _Part(
-                        progress, sum(work[label] for label in done), work[task.label], sum(work.values())
-                    )
-                    found = core.evaluate_core(
-                        self._scorer, self.tokenizer, bundle, max_per_task=most, tasks=[task.label], progress=part
-                    )
-                    done.update(found["tasks"])
-                result = _core_result(bundle, done, settings, before + time.monotonic() - began)
-                if "skipped" in result:
-                    save(result)
-        return result
-
-
-def _core_result(bundle: Bundle, done: dict[str, dict], settings: dict, seconds: float) -> Result:
-    """The CORE metric of the tasks that are done; while some are not, a result that counts as skipped."""
-    parts = {task.label: done[task.label] for task in bundle.tasks if task.label in done}
-    baselines = np.array([part["baseline"] for part in parts.values()])
-    accuracies = np.array([part["accuracy"] for part in parts.values()])
-
-    def metric(means: np.ndarray) -> np.ndarray:
-        return core.centered(means, baselines).mean(-1)
-
-    result: Result = {
-        "task": "CORE",
-        "kind": "core",
-        "settings": settings,
-        "n": sum(part["n"] for part in parts.values()),
-        "seconds": round(seconds, 3),
-        "tasks": parts,
-    }
-    if len(parts) < len(bundle.tasks):
-        return {**result, "skipped": f"{len(parts)} of {len(bundle.tasks)} tasks are done; run it again to resume"}
-    correct = [[item["correct"] for item in part["items"]] for part in parts.values()]
-    return {
-        **result,
-        "accuracy": float(accuracies.mean()),
-        "baseline": float(baselines.mean()),
-        "centered": float(metric(accuracies)),
-        "interval": list(stats.stratified_interval(correct, metric)),
-        "items": [
-            {"id": f"{label}/{item['id']}", "correct": item["correct"]}
-            for label, part in parts.items()
-            for item in part["items"]
-        ],
-    }
-
-
-class _Part:
-    """The progress of one CORE task as a part of all of them."""
-
-    def __init__(self, overall: ShareProgress, before: int, own: int, total: int):
-        self._overall, self._before, self._own, self._total = overall, before, own, total
-
-    def say(self, text: str) -> None:
-        self._overall.say(text)
-
-    def __call__(self, label: str, fraction: float) -> None:
-        self._overall(label, (self._before + self._own * fraction) / self._total)
+            found = core.evaluate_core(
+                self._scorer, self.tokenizer, self.bundle, max_per_task=self.settings.max_per_task,
+                done=earlier["tasks"], save=lambda part: save(result(part)), progress=progress,
+            )  # fmt: skip
+        return result(found)

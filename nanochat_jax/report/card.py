@@ -86,11 +86,6 @@ def remarks(runs: list[Run], left_out: list[str]) -> list[str]:
         if stale:
             steps = ", ".join(f"{s:,}" for s in stale)
             found.append(f"{run.name} has evaluations of step {steps}, but its newest checkpoint is step {run.step:,}.")
-        for task, result in run.newest_results.items():
-            if result["kind"] == "core" and not result.get("complete", True):
-                found.append(
-                    f"{run.name}: {task} covers only {len(result.get('tasks', ()))} tasks, not the whole bundle."
-                )
         tokenizer = run.tokenizer.get("hash")
         if tokenizer and tokenizer != run.meta.get("tokenizer_hash"):
             found.append(f"{run.name}: tokenizer.json in its folder is not the one it was trained with.")

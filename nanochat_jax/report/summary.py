@@ -53,8 +53,6 @@ def summary(runs: list[Run]) -> list[Row]:
 def figure(result: results.Result) -> Value | None:
     """The one figure of a kept result, None where it has none."""
     value = results.value(result)
-    if value is None and result["kind"] == "core":
-        value = result.get("core_metric")
     return None if value is None else Value(float(value), *_pair(result.get("interval")), result.get("step"))
 
 

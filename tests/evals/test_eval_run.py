@@ -141,28 +141,28 @@ def bundle(folder, n=14):
 def test_core_goes_on_after_an_interruption(make_run, tmp_path, monkeypatch, capsys):
     folder = make_run("d2-base", "base")
     flags = ["--tasks=CORE", "--device=cpu", f"--eval_bundle={bundle(tmp_path / 'bundle')}"]
-    evaluate_core, calls = core.evaluate_core, []
+    evaluate_task, calls = core.evaluate_task, []
 
-    def interrupted(scorer, tokenizer, bundle, *, tasks, **more):
-        calls.append(tasks)
-        if tasks == ["ends"] and len(calls) == 2:
+    def interrupted(scorer, tokenizer, task, *arguments, **more):
+        calls.append(task.label)
+        if task.label == "ends" and len(calls) == 2:
             raise KeyboardInterrupt
-        return evaluate_core(scorer, tokenizer, bundle, tasks=tasks, **more)
+        return evaluate_task(scorer, tokenizer, task, *arguments, **more)
 
-    monkeypatch.setattr(core, "evaluate_core", interrupted)
+    monkeypatch.setattr(core, "evaluate_task", interrupted)
     assert run.main(flags) == 130
     partial = results.load(folder)["CORE"]
     assert partial["skipped"].startswith("1 of 2 tasks") and list(partial["tasks"]) == ["birds"]
     assert run.main(flags) == 0
-    assert calls == [["birds"], ["ends"], ["ends"]]
+    assert calls == ["birds", "ends", "ends"]
     whole = results.load(folder)["CORE"]
     assert "skipped" not in whole and whole["n"] == 28
     parts = whole["tasks"].values()
     assert whole["centered"] == pytest.approx(np.mean([part["centered"] for part in parts]))
     assert whole["interval"][0] <= whole["centered"] <= whole["interval"][1]
     config, params, tokenizer, _ = checkpoint.load_model("d2-base")
-    at_once = evaluate_core(core.Scorer(config, params), tokenizer, core_bundle_of(tmp_path / "bundle"))
-    assert whole["centered"] == pytest.approx(at_once["core_metric"]) and whole["interval"] == at_once["interval"]
+    at_once = core.evaluate_core(core.Scorer(config, params), tokenizer, core_bundle_of(tmp_path / "bundle"))
+    assert whole["centered"] == pytest.approx(at_once["centered"]) and whole["interval"] == at_once["interval"]
     assert {k: v["items"] for k, v in at_once["tasks"].items()} == {k: v["items"] for k, v in whole["tasks"].items()}
     capsys.readouterr()
     assert run.main([*flags, "--max_per_task=2"]) == 1
