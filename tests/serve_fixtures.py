@@ -72,7 +72,7 @@ class Running:
         return self.http.post(path, json=body)
 
     def tell(self, tokens, messages=None, n: int | None = None) -> None:
-        from nanochat_jax.text.detokenizer import chat_prompt
+        from nanochat_jax.text.prompts import chat_prompt
 
         if n is None:
             n = len(chat_prompt(messages or HI, self.worker.tokenizer))

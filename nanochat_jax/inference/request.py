@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat_jax.text import chat_format
-from nanochat_jax.text.detokenizer import AnswerStream
+from nanochat_jax.text.detokenizer import CompletionStream
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.errors import InputError
 
@@ -115,7 +115,7 @@ class Request:
     params: SamplingParams
     max_tokens: int  # of params, or what fits the slot
     number: int  # counts the engine's requests
-    stop_detector: AnswerStream | None = None
+    stop_detector: CompletionStream | None = None
     tokens: list[int] = field(default_factory=list)
     masks: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -240,7 +240,7 @@ def new_request(
         )
     if params.stop and tokenizer is None:
         raise InputError("stop strings need an engine with a tokenizer")
-    detector = AnswerStream(tokenizer, params.stop) if params.stop and tokenizer is not None else None
+    detector = CompletionStream(tokenizer, params.stop) if params.stop and tokenizer is not None else None
     return Request(prompt, params, max_tokens, number, detector)
 
 

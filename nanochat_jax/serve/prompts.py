@@ -7,7 +7,7 @@ from typing import Any
 from nanochat_jax.serve import schemas
 from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.worker import Worker
-from nanochat_jax.text.detokenizer import ContextOverflow, MessageError, chat_prompt, fit_history
+from nanochat_jax.text.prompts import ContextOverflow, MessageError, chat_prompt, fit_history
 
 SHORT_TEXT = 4096  # characters that the event loop tokenizes itself: half a millisecond, ten times what a thread costs
 

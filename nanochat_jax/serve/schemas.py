@@ -192,7 +192,7 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
-class AnswerMessage(BaseModel):
+class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str
     refusal: None
@@ -201,7 +201,7 @@ class AnswerMessage(BaseModel):
 
 class ChatChoice(BaseModel):
     index: int
-    message: AnswerMessage
+    message: AssistantMessage
     finish_reason: Literal["stop", "length"]
     logprobs: None
 

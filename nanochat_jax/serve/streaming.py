@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 
 from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.worker import Generation, Update
-from nanochat_jax.text.detokenizer import AnswerStream, Piece, PlainText, ToolCall, ToolResult, as_parts
+from nanochat_jax.text.detokenizer import CompletionStream, Piece, PlainText, ToolCall, ToolResult, as_parts
 from nanochat_jax.text.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ class GrowingCompletion:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self.finish_reason: str | None = None  # OpenAI's: "stop" or "length"
         self.n_tokens = 0
-        self._stream = AnswerStream(tokenizer, stop)
+        self._stream = CompletionStream(tokenizer, stop)
         self._plain = PlainText()
 
     def push(self, update: Update) -> list[tuple[str, dict[str, str] | None]]:

@@ -193,12 +193,12 @@ class _Sampler:
             num_samples=s.num_samples,
             params=SamplingParams(s.max_new_tokens, s.temperature, s.top_k, seed=s.seed + step),
         )
-        rewards = np.array([[a.reward for a in group] for group in groups], np.float32)
-        answers = [a for group in groups for a in group]
+        rewards = np.array([[one.reward for one in group] for group in groups], np.float32)
+        completions = [one.completion for group in groups for one in group]
         pad = self.tokenizer.encode_special("<|assistant_end|>")
-        packed = rollouts.pack(answers, self.T, pad, s.train_stop_token)
-        # the trainer's own view: of all rows where the loss needs it, else of one answer to every question
-        rows = np.arange(0, len(answers), 1 if s.clip or s.kl else s.num_samples)
+        packed = rollouts.pack(completions, self.T, pad, s.train_stop_token)
+        # the trainer's own view: of all rows where the loss needs it, else of one completion of every question
+        rows = np.arange(0, len(completions), 1 if s.clip or s.kl else s.num_samples)
         now, entropy = self._policy(params, packed, rows)
         reference = self._policy(self._reference, packed, rows)[0] if s.kl else None
         weight = rollouts.weights(
@@ -210,8 +210,8 @@ class _Sampler:
         numbers = {
             "reward": float(rewards.mean()),
             "solved_sometimes": float(((rewards.max(1) > 0) & (rewards.min(1) < rewards.max(1))).mean()),
-            "completion_length": float(np.mean([len(a.tokens) for a in answers])),
-            "unfinished": float(np.mean([not a.ended for a in answers])),
+            "completion_length": float(np.mean([len(c.tokens) for c in completions])),
+            "unfinished": float(np.mean([c.finish_reason != "end" for c in completions])),
             "entropy": float(entropy.sum() / counted),
             "logprob_difference": float(np.abs((now - packed.logprobs[rows]) * seen).sum() / counted),
         }
@@ -232,12 +232,12 @@ class _Sampler:
         return now, entropy
 
 
-def _transcripts(groups: list[list[rollouts.Answer]], tokenizer) -> list[dict]:
-    """The best and the worst answer of each question, as text."""
-    kept = []
+def _transcripts(groups: list[list[rollouts.RewardedCompletion]], tokenizer) -> list[dict]:
+    """The best and the worst completion of each question, as text."""
+    saved = []
     for group in groups:
-        ordered = sorted(group, key=lambda a: a.reward)
-        for answer in [ordered[-1], *(ordered[:1] if ordered[0].reward < ordered[-1].reward else [])]:
-            prompt = tokenizer.decode(answer.prompt[1:])
-            kept.append({"question": answer.question, "prompt": prompt, "answer": answer.text, "reward": answer.reward})
-    return kept
+        ordered = sorted(group, key=lambda one: one.reward)
+        for question, c, reward in [ordered[-1], *(ordered[:1] if ordered[0].reward < ordered[-1].reward else [])]:
+            prompt = tokenizer.decode(c.prompt[1:])
+            saved.append({"question": question, "prompt": prompt, "completion": c.text, "reward": reward})
+    return saved

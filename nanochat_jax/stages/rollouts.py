@@ -1,4 +1,4 @@
-"""Rollouts: the model answers questions, rewards say how good the answers are, advantages become weights of the loss.
+"""Rollouts: questions are completed, rewards say how well, advantages become weights of the loss.
 
 On-policy policy gradient (REINFORCE with the group's mean reward as baseline; GRPO, arXiv:2402.03300, without its
 division by the deviation). Maximising sum(advantage * log p) is minimising the one loss of this project,
@@ -7,7 +7,7 @@ sum(weight * nll), with weight = advantage. Also the optional extras are weights
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,32 +15,23 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import Completion, SamplingParams, question_seed
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One sampled answer to question number `question`. masks 1 = sampled, 0 = put there by the calculator.
-
-    tokens include the end token where the answer came to one (`ended`); text does not. logprobs are the engine's.
-    """
+class RewardedCompletion(NamedTuple):
+    """A sampled completion of question number `question`, with the engine's log-probabilities."""
 
     question: int
-    prompt: list[int]
-    tokens: list[int]
-    masks: list[int]
-    logprobs: list[float]
-    ended: bool
-    text: str
+    completion: Completion
     reward: float
 
 
 def collect(
     engine: Engine, tokenizer: Any, task: Any, questions: Sequence[int], *, num_samples: int, params: SamplingParams
-) -> list[list[Answer]]:
-    """num_samples answers to each question of a task with `reward(conversation, completion)`, all through the engine,
-    which must have been built with logprobs.
+) -> list[list[RewardedCompletion]]:
+    """num_samples completions of each question of a task with `reward(conversation, completion)`, all through the
+    engine, which must have been built with logprobs.
 
-    The answers depend on the model's parameters, the questions and `params` only (whose seed is the step's).
+    They depend on the model's parameters, the questions and `params` only (whose seed is the step's).
     """
-    # 1. Ask every question num_samples times: its own seed, and a sample_index for each answer.
+    # 1. Ask every question num_samples times: its own seed, and a sample_index for each completion.
     conversations = [task[i] for i in questions]
     prompts, each = [], []
     for index, conversation in zip(questions, conversations, strict=True):
@@ -48,20 +39,15 @@ def collect(
         own = replace(params, seed=question_seed(params.seed, index), logprobs=True)
         each += [replace(own, sample_index=sample) for sample in range(num_samples)]
 
-    # 2. Sample all answers together; the slots stay full until the last of them.
+    # 2. Sample all completions together; the slots stay full until the last of them.
     completions = engine.generate(prompts, each)
 
-    # 3. Reward each answer, and group them by question again.
+    # 3. Reward each, and group them by question again.
     groups = []
     for n, (index, conversation) in enumerate(zip(questions, conversations, strict=True)):
         own = completions[n * num_samples : (n + 1) * num_samples]
-        groups.append([_rewarded(index, conversation, completion, task) for completion in own])
+        groups.append([RewardedCompletion(index, c, float(task.reward(conversation, c.text))) for c in own])
     return groups
-
-
-def _rewarded(index: int, conversation: dict, completion: Completion, task: Any) -> Answer:
-    c, reward = completion, float(task.reward(conversation, completion.text))
-    return Answer(index, c.prompt, c.tokens, c.masks, c.logprobs, c.finish_reason == "end", c.text, reward)
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -72,7 +58,7 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Packed:
-    """Answers as rows of T tokens: inputs, targets (rows, T) int32 with -1 where nothing is trained on (prompt,
+    """Completions as rows of T tokens: inputs, targets (rows, T) int32 with -1 where nothing is trained on (prompt,
     forced tokens, padding), and the engine's log-probabilities of the targets (0 where ignored)."""
 
     inputs: np.ndarray
@@ -84,23 +70,23 @@ class Packed:
         return (self.targets >= 0).astype(np.float32)
 
 
-def pack(answers: Sequence[Answer], T: int, pad: int, train_stop_token: bool = True) -> Packed:
-    """Rows of one answer each. The reference never trains on the end token, so the model does not learn to stop; we do,
-    unless `train_stop_token` is off. Raises ValueError where prompt and answer exceed T + 1 tokens."""
-    inputs = np.full((len(answers), T), pad, np.int32)
-    targets = np.full((len(answers), T), -1, np.int32)
-    logprobs = np.zeros((len(answers), T), np.float32)
-    for row, answer in enumerate(answers):
-        n = len(answer.tokens) - (1 if answer.ended and not train_stop_token else 0)
-        ids = answer.prompt + answer.tokens[:n]
+def pack(completions: Sequence[Completion], T: int, pad: int, train_stop_token: bool = True) -> Packed:
+    """Rows of one completion each. The reference never trains on the end token, so the model does not learn to stop; we
+    do, unless `train_stop_token` is off. Raises ValueError where prompt and completion exceed T + 1 tokens."""
+    inputs = np.full((len(completions), T), pad, np.int32)
+    targets = np.full((len(completions), T), -1, np.int32)
+    logprobs = np.zeros((len(completions), T), np.float32)
+    for row, c in enumerate(completions):
+        n = len(c.tokens) - (1 if c.finish_reason == "end" and not train_stop_token else 0)
+        ids = c.prompt + c.tokens[:n]
         if len(ids) > T + 1:
-            raise ValueError(f"an answer of {len(ids)} tokens does not fit a row of {T}")
+            raise ValueError(f"a prompt and completion of {len(ids)} tokens do not fit a row of {T}")
         inputs[row, : len(ids)] = ids[:T]
-        where = slice(len(answer.prompt) - 1, len(ids) - 1)  # positions that predict the answer's tokens
-        sampled = np.array(answer.masks[:n], bool)
-        targets[row, where] = np.where(sampled, answer.tokens[:n], -1)
-        if answer.logprobs:
-            logprobs[row, where] = np.where(sampled, answer.logprobs[:n], 0.0)
+        where = slice(len(c.prompt) - 1, len(ids) - 1)  # positions that predict the completion's tokens
+        sampled = np.array(c.masks[:n], bool)
+        targets[row, where] = np.where(sampled, c.tokens[:n], -1)
+        if c.logprobs:
+            logprobs[row, where] = np.where(sampled, c.logprobs[:n], 0.0)
     return Packed(inputs, targets, logprobs)
 
 
@@ -121,7 +107,7 @@ def weights(
     min(r A, clip(r, 1 - clip, 1 + clip) A); its gradient is r A grad log p where the ratio is not clipped, else 0. kl >
     0: subtracts kl * (now - reference) from every token's advantage.
     """
-    # 1. Every token of an answer has the answer's advantage.
+    # 1. Every token of a completion has the completion's advantage.
     mask = packed.mask
     per_token = np.broadcast_to(np.asarray(advantage, np.float32)[:, None], mask.shape)
     # 2. Less a penalty for moving away from the model it started from.

@@ -11,7 +11,8 @@ from typing import Any
 
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.text import chat_format
-from nanochat_jax.text.detokenizer import AnswerStream, ContextOverflow, MessageError, Piece, as_text, chat_prompt
+from nanochat_jax.text.detokenizer import CompletionStream, Piece, as_text
+from nanochat_jax.text.prompts import ContextOverflow, MessageError, chat_prompt
 from nanochat_jax.utils import paths
 from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.flags import flag
@@ -114,7 +115,7 @@ class Chat:
         longest = self.engine.capacity - len(prompt) + 1
         params = replace(s.sampling(), max_tokens=min(s.max_tokens, longest), seed=s.seed + self._again)
         request = self.engine.submit(prompt, params)
-        stream = AnswerStream(self.tokenizer)
+        stream = CompletionStream(self.tokenizer)
         try:
             while request.finished is None:
                 for event in self.engine.step():
@@ -217,7 +218,7 @@ class Chat:
             exchange = [*head, *messages[at : at + 2]]
             opening = chat_prompt(exchange[:-1], self.tokenizer)[1:]
             tokens = chat_prompt([*exchange, nothing], self.tokenizer)[1:-3]  # without bos and the empty question
-            stream = AnswerStream(self.tokenizer)
+            stream = CompletionStream(self.tokenizer)
             stream.push(tokens[len(opening) :])
             stream.finish()
             question = "\n\n".join(_text_of(message["content"]) for message in exchange[:-1])

@@ -106,7 +106,7 @@ def make_run(name, stage, steps, planned=None, parent=None, evaluations=True, te
             }
         )
     if stage == "rl":
-        sample = {"question": 7, "prompt": "What is 2 + 3?", "answer": texts[-1], "reward": 1.0}
+        sample = {"question": 7, "prompt": "What is 2 + 3?", "completion": texts[-1], "reward": 1.0}
         log.write({"kind": "transcripts", "step": steps, "samples": [sample]})
     log.close()
     if evaluations:

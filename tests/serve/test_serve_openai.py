@@ -8,7 +8,7 @@ import pytest
 
 from nanochat_jax.inference.model_runner import compiled_programs
 from nanochat_jax.inference.request import SamplingParams
-from nanochat_jax.text.detokenizer import chat_prompt
+from nanochat_jax.text.prompts import chat_prompt
 from tests.serve_fixtures import BASE, CAPACITY, HI, serving, toy_engine
 from tests.tokenizer_fixtures import golden_tokenizer
 

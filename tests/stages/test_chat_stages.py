@@ -106,7 +106,7 @@ def test_the_chain_and_its_rules(chain, capsys):
     assert {"pass@1", "pass@2", "pass@1_low", "pass@1_high"} <= set(records("toy-rl", "eval")[-1])
     transcripts = records("toy-rl", "transcripts")
     assert [t["step"] for t in transcripts] == [0, 1, 2]
-    assert {"prompt", "answer", "reward"} <= set(transcripts[0]["samples"][0])
+    assert {"prompt", "completion", "reward"} <= set(transcripts[0]["samples"][0])
 
     assert stage("rl") == 0, "a finished run has nothing to do"
     assert "from step 3" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 
 from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.request import SamplingParams
+from nanochat_jax.inference.request import Completion, SamplingParams
 from nanochat_jax.model import gpt
 from nanochat_jax.model.loss import token_statistics, weighted_nll
 from nanochat_jax.parallel import sharding
@@ -38,19 +38,19 @@ def tiny():
         return config, params_from_reference(config, named)
 
 
-def golden_answers(example) -> list[rollouts.Answer]:
+def golden_completions(example) -> list[Completion]:
     prompt = example["prompt_ids"]
     n = len(prompt)
     return [
-        rollouts.Answer(0, prompt, ids[n:], mask[n:], [], False, "", reward)
-        for ids, mask, reward in zip(example["sequences"], example["masks"], example["rewards"], strict=True)
+        Completion(prompt, ids[n:], mask[n:], [], "length", "")
+        for ids, mask in zip(example["sequences"], example["masks"], strict=True)
     ]
 
 
 def golden_batch(arrays):
     """Rows of both examples at one length, and the reference's weights: normalised per pass, then averaged."""
     end = golden_tokenizer().encode_special(END)
-    packed = [rollouts.pack(golden_answers(e), 72, end) for e in REAL["examples"]]
+    packed = [rollouts.pack(golden_completions(e), 72, end) for e in REAL["examples"]]
     rows, weight = REAL["device_batch_size"], []
     for example, batch in zip(REAL["examples"], packed, strict=True):
         advantage = rollouts.advantages(np.array([example["rewards"]]))[0]
@@ -69,7 +69,7 @@ def golden_batch(arrays):
 def test_batches_are_the_references(arrays, number):
     example, prefix = REAL["examples"][number], f"real/example{number}/"
     T = arrays[prefix + "inputs"].shape[1]
-    packed = rollouts.pack(golden_answers(example), T, golden_tokenizer().encode_special(END))
+    packed = rollouts.pack(golden_completions(example), T, golden_tokenizer().encode_special(END))
     np.testing.assert_array_equal(packed.inputs, arrays[prefix + "inputs"])
     np.testing.assert_array_equal(packed.targets, arrays[prefix + "targets"])
     advantage = rollouts.advantages(np.array([example["rewards"]]))[0]
@@ -115,25 +115,25 @@ def test_advantages_of_the_stubs(arrays, stub):
     assert rollouts.weights(packed, np.ones(len(rewards))).sum() == pytest.approx(1.0 if mask.any() else 0.0, rel=1e-5)
 
 
-def answer(tokens, masks, ended=True, logprobs=()):
-    return rollouts.Answer(0, [7, 8, 9], list(tokens), list(masks), list(logprobs), ended, "", 0.0)
+def completion(tokens, masks, ended=True, logprobs=()):
+    return Completion([7, 8, 9], list(tokens), list(masks), list(logprobs), "end" if ended else "length", "")
 
 
 def test_the_end_token_is_learnt_and_forced_tokens_are_not():
-    packed = rollouts.pack([answer([4, 5, 6, 2], [1, 0, 1, 1], logprobs=[-1, -9, -3, -4])], 8, 0)
+    packed = rollouts.pack([completion([4, 5, 6, 2], [1, 0, 1, 1], logprobs=[-1, -9, -3, -4])], 8, 0)
     np.testing.assert_array_equal(packed.inputs[0], [7, 8, 9, 4, 5, 6, 2, 0])
     np.testing.assert_array_equal(packed.targets[0], [-1, -1, 4, -1, 6, 2, -1, -1])
     np.testing.assert_array_equal(packed.logprobs[0], [0, 0, -1, 0, -3, -4, 0, 0])
-    without = rollouts.pack([answer([4, 5, 6, 2], [1, 0, 1, 1])], 8, 0, train_stop_token=False)
+    without = rollouts.pack([completion([4, 5, 6, 2], [1, 0, 1, 1])], 8, 0, train_stop_token=False)
     np.testing.assert_array_equal(without.targets[0], [-1, -1, 4, -1, 6, -1, -1, -1])
-    cut = rollouts.pack([answer([4, 5, 6, 2], [1, 1, 1, 1], ended=False)], 6, 0)
+    cut = rollouts.pack([completion([4, 5, 6, 2], [1, 1, 1, 1], ended=False)], 6, 0)
     np.testing.assert_array_equal(cut.targets[0], [-1, -1, 4, 5, 6, 2])
-    with pytest.raises(ValueError, match="does not fit"):
-        rollouts.pack([answer([4, 5, 6, 2], [1, 1, 1, 1])], 5, 0)
+    with pytest.raises(ValueError, match="do not fit"):
+        rollouts.pack([completion([4, 5, 6, 2], [1, 1, 1, 1])], 5, 0)
 
 
 def test_equal_rewards_teach_nothing():
-    packed = rollouts.pack([answer([4, 2], [1, 1])] * 4, 8, 0)
+    packed = rollouts.pack([completion([4, 2], [1, 1])] * 4, 8, 0)
     for reward in (0.0, 1.0):
         assert not rollouts.weights(packed, rollouts.advantages(np.full((1, 4), reward))[0]).any()
 
@@ -196,14 +196,13 @@ def test_rollouts_depend_on_the_seed_and_nothing_else(tiny):
     again = collect(1)
     assert first == again
     other = collect(2)
-    assert [a.tokens for g in first for a in g] != [a.tokens for g in other for a in g]
-    assert len({tuple(a.tokens) for a in first[0]}) > 1, "samples of one question differ"
-    for a in first[0]:
-        assert a.reward == Counting().reward({}, a.text)
-        assert len(a.logprobs) == len(a.tokens) == len(a.masks)
+    assert [a.completion.tokens for g in first for a in g] != [a.completion.tokens for g in other for a in g]
+    assert len({tuple(a.completion.tokens) for a in first[0]}) > 1, "samples of one question differ"
+    for _, c, reward in first[0]:
+        assert reward == Counting().reward({}, c.text)
+        assert len(c.logprobs) == len(c.tokens) == len(c.masks)
     # sampler and trainer are the same model: their log-probabilities agree
-    answers = [a for group in first for a in group]
-    packed = rollouts.pack(answers, 128, 0)
+    packed = rollouts.pack([a.completion for group in first for a in group], 128, 0)
     logp, entropy = jax.jit(lambda p, x, y: token_statistics(config, p, x, y))(params, packed.inputs, packed.targets)
     np.testing.assert_allclose(logp, packed.logprobs, atol=3e-4)
     full = jax.nn.log_softmax(gpt.forward(config, params, packed.inputs))

@@ -19,7 +19,8 @@ from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.terminal import app, console
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings
-from nanochat_jax.text.detokenizer import ContextOverflow, as_text
+from nanochat_jax.text.detokenizer import as_text
+from nanochat_jax.text.prompts import ContextOverflow
 from nanochat_jax.utils.errors import InputError
 from tests import children
 from tests.fakes import FakeEngine

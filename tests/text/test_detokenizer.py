@@ -9,19 +9,15 @@ from hypothesis import strategies as st
 
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.detokenizer import (
-    AnswerStream,
-    ContextOverflow,
-    MessageError,
+    CompletionStream,
     PlainText,
     Text,
     ToolCall,
     ToolResult,
     as_parts,
     as_text,
-    chat_prompt,
-    fit_history,
-    parts_of_text,
 )
+from nanochat_jax.text.prompts import ContextOverflow, MessageError, chat_prompt, fit_history, parts_of_text
 from nanochat_jax.text.tokenizer import Tokenizer
 from tests.tokenizer_fixtures import golden_tokenizer
 
@@ -39,7 +35,7 @@ def ids(text):
 
 def run(tokens, stop=(), cuts=None, tokenizer=TOKENIZER):
     """(stream, pieces) of tokens pushed in runs of the given lengths (default: one at a time)."""
-    stream = AnswerStream(tokenizer, stop)
+    stream = CompletionStream(tokenizer, stop)
     pieces, tokens = [], list(tokens)
     for n in cuts if cuts is not None else itertools.repeat(1, len(tokens)):
         pieces += stream.push(tokens[:n])
@@ -115,7 +111,7 @@ def test_every_split_of_multibyte_characters():
 
 
 def test_an_unfinished_character_is_replaced_where_it_stands():
-    stream = AnswerStream(TOKENIZER)
+    stream = CompletionStream(TOKENIZER)
     assert stream.push("🚀".encode()[:3]) == []
     assert stream.finish() == [Text("\ufffd")] and stream.push(ids("more")) == [] == stream.finish()
     _, pieces = run([*"é".encode()[:1], *CALL])
@@ -141,12 +137,12 @@ def test_stop_strings(text, stops, rng: random.Random):
 
 
 def test_a_possible_stop_string_is_held_back_and_given_up():
-    stream = AnswerStream(TOKENIZER, ["END", "NO!"])
+    stream = CompletionStream(TOKENIZER, ["END", "NO!"])
     assert stream.push(ids("say E")) == [Text("say ")]
     assert stream.push(list(b"N")) == []
     assert stream.push(list(b"O")) == [Text("E")], "NO may still become NO!"
     assert stream.finish() == [Text("NO")] and stream.text == "say ENO" and not stream.stopped
-    stream = AnswerStream(TOKENIZER, ["END"])
+    stream = CompletionStream(TOKENIZER, ["END"])
     assert stream.push(list(b"xENDy")) == [Text("x")] and stream.stopped
     assert stream.push(ids("more")) == [] == stream.finish() and stream.text == "x"
 
@@ -161,7 +157,7 @@ def test_stop_strings_do_not_reach_over_or_into_a_tool_call():
 @pytest.mark.parametrize("stop", ["END", [""], ["a", ""], [3]])
 def test_bad_stop_strings(stop):
     with pytest.raises(ValueError, match="stop"):
-        AnswerStream(TOKENIZER, stop)
+        CompletionStream(TOKENIZER, stop)
 
 
 def test_a_stock_tokenizer_without_chat_tokens():
