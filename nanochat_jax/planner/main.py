@@ -21,6 +21,7 @@ from nanochat_jax.planner.plan import (
     TOTAL_BATCH_SIZE,
     BasePlan,
     PlanError,
+    optimizer_numbers,
 )
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
@@ -222,8 +223,7 @@ def _data(base: BasePlan) -> dict[str, Any]:
     """Shards to download and bytes on the disk: text, rows of tokens, checkpoints of the four stages (two each)."""
     shards = -(-int(base.total_tokens * CHARS_PER_TOKEN * SPARE_SHARDS / SHARD_CHARS) // 10) * 10 or 10
     token_bytes = 2 if base.vocab_size <= 65536 else 4
-    embeddings = 2 * base.vocab_size * base.config.n_embd
-    checkpoint = 4 * (2 * base.n_params + embeddings)  # parameters, Muon's momentum, two moments of the embeddings
+    checkpoint = 4 * (base.n_params + optimizer_numbers(base.config))
     parts = {
         "text_bytes": int((shards + 1) * SHARD_BYTES),
         "rows_bytes": base.total_tokens * token_bytes,

@@ -8,7 +8,11 @@ tensors: of a model's activations XLA keeps some, computes some again and fuses 
 import math
 from dataclasses import dataclass
 
+import jax
+
 from nanochat_jax.model.gpt import GPTConfig, num_params
+from nanochat_jax.parallel import sharding
+from nanochat_jax.training import optim
 
 CHUNK = 1 << 27  # entries of a chunk of logits, as loss.chunk_size has it on GPUs
 
@@ -34,10 +38,13 @@ class Mesh:
 
 def state_bytes(config: GPTConfig, mesh: Mesh) -> int:
     """Bytes of float32 parameters and optimizer state on each device; stacks of matrices are padded to the devices."""
-    n, embeddings = num_params(config), 2 * config.vocab_size * config.n_embd
-    square = config.n_embd * config.n_embd
-    padded = sum(math.ceil(k * config.n_layer / mesh.devices) * size * square for k, size in ((4, 1), (1, 4), (1, 4)))
-    return int(4 * (n / (mesh.fsdp * mesh.tensor) + 2 * embeddings / mesh.devices + padded))
+    stacks = optim.stack_members(config).values()
+    momentum = sum(math.ceil(len(alike) / mesh.devices) * math.prod(alike[0].shape) for alike in stacks)
+    moments = 0.0
+    for leaf in jax.tree.leaves(optim.adamw_members(config)):
+        sharded = sharding.dimension(leaf.kind, sharding.FSDP) is not None
+        moments += 2 * math.prod(leaf.shape) / (mesh.devices if sharded else 1)
+    return int(4 * (num_params(config) / (mesh.fsdp * mesh.tensor) + moments + momentum))
 
 
 def terms(config: GPTConfig, rows: int, mesh: Mesh, remat: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from nanochat_jax.model.gpt import GPTConfig, flops_per_token, num_params
+from nanochat_jax.model.parameters import MATRICES, leaves
 from nanochat_jax.training import optim
 from nanochat_jax.utils.errors import UserError
 
@@ -119,9 +120,7 @@ class BasePlan:
 
         Parameters and gradients are unsharded on every device; moments are sharded over the devices.
         """
-        embeddings = 2 * self.vocab_size * self.config.n_embd
-        matrices = self.n_params - embeddings
-        return 4 * (2 * self.n_params + math.ceil((2 * embeddings + matrices) / self.devices))
+        return 4 * (2 * self.n_params + math.ceil(optimizer_numbers(self.config) / self.devices))
 
     def describe(self) -> str:
         """The whole plan as a table of text."""
@@ -138,7 +137,7 @@ class BasePlan:
             ("model", f"depth {self.depth}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads of {c.head_dim}"),
             ("vocabulary", f"{self.vocab_size:,}"),
             ("context", f"{self.max_seq_len:,} tokens"),
-            ("parameters", f"{self.n_params:,} ({self.n_params - 2 * self.vocab_size * c.n_embd:,} in matrices)"),
+            ("parameters", f"{self.n_params:,} ({matrix_params(c):,} in matrices)"),
             ("FLOPs per token", f"{self.flops_per_token:,} (forward and backward)"),
             ("devices", f"{self.devices * self.tensor}, with {held}"),
             (
@@ -160,6 +159,16 @@ class BasePlan:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def matrix_params(config: GPTConfig) -> int:
+    """Parameters that Muon trains."""
+    return sum(math.prod(leaf.shape) for leaf in leaves(config) if leaf.kind.group == MATRICES)
+
+
+def optimizer_numbers(config: GPTConfig) -> int:
+    """How many numbers the optimizer keeps: one momentum of each matrix, two moments of everything else."""
+    return 2 * num_params(config) - matrix_params(config)
 
 
 def _horizon(
