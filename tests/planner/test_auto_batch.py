@@ -12,8 +12,9 @@ from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.parallel import sharding
 from nanochat_jax.planner import fit_batch
 from nanochat_jax.planner.fit_batch import MARGIN, DoesNotFit, bytes_needed, choose, halved, sizes
+from nanochat_jax.stages.batch_size import usual_rows
 from nanochat_jax.training.optim import OptimHyper, make_optimizer
-from nanochat_jax.training.step import init_state, make_train_step
+from nanochat_jax.training.step import abstract_state, make_train_step
 
 GIB = 2**30
 
@@ -79,10 +80,8 @@ def test_nothing_fits():
 
 def test_description_names_choice_accumulation_and_limit():
     text = choose(64, Measured(3 * GIB, 2 * GIB), 40 * GIB, lambda r: 3 * GIB + r * 2 * GIB).describe(64)
-    assert text == (
-        "device batch size: 16 rows x 4 accumulated "
-        "(16 needs 35.0 GiB, 32 needs 67.0 GiB of 40.0 GiB, 3% of it kept free)"
-    )
+    for words in ("16 rows x 4 accumulated", "16 needs 35.0 GiB", "32 needs 67.0 GiB", "of 40.0 GiB"):
+        assert words in text, words
 
 
 def test_halving():
@@ -109,7 +108,6 @@ def test_free_memory():
 
 
 CONFIG = GPTConfig.from_depth(1, 128, 32)
-NO_LIMITS = np.full((2,), np.inf, np.float32)
 OPTIMIZER = make_optimizer(OptimHyper(), 10, CONFIG.n_embd)
 
 
@@ -137,28 +135,11 @@ def test_real_steps_are_measured_and_chosen_among(mesh, step):
     assert choose(8, lambda rows: needed.get(rows, needed[8]), between).rows == 2
 
 
-def test_every_choice_is_the_same_step(mesh, step):
-    """Tokens per step stay, so do the loss and the parameters after it."""
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, 128, (16, 33), dtype=np.int32)
-    results = []
-    for per_device in (1, 8):
-        shape = 8 // per_device, 2 * per_device, 32
-        x, y = rows[:, :-1].reshape(shape), rows[:, 1:].reshape(shape)
-        state = init_state(CONFIG, OPTIMIZER, mesh, jax.random.key(0))
-        state, numbers = step(state, x, y, np.ones(shape, np.float32), NO_LIMITS)
-        results.append((float(numbers["loss"]), np.asarray(state.params["wte"]["embedding"])))
-    for loss, embedding in results[1:]:
-        assert loss == pytest.approx(results[0][0], abs=1e-6)
-        np.testing.assert_allclose(embedding, results[0][1], atol=2e-5)
-
-
 def test_the_lowered_step_is_the_one_that_runs(mesh, step):
     """Same shapes, same program: the compilation cache then serves the run."""
     lowered = fit_batch.lower_step(step, CONFIG, OPTIMIZER, mesh, 2, 4, 32)
-    state = init_state(CONFIG, OPTIMIZER, mesh, jax.random.key(0))
-    tokens = np.zeros((4, 4, 32), np.int32)
-    real = step.lower(state, tokens, tokens, np.zeros((4, 4, 32), np.float32), NO_LIMITS)
+    state, tokens = abstract_state(CONFIG, OPTIMIZER, mesh), np.zeros((4, 4, 32), np.int32)
+    real = step.lower(state, tokens, tokens, np.zeros((4, 4, 32), np.float32), np.full(2, np.inf, np.float32))
     assert lowered.as_text() == real.as_text()
 
 
@@ -168,6 +149,11 @@ def test_other_programs_compile_and_are_checked(mesh):
         ("sampling", lambda: fit_batch.lower_sampling(CONFIG, jax.devices()[0], 4, 64), 10 * GIB),
     ]
     fit_batch.check_all(programs, 20 * GIB)
-    with pytest.raises(DoesNotFit, match=r"^sampling would need 10\.0 GiB of 10\.0 GiB: .*--slots"):
+    with pytest.raises(DoesNotFit, match=r"^sampling .*10\.0 GiB.*--slots"):
         fit_batch.check_all(programs, 10 * GIB)
     assert math.isfinite(fit_batch.measured(programs[0][1]) or math.inf)
+
+
+@pytest.mark.parametrize("most, total, rows", [(32, 8, 8), (32, 64, 32), (32, 12, 4), (16, 7, 1), (8, 256, 8)])
+def test_on_a_cpu_it_is_the_usual_number_or_the_next_below_that_divides_the_batch(most, total, rows):
+    assert usual_rows(most, total) == rows and total % rows == 0

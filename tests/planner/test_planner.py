@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from nanochat_jax.hardware.gpus import CARDS
 from nanochat_jax.planner import compile as compiled
 from nanochat_jax.planner import cost, main, memory
 from nanochat_jax.planner.compile import Case
-from nanochat_jax.planner.plan import BasePlan, PlanError
+from nanochat_jax.planner.plan import BasePlan
 from tests import children
 
 HOUR = 3600.0
@@ -140,10 +140,6 @@ def test_a_compiler_that_dies_is_an_error_with_its_last_words(monkeypatch, tmp_p
         compiled.results(CASES)
 
 
-def test_cases_travel_as_json():
-    assert Case(**json.loads(json.dumps(asdict(CASES[0])))) == CASES[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # time and money
 
@@ -218,14 +214,7 @@ def test_shards_of_the_reference_d32(capsys):
 def test_text_says_what_is_estimated_and_that_nothing_was_measured(capsys):
     assert main.main(["--compile=False", "--depth=4", "--gpus=2", "--gpu=l40s", "--device_batch_size=16"]) == 0
     text = capsys.readouterr().out
-    for words in (
-        "36,700,160",
-        "2 x NVIDIA L40S",
-        "(estimated)",
-        "estimate by formula",
-        "(assumed: --mfu)",
-        "at least",
-    ):
+    for words in ("36,700,160", "2 x NVIDIA L40S", "(estimated)", "estimate by formula", "(assumed: --mfu)"):
         assert words in text, words
     assert "not measured" in text.splitlines()[-1]
 
@@ -258,14 +247,15 @@ def test_compiled_numbers_reach_the_output(capsys, compiler, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpu=h1000"], "--gpu=h1000 is not known; give one of: h100"),
-        (["--depth=20", "--hours=4"], "--depth cannot be combined"),
-        (["--hours=0.1"], "--hours=0.1 is not enough for any model"),
-        (["--dollars=-1"], "--dollars must not be negative"),
-        (["--gpus=0"], "--gpus must be at least 1"),
+        (["--gpu=h1000"], "--gpu=h1000"),
+        (["--depth=20", "--hours=4"], "--depth"),
+        (["--hours=0.1"], "--hours=0.1"),
+        (["--dollars=-1"], "--dollars"),
+        (["--gpus=0"], "--gpus"),
         (["--gpus=3"], "--total_batch_size=522240 or 528384"),
-        (["--gpus=8", "--fsdp=3"], "must divide --gpus=8"),
-        (["--mfu=45"], "--mfu is a share"),
+        (["--gpus=8", "--fsdp=3"], "--gpus=8"),
+        (["--gpus=8", "--tensor=5"], "--gpus=8"),
+        (["--mfu=45"], "--mfu"),
         (["--device_batch_size=48"], "--device_batch_size=32"),
     ],
 )
@@ -291,13 +281,6 @@ def test_memory_formula_grows_with_everything():
     assert base > memory.estimate(config, 8, mesh, "mlp") > memory.estimate(config, 8, mesh, "block")
 
 
-def test_plan_error_is_a_value_error():
-    with pytest.raises(PlanError):
-        main.make(main.PlanSettings(gpus=8, tensor=5))
-
-
 def test_script():
-    done = children.run(
-        [sys.executable, "-m", "scripts.plan", "--help"], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = children.run([sys.executable, "-m", "scripts.plan", "--help"], capture_output=True, text=True, check=True)
     assert "--hours" in done.stdout and "rtx4090" in done.stdout

@@ -8,7 +8,6 @@ import math
 import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,12 +27,6 @@ EVIL = (
     '<script>alert("x")</script> | `code` **bold** [a](http://b.c) <img src=x onerror=y>\n# head\x1b[31m \u202e \ud800'
 )
 TOKENS = 4096
-
-
-@pytest.fixture
-def base(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +60,9 @@ def make_run(name, stage, steps, planned=None, parent=None, evaluations=True, te
     (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "training": training}))
     log = metrics.MetricsLog(folder / "metrics.jsonl")
     versions = {"jax": "0.10.2", "numpy": "2.3.5"}
-    session = {
-        "time": "2026-11-24T10:00:00+00:00",
-        "devices": 1,
-        "device_kind": "cpu",
-        "backend": "cpu",
-        "processes": 1,
-    }
     machine = {"cpu": "A CPU", "cpu_cores": 2, "memory_bytes": 24 * 2**30, "python": "3.11.7", "versions": versions}
-    log.write({"kind": "session", "step": 0, **session, **machine})
+    devices = {"devices": 1, "device_kind": "cpu", "backend": "cpu", "processes": 1}
+    log.write({"kind": "session", "step": 0, "time": "2026-11-24T10:00:00+00:00", **devices, **machine})
     start, end = loss.get("start", 7.6), loss.get("end", 2.1)
     for step in range(steps + 1):
         if step % max(steps // 4, 1) == 0:
@@ -91,20 +78,9 @@ def make_run(name, stage, steps, planned=None, parent=None, evaluations=True, te
         value = end + (start - end) * math.exp(-5 * step / steps) + 0.05 * rng.standard_normal()
         extra = {"reward": 0.3 + 0.4 * step / steps + 0.05 * rng.standard_normal()} if stage == "rl" else {}
         seconds = 0.5 + 0.01 * rng.random()
-        log.write(
-            {
-                "kind": "train",
-                "step": step,
-                "loss": value,
-                "grad_norm": 0.4 + 0.1 * rng.random(),
-                **extra,
-                "lr_multiplier": min(1.0, 2.5 * (1 - step / steps)),
-                "seconds": seconds,
-                "tok_per_sec": TOKENS / seconds,
-                "data_wait": 0.001,
-                "mfu": 0.42,
-            }
-        )
+        extra |= {"grad_norm": 0.4 + 0.1 * rng.random(), "lr_multiplier": min(1.0, 2.5 * (1 - step / steps))}
+        clock = {"seconds": seconds, "tok_per_sec": TOKENS / seconds, "data_wait": 0.001, "mfu": 0.42}
+        log.write({"kind": "train", "step": step, "loss": value, **extra, **clock})
     if stage == "rl":
         sample = {"question": 7, "prompt": "What is 2 + 3?", "completion": texts[-1], "reward": 1.0}
         log.write({"kind": "transcripts", "step": steps, "samples": [sample]})
@@ -146,6 +122,15 @@ def make_chain(texts):
     make_run("demo-rl", "rl", 40, parent=child_of("demo-sft", 60), texts=texts, start=0.1, end=0.0)
 
 
+def pages(base) -> tuple[str, ...]:
+    """The card that was written, as HTML and as Markdown."""
+    return tuple((base / "report" / name).read_text() for name in ("report.html", "report.md"))
+
+
+def rendered(*runs) -> str:
+    return markdown.render(card.build(collect.load(list(runs))))
+
+
 class Page(HTMLParser):
     """Every tag with its attributes, the visible text, and the cells of every table by its first column."""
 
@@ -182,10 +167,8 @@ def summary_rows(page):
     """The summary table of a page: metric -> cells."""
     start = next(i for i, row in enumerate(page.rows) if row[:2] == ["Metric", "BASE"])
     assert page.rows[start] == ["Metric", "BASE", "MID", "SFT", "RL"]
-    table = itertools.takewhile(
-        lambda row: row[0] not in ("Task", "Encoding", "Number", "What"), page.rows[start + 1 :]
-    )
-    return {row[0]: row[1:] for row in table}
+    others = ("Task", "Encoding", "Number", "What")
+    return {row[0]: row[1:] for row in itertools.takewhile(lambda row: row[0] not in others, page.rows[start + 1 :])}
 
 
 def kept(run, step, task):
@@ -194,8 +177,8 @@ def kept(run, step, task):
 
 def test_a_full_chain_is_found_and_its_card_says_what_is_on_disk(chain):
     base, printed = chain
-    page = Page((base / "report" / "report.html").read_text())
-    text = (base / "report" / "report.md").read_text()
+    raw, text = pages(base)
+    page = Page(raw)
     rows = summary_rows(page)
     columns = {"demo-mid": (1, 80), "demo-sft": (2, 60), "demo-rl": (3, 40)}
     for task in (*results.CHAT_BASELINES, "world/sums", "world/choice"):
@@ -215,9 +198,8 @@ def test_a_full_chain_is_found_and_its_card_says_what_is_on_disk(chain):
     pass_row = rows["pass@1 (RL, held out)"]
     assert pass_row == [ABSENT, ABSENT, "0.3000[0.2600, 0.3500]", "0.7000[0.6600, 0.7500]"]
     for task, core in kept("demo", 200, "CORE")["tasks"].items():
-        assert [task, f"{number(core['accuracy'])}[{number(core['interval'][0])}, {number(core['interval'][1])}]"] in [
-            row[:2] for row in page.rows
-        ]
+        low, high = core["interval"]
+        assert [task, f"{number(core['accuracy'])}[{number(low)}, {number(high)}]"] in [row[:2] for row in page.rows]
     # the Markdown file holds the same table, cell for cell
     for metric, cells in rows.items():
         line = next(x for x in text.splitlines() if x.replace("\\", "").startswith(f"| {metric} "))
@@ -252,22 +234,17 @@ def test_time_and_money_are_sums_of_what_was_logged(chain):
     assert "8 x NVIDIA H100 80GB HBM3 at $3.00" in assumed.rate and "assumed" in assumed.rate
 
 
-def test_tokens_come_from_the_log(base):
-    make_run("demo", "base", 50)
-    assert "204,800" in markdown.render(card.build(collect.load(["demo"])))  # 50 steps of 4,096
-
-
 def test_only_base_in_the_middle_of_training_with_a_torn_line(base, capsys):
     folder = make_run("half", "base", 30, planned=120, evaluations=False)
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 30, "lo')
     assert main([]) == 0
     printed = capsys.readouterr().out
-    page = Page((base / "report" / "report.html").read_text())
+    page = Page(pages(base)[0])
     for place in (printed, " ".join(page.text)):
         assert "newest checkpoint is step 30 of 120" in place
     assert list(summary_rows(page)) == ["bits per byte"]
-    assert len(collect.load_run("half").train) == 30
+    assert len(collect.load_run("half").train) == 30 and "122,900" in pages(base)[1], "30 steps of 4,096 tokens"
 
 
 def test_a_run_without_any_metrics_or_session_still_has_a_card(base, capsys):
@@ -277,7 +254,7 @@ def test_a_run_without_any_metrics_or_session_still_has_a_card(base, capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "no metrics.jsonl" in printed and "began from gone-mid" in printed
-    text = (base / "report" / "report.md").read_text()
+    text = pages(base)[1]
     assert "Nothing has been evaluated yet" in text and "did not record where they ran" in text
 
 
@@ -286,7 +263,7 @@ def test_a_single_step_and_values_that_are_no_numbers(base):
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "eval", "step": 1, "val_bpb": Infinity, "note": "text"}\n')
     write(ReportSettings())
-    assert summary_rows(Page((base / "report" / "report.html").read_text()))["bits per byte"][0] == "inf"
+    assert summary_rows(Page(pages(base)[0]))["bits per byte"][0] == "inf"
 
 
 def test_skipped_steps_and_incidents_are_shown(base):
@@ -298,14 +275,14 @@ def test_skipped_steps_and_incidents_are_shown(base):
         f.write('{"kind": "incident", "step": 1200, "what": "out of memory", "rows": 32}\n')
         f.write('{"kind": "incident", "step": 12, "what": "hang", "seconds": 601.5}\n')
     write(ReportSettings())
-    pages = [(base / "report" / name).read_text() for name in ("report.html", "report.md")]
-    for text in ["".join(Page(pages[0]).text), pages[1]]:
-        assert "10 (loss nan, gradient norm 10), " in text and "14 (loss nan, gradient norm 14) and 2 more" in text
-        assert "at step 1,200 with 32 rows a device" in text and "12 (nothing for 10m02s)" in text
-    assert pages[0].count("stroke-dasharray") >= 7, "a mark on the loss curve for each"
+    raw, text = pages(base)
+    for shown in ["".join(Page(raw).text), text]:
+        assert "10 (loss nan, gradient norm 10), " in shown and "14 (loss nan, gradient norm 14) and 2 more" in shown
+        assert "at step 1,200 with 32 rows a device" in shown and "12 (nothing for 10m02s)" in shown
+    assert raw.count("stroke-dasharray") >= 7, "a mark on the loss curve for each"
     make_run("two", "base", 40, evaluations=False)
     write(ReportSettings(runs="two"))
-    assert "skipped steps" not in (base / "report" / "report.html").read_text(), "no trouble, no line"
+    assert "skipped steps" not in pages(base)[0], "no trouble, no line"
 
 
 def record_code(name, **code):
@@ -321,7 +298,7 @@ def test_every_stage_has_its_code_and_different_code_is_named(base, capsys):
 
     def shown():
         assert main([]) == 0
-        facts = dict(re.findall(r"^\* ([bm]: code): (.*)$", (base / "report" / "report.md").read_text(), re.M))
+        facts = dict(re.findall(r"^\* ([bm]: code): (.*)$", pages(base)[1], re.M))
         return facts, capsys.readouterr().out
 
     facts, printed = shown()
@@ -336,7 +313,7 @@ def test_every_stage_has_its_code_and_different_code_is_named(base, capsys):
     facts, printed = shown()
     assert facts["m: code"] == f"{'e' * 64} (not that of now)"
     remark = f"These runs were trained by different code (b: {now.sha256[:12]}, m: {'e' * 12})."
-    assert f"note: {remark}" in printed and "different code" in (base / "report" / "report.html").read_text()
+    assert f"note: {remark}" in printed and "different code" in pages(base)[0]
 
 
 def test_no_run_and_unknown_runs_are_errors_that_say_what_to_do(base, capsys):
@@ -363,7 +340,7 @@ def test_evaluations_of_an_older_step_are_shown_and_named(base, capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "demo has evaluations of step 10, but its newest checkpoint is step 20" in printed
-    assert summary_rows(Page((base / "report" / "report.html").read_text()))["CORE"][0].startswith("0.2219")
+    assert summary_rows(Page(pages(base)[0]))["CORE"][0].startswith("0.2219")
 
 
 def test_the_newest_run_of_the_last_stage_decides_and_newer_others_are_named(base, capsys):
@@ -381,7 +358,7 @@ def test_the_newest_run_of_the_last_stage_decides_and_newer_others_are_named(bas
 
 def test_text_by_a_model_stays_text(chain):
     base, _ = chain
-    raw = (base / "report" / "report.html").read_text()
+    raw, text = pages(base)
     page = Page(raw)
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "img", "iframe", "object", "base", "form"}
@@ -390,7 +367,6 @@ def test_text_by_a_model_stays_text(chain):
     assert not any(c in raw for c in "\x1b\u202e\ud800")
     assert "question 7, reward 1.000" in "".join(page.text)
     assert "more characters)" in raw and "x" * 2000 not in raw
-    text = (base / "report" / "report.md").read_text()
     outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)  # without code blocks
     assert "<script" not in outside and "<img" not in outside and "](http" not in outside and "**bold**" not in outside
     table_lines = [line for line in outside.splitlines() if "alert" in line]
@@ -405,7 +381,7 @@ def test_a_code_block_cannot_be_left_from_inside():
 
 def test_the_page_needs_nothing_from_outside(chain):
     base, _ = chain
-    raw = (base / "report" / "report.html").read_text()
+    raw = pages(base)[0]
     page = Page(raw)
     for tag, attributes in page.tags:
         assert tag not in ("link", "script", "img"), tag
@@ -421,21 +397,24 @@ def test_the_page_needs_nothing_from_outside(chain):
 def test_before_and_after_belong_to_the_same_prompts(base):
     make_run("demo", "base", 8, texts=("The sky is",), evaluations=False)
     make_run("demo-mid", "mid", 8, parent=child_of("demo", 8), texts=("Who are you?",), evaluations=False)
-    metrics_file = checkpoint.run_dir("demo-mid") / "metrics.jsonl"
-    lines = [x for x in metrics_file.read_text().splitlines() if '"sample"' not in x or '"step": 8' in x]
-    metrics_file.write_text("\n".join(lines) + "\n")
-    text = markdown.render(card.build(collect.load(["demo", "demo-mid"])))
+
+    def keep_last_sample(run):
+        path = checkpoint.run_dir(run) / "metrics.jsonl"
+        kept = [x for x in path.read_text().splitlines() if '"sample"' not in x or '"step": 8' in x]
+        path.write_text("\n".join(kept) + "\n")
+
+    keep_last_sample("demo-mid")
+    text = rendered("demo", "demo-mid")
     assert "before (demo, step 0) | after (demo, step 8)" in text
     assert "| after (demo-mid, step 8) |" in text  # the parent answered other prompts: no pair
     make_run("demo-sft", "sft", 8, parent=child_of("demo-mid", 8), texts=("Who are you?",), evaluations=False)
-    sft = checkpoint.run_dir("demo-sft") / "metrics.jsonl"
-    sft.write_text("\n".join(x for x in sft.read_text().splitlines() if '"sample"' not in x or '"step": 8' in x) + "\n")
-    text = markdown.render(card.build(collect.load(["demo-mid", "demo-sft"])))
+    keep_last_sample("demo-sft")
+    text = rendered("demo-mid", "demo-sft")
     assert "before (demo-mid, step 8) | after (demo-sft, step 8)" in text
 
 
 def test_commands_spell_out_what_was_set(chain):
-    text = markdown.render(card.build(collect.load(["demo", "demo-mid"])))
+    text = rendered("demo", "demo-mid")
     assert "python -m scripts.tok_train --demo --vocab_size=2048" in text
     assert "--stage=mid --run_name=demo-mid --source=demo --depth=4" in text
     assert "--data=" not in text.split("Do it again")[1]
@@ -496,5 +475,5 @@ def test_compression_is_shown_only_for_the_same_tokenizer(base):
     path.parent.mkdir()
     for its_hash, shown in ((HASH, True), ("00" * 32, False)):
         path.write_text(json.dumps({"tokenizer_hash": its_hash, "measures": measures}))
-        text = markdown.render(card.build(collect.load(["demo"])))
+        text = rendered("demo")
         assert bool(re.search(r"\| ours +\| 2\.500 \|\n\| gpt2 +\| 4\.000 \|", text)) == shown

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 
@@ -51,14 +52,9 @@ def test_phrasings_are_on_one_side_only():
     """By construction: all that the templates can become, not only what was drawn."""
 
     def expanded(phrases):
-        out = set()
-        for phrase in phrases:
-            parts = re.split(r"\[([^\]]*)\]", phrase)
-            options = [[""]]
-            for i, part in enumerate(parts):
-                options = [[*before, choice] for before in options for choice in (part.split("|") if i % 2 else [part])]
-            out |= {bare("".join(choices)) for choices in options}
-        return out
+        parts = [re.split(r"\[([^\]]*)\]", phrase) for phrase in phrases]
+        options = [[part.split("|") if i % 2 else [part] for i, part in enumerate(phrase)] for phrase in parts]
+        return {bare("".join(choices)) for phrase in options for choices in itertools.product(*phrase)}
 
     lists = [topic["questions"] for topic in TOPICS]
     sides = {}
@@ -95,13 +91,9 @@ def test_names_of_all_kinds():
     for name, creator in (("Dr. No.", "Acme Inc."), ("Zoë {x} [y|z]", "A & B"), ("R2-D2!", "")):
         answers = " ".join(texts(identity_conversations(name, creator, 300), "assistant"))
         assert name in answers and creator in answers and ".." not in answers and "!." not in answers
-    for bad in ("", "  \n"):
-        with pytest.raises(ValueError, match="name is empty"):
-            identity_conversations(bad)
-    with pytest.raises(ValueError, match="'test' is none of train, val"):
-        identity_conversations("Pip", split="test")
-    with pytest.raises(ValueError, match="n is -1"):
-        identity_conversations("Pip", n=-1)
+    for named, name, more in (("name", " \n", {}), ("'test'", "Pip", {"split": "test"}), ("-1", "Pip", {"n": -1})):
+        with pytest.raises(ValueError, match=named):
+            identity_conversations(name, **more)
 
 
 def test_the_file_has_the_reference_shape(tmp_path):

@@ -81,12 +81,12 @@ def test_every_index_is_checked():
     task = Numbers(10, start=2, stop=5)
     assert task[2]["number"] == 4 and task[np.int64(0)]["number"] == 2
     for index in (3, -1, 10):  # the reference would give examples 5 and 1, which are outside the slice
-        with pytest.raises(IndexError, match=f"numbers: there is no example {index}; it has 3"):
+        with pytest.raises(IndexError, match=f"numbers.* {index}.* 3"):
             task[index]
     for index in ("0", 1.0, None):
-        with pytest.raises(AssertionError, match="whole number"):
+        with pytest.raises(AssertionError):
             task[index]  # pyright: ignore
-    with pytest.raises(TaskError, match="start \\(11\\) is beyond its 10 examples"):
+    with pytest.raises(TaskError, match="start.*11.*10"):
         len(Numbers(10, start=11, stop=20))
 
 
@@ -116,14 +116,6 @@ def test_a_slice_of_a_mixture_of_slices():
     assert [[int(item["label"]), item["number"]] for item in mixture] == wanted
 
 
-def test_a_large_mixture_is_the_shuffle_of_pairs():
-    lengths = [700, 0, 1300]
-    pairs = [(task, i) for task, length in enumerate(lengths) for i in range(length)]
-    random.Random(42).shuffle(pairs)
-    mixture = TaskMixture([Numbers(length, task) for task, length in enumerate(lengths)])
-    assert [(item["label"], item["number"]) for item in mixture] == pairs
-
-
 def test_indices_outside_a_mixture():
     case = GOLDEN["mixture_errors"]
     parts = [Numbers(count) for count in case["lengths"]]
@@ -142,12 +134,8 @@ def test_indices_outside_a_mixture():
 
 def test_fingerprints_tell_contents_apart():
     different = [
-        Numbers(5),
-        Numbers(6),
-        Numbers(5, "x"),
-        Numbers(5, stop=4),
-        Numbers(5, start=1),
-        Numbers(5, step=2),
+        *(Numbers(*arguments) for arguments in ((5,), (6,), (5, "x"))),
+        *(Numbers(5, **slicing) for slicing in ({"stop": 4}, {"start": 1}, {"step": 2})),
         TaskMixture([Numbers(5), Numbers(6)]),
         TaskMixture([Numbers(6), Numbers(5)]),
         TaskMixture([Numbers(5), Numbers(6)], stop=3),
@@ -162,14 +150,14 @@ def test_the_registry(tmp_path):
     assert tasks.CHAT_EVALS == ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
     assert set(tasks.CHAT_EVALS) < set(tasks.NAMES)
     for name, nearest in (("GSM9K", "GSM8K"), ("arc-easy", "ARC-Easy"), ("Spelling", "SpellingBee"), ("", "")):
-        with pytest.raises(ValueError, match=f"unknown task {name!r}; did you mean {nearest}"):
+        with pytest.raises(ValueError, match=f"{name!r}.*{nearest}"):
             tasks.load(name, "test", tmp_path)
     assert len(tasks.load("SpellingBee", "test", words=WORDS)) == 256
     assert len(tasks.load("SpellingBee", "test", words=WORDS, size=7, start=2)) == 5
-    easy = tasks.load("ARC-Easy", "test", folder(tmp_path, ARC_Easy__test=GOLDEN["arc"]["rows"]), stop=3)
-    assert (easy.name, easy.eval_type, easy.baseline, len(easy)) == ("ARC-Easy", "categorical", 0.25, 3)
+    easy = tasks.load("ARC-Easy", "test", folder(tmp_path, ARC_Easy__test=GOLDEN["arc"]["rows"]), stop=2)
+    assert (easy.name, easy.eval_type, easy.baseline, len(easy)) == ("ARC-Easy", "categorical", 0.25, 2)
     for name in tasks.NAMES:
-        with pytest.raises(ValueError, match="has no split 'nonsense'; it has "):
+        with pytest.raises(ValueError, match="'nonsense'"):
             tasks.load(name, "nonsense", tmp_path)
 
 
@@ -185,11 +173,12 @@ def test_arc(tmp_path):
     case = GOLDEN["arc"]
     task = tasks.ARC("ARC-Easy", "train", folder(tmp_path, ARC_Easy__train=case["rows"]))
     assert list(task) == case["conversations"]
-    assert [case["rows"][i]["question"] in task[n]["messages"][0]["content"] for n, i in enumerate(shuffled_order(8))]
+    for n, i in enumerate(shuffled_order(len(case["rows"]))):
+        assert case["rows"][i]["question"] in task[n]["messages"][0]["content"]
     for judged in case["evaluate"]:
         assert task.evaluate(task[judged["index"]], judged["response"]) is judged["result"]
-    with pytest.raises(AssertionError, match="'Z' is none of the letters"):
-        task.evaluate(task[0], "Z")
+    with pytest.raises(AssertionError, match="'none of them'"):
+        task.evaluate(task[0], "none of them")
 
 
 def test_arc_with_plain_lists(tmp_path):
@@ -213,21 +202,23 @@ def test_mmlu(tmp_path):
         assert list(tasks.MMLU(split, data, subset)) == case["auxiliary_train_conversations"]
     task = tasks.load("MMLU", "test", data)
     assert (task.name, task.eval_type, task.baseline) == ("MMLU", "categorical", 0.25)
-    assert task.evaluate(task[0], "B") is True and task.evaluate(task[0], "A") is False
+    for conversation in task:
+        right = conversation["messages"][-1]["content"]
+        assert all(task.evaluate(conversation, letter) is (letter == right) for letter in "ABCD")
 
 
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({"choices": list("abc"), "answer": 1}, "3 choices; 4 are needed"),
-        ({"choices": list("abcd"), "answer": 4}, "answer 4 is not 0 to 3"),
-        ({"choices": list("abcd"), "answer": "E"}, "answer 'E' do not go together"),
+        ({"choices": list("abc"), "answer": 1}, "3 choices"),
+        ({"choices": list("abcd"), "answer": 4}, "answer 4"),
+        ({"choices": list("abcd"), "answer": "E"}, "answer 'E'"),
         ({"choices": None, "answer": 1}, "NoneType"),
     ],
 )
 def test_rows_that_are_no_question(tmp_path, row, reason):
     data = folder(tmp_path, mmlu__test=[{"question": "q", "subject": "s", **row}])
-    with pytest.raises(TaskError, match=f"test.jsonl:1: no MMLU row .*{reason}"):
+    with pytest.raises(TaskError, match=f"test.jsonl:1: .*{reason}"):
         tasks.MMLU("test", data)[0]
 
 
@@ -244,12 +235,10 @@ def test_errors_have_the_reference_types(tmp_path):
         "GSM8K evaluate list response": lambda: gsm8k.evaluate(gsm8k[0], ["12"]),  # pyright: ignore
         "task['0']": lambda: gsm8k["0"],  # pyright: ignore
     }
-    assert {case["call"]: case["exception"]["type"] for case in GOLDEN["errors"]} == dict.fromkeys(
-        calls, "AssertionError"
-    )
-    for call in calls.values():
+    for case in GOLDEN["errors"]:
+        assert case["exception"]["type"] == "AssertionError"
         with pytest.raises(AssertionError) as caught:
-            call()
+            calls[case["call"]]()
         assert isinstance(caught.value, ValueError) and str(caught.value)
 
 
@@ -263,9 +252,8 @@ def test_gsm8k(tmp_path):
     assert order == case["order_after_shuffle"]
     by_row = {row: task[position] for position, row in enumerate(order)}
     assert [by_row[row] for row in range(len(order))] == case["conversations"]
-    assert [extract_answer(c["messages"][1]["content"][-1]["text"]) for _, c in sorted(by_row.items())] == case[
-        "reference_answer"
-    ]
+    answers = [extract_answer(c["messages"][1]["content"][-1]["text"]) for _, c in sorted(by_row.items())]
+    assert answers == case["reference_answer"]
     for judged in case["completions"]:
         conversation, completion = by_row[judged["row"]], judged["completion"]
         assert extract_answer(completion) == judged["extracted"]
@@ -303,23 +291,25 @@ def test_humaneval(tmp_path):
     assert passes == EXECUTION["canonical_solution_passes"]
     for case in EXECUTION["cases"]:
         assert task.evaluate(by_row[case["row"]], case["completion"]) is case["success"], case["completion"]
-    assert task.reward(by_row[0], EXECUTION["cases"][0]["completion"]) == 1.0
+    right = next(case for case in EXECUTION["cases"] if case["success"])
+    assert task.reward(by_row[right["row"]], right["completion"]) == 1.0
 
 
 def test_smoltalk(tmp_path):
     case = GOLDEN["smoltalk"]
     task = tasks.SmolTalk("train", folder(tmp_path, smoltalk__train=case["rows"]), **case["kwargs"])
     assert len(task) == case["length"] and list(task) == case["conversations"]
-    assert shuffled_order(5).tolist() == case["order_after_shuffle"] and task.eval_type is None
+    order = shuffled_order(len(case["rows"])).tolist()
+    assert order == case["order_after_shuffle"] and task.eval_type is None
 
 
 @pytest.mark.parametrize(
     "messages, reason",
     [
-        ([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "1 messages; at least 2"),
-        ([{"role": "user", "content": "u"}, {"role": "user", "content": "v"}], "role 'user' where 'assistant' is due"),
-        ([{"role": "user", "content": "u"}, {"role": "assistant", "content": None}], "content is NoneType"),
-        ("hello", "a str, not a list"),
+        ([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "1 messages"),
+        ([{"role": "user", "content": "u"}, {"role": "user", "content": "v"}], "role 'user'"),
+        ([{"role": "user", "content": "u"}, {"role": "assistant", "content": None}], "NoneType"),
+        ("hello", "str"),
     ],
 )
 def test_smoltalk_refuses_other_shapes(tmp_path, messages, reason):
@@ -340,7 +330,7 @@ def test_spelling_equals_the_reference(split):
             assert task[case["index"]] == case["conversation"]
     assert len(bee) == len(simple) == GOLDEN["spelling"]["len_default"]
     assert bee.words == WORDS and simple.words == GOLDEN["spelling"]["simple_spelling_word_order"]
-    assert len(TEMPLATES) == 51 and len(set(TEMPLATES)) == 51
+    assert len(TEMPLATES) == len(set(TEMPLATES)) == 51
 
 
 def test_spelling_judgements():
@@ -375,7 +365,7 @@ def test_spelling_tests_are_not_trained_on():
 
 
 def test_word_lists(tmp_path, caplog):
-    with pytest.raises(FileNotFoundError, match="words_alpha.txt: put a list of words there"):
+    with pytest.raises(FileNotFoundError, match="words_alpha.txt"):
         tasks.load("SimpleSpelling", "train", tmp_path)
     (tmp_path / "words_alpha.txt").write_bytes(b"cat\r\n\ndog \no'clock\ncaf\xe9\n")
     task = tasks.load("SimpleSpelling", "train", tmp_path, size=3)
@@ -383,10 +373,10 @@ def test_word_lists(tmp_path, caplog):
     assert task.fingerprint() == tasks.SimpleSpelling(3, words=["cat", "dog"]).fingerprint()
     assert task.fingerprint() != tasks.SimpleSpelling(3, words=["dog", "cat"]).fingerprint()
     (tmp_path / "words_alpha.txt").write_text("\n1\n")
-    with pytest.raises(DataError, match="has no word"):
+    with pytest.raises(DataError, match="words_alpha.txt"):
         tasks.load("SimpleSpelling", "train", tmp_path)
     for words in (["it's"], [""], ["é"], []):
-        with pytest.raises(ValueError, match="letters A to Z|is empty"):
+        with pytest.raises(ValueError):
             tasks.SpellingBee(words=words)
     for size in (0, 10_000_001):
         with pytest.raises(ValueError, match="size"):
@@ -407,11 +397,11 @@ def test_customjson(tmp_path):
     assert task.fingerprint() != tasks.CustomJSON(path, stop=1).fingerprint()
     # Defect of the reference, fixed: a missing file is no conversation and no error there.
     assert case["missing_file_length"] == 0
-    with pytest.raises(FileNotFoundError, match="there is no file .*gone.jsonl; give one"):
+    with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         tasks.CustomJSON(tmp_path / "gone.jsonl")
     for empty in ("", "\n  \n"):
         path.write_text(empty)
-        with pytest.raises(DataError, match="has no conversation .it is blank"):
+        with pytest.raises(DataError, match="own.jsonl"):
             tasks.CustomJSON(path)
 
 
@@ -435,7 +425,7 @@ def test_customjson_leaves_out_bad_lines_when_asked_to(tmp_path, caplog):
     for number, message in enumerate(task.messages, 1):
         assert message.startswith(f"{path}:{number}: ") and message in caplog.text
     path.write_bytes(b"\n".join(bad))
-    with pytest.raises(DataError, match=f"all {len(bad)} lines are bad, first .*own.jsonl:1: "):
+    with pytest.raises(DataError, match=f"{len(bad)} .*own.jsonl:1: "):
         tasks.CustomJSON(path, strict=False)
 
 
@@ -448,19 +438,11 @@ def test_every_conversation_renders(tmp_path):
         humaneval__test=EXECUTION["rows"],
         smoltalk__train=GOLDEN["smoltalk"]["rows"],
     )
-    mixture = TaskMixture(
-        [
-            tasks.load("GSM8K", "train", data),
-            tasks.load("ARC-Easy", "train", data),
-            tasks.load("MMLU", "test", data),
-            tasks.load("HumanEval", "test", data),
-            tasks.load("SmolTalk", "train", data),
-            tasks.load("SpellingBee", "train", words=WORDS, size=20),
-            tasks.load("SimpleSpelling", "train", words=WORDS, size=20),
-        ]
-    )
+    chosen = {"GSM8K": "train", "ARC-Easy": "train", "MMLU": "test", "HumanEval": "test", "SmolTalk": "train"}
+    parts = [tasks.load(name, split, data) for name, split in chosen.items()]
+    parts += [tasks.load(name, "train", words=WORDS, size=20) for name in ("SpellingBee", "SimpleSpelling")]
     tokenizer = golden_tokenizer()
-    for conversation in mixture:
+    for conversation in TaskMixture(parts):
         ids, mask = tokenizer.render_conversation(conversation)
         assert len(ids) == len(mask) and sum(mask) > 0
         prompt = tokenizer.render_for_completion(conversation)
