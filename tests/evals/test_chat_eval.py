@@ -10,33 +10,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.evals import chat_eval
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import SamplingParams
-from nanochat_jax.model import gpt
 from tasks.sandbox import SandboxUnavailable
 from tests.fakes import FakeModel, chain_params
-from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
+from tests.golden_models import golden_model
+from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 CASES = golden("chateval_v1")
 LETTERS = ["A", "B", "C", "D"]
+CAPACITY = max(64, *(len(ids) + case["max_new_tokens"] for case in CASES["generative"] for ids in case["prompt_ids"]))
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    """(config, params) of the golden files' model, whose vocabulary is the golden tokenizer's."""
-    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
-        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
-        config = gpt.GPTConfig(**sizes)
-        names = [k for k in arrays if k.startswith("param/")]
-        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
+def engine():
+    return Engine(*golden_model(), golden_tokenizer(), slots=4, capacity=CAPACITY, steps_per_call=4)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny):
-    return Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=64, steps_per_call=4)
+def generated(engine, task, **settings):
+    return chat_eval.evaluate_generative(engine, golden_tokenizer(), task, **settings)
+
+
+def chosen(scorer, task, **settings):
+    return chat_eval.evaluate_categorical(scorer, golden_tokenizer(), task, **settings)
 
 
 class ListTask:
@@ -89,13 +87,13 @@ class FakeScorer:
 
 
 @pytest.mark.parametrize("case", CASES["categorical"], ids=lambda c: f"{c['task']}-{c['max_problems']}")
-def test_golden_letters(tiny, case):
+def test_golden_letters(case):
     conversations = [
         from_prompt(ids, answer, letters=re.findall(r"^- .*=(.+)$", golden_tokenizer().decode(ids), re.MULTILINE))
         for ids, answer in zip(case["prompt_ids"], case["correct"], strict=True)
     ]
     task = ListTask(conversations, equals_answer)
-    result = chat_eval.evaluate_categorical(Scorer(*tiny), golden_tokenizer(), task, max_problems=case["max_problems"])
+    result = chosen(Scorer(*golden_model()), task, max_problems=case["max_problems"])
     assert [item["predicted"] for item in result["items"]] == case["predicted"]
     assert result["accuracy"] == case["accuracy"] and result["n"] == len(case["predicted"])
 
@@ -103,7 +101,7 @@ def test_golden_letters(tiny, case):
 @pytest.mark.parametrize("case", CASES["generative"], ids=lambda c: str(c["start"]))
 def test_golden_completions(engine, case):
     task = ListTask([from_prompt(ids, "x") for ids in case["prompt_ids"]])
-    result = chat_eval.evaluate_generative(engine, golden_tokenizer(), task, max_new_tokens=case["max_new_tokens"])
+    result = generated(engine, task, max_new_tokens=case["max_new_tokens"])
     assert [item["completion"] for item in result["items"]] == case["completions"]
     assert result["accuracy"] == case["accuracy"]
 
@@ -116,9 +114,7 @@ def test_categorical_order_progress_and_settings(monkeypatch):
     conversations = asked(*("x" * (7 * i % 11 + 1) for i in range(10)), answer="B", letters=LETTERS)
     scorer, seen = FakeScorer(), []
     task = ListTask(conversations, equals_answer)
-    result = chat_eval.evaluate_categorical(
-        scorer, golden_tokenizer(), task, progress=lambda *a: seen.append(a), max_problems=9
-    )
+    result = chosen(scorer, task, progress=lambda *a: seen.append(a), max_problems=9)
     expected = [LETTERS[len(golden_tokenizer().render_for_completion(c)) % 4] for c in conversations[:9]]
     assert [item["predicted"] for item in result["items"]] == expected
     assert [item["correct"] for item in result["items"]] == [int(p == "B") for p in expected]
@@ -131,10 +127,7 @@ def test_categorical_order_progress_and_settings(monkeypatch):
 
 def test_ids_depend_on_place_and_content():
     def ids(*conversations):
-        scorer = FakeScorer()
-        result = chat_eval.evaluate_categorical(
-            scorer, golden_tokenizer(), ListTask(list(conversations), equals_answer)
-        )
+        result = chosen(FakeScorer(), ListTask(list(conversations), equals_answer))
         return [item["id"] for item in result["items"]]
 
     a, b = asked("one", "two", answer="A", letters=LETTERS)
@@ -145,16 +138,12 @@ def test_ids_depend_on_place_and_content():
 def test_a_letter_must_be_one_token():
     task = ListTask(asked("q", answer="A", letters=["A", "quite long"]))
     with pytest.raises(ValueError, match="'quite long' is [0-9]+ tokens"):
-        chat_eval.evaluate_categorical(FakeScorer(), golden_tokenizer(), task)
+        chosen(FakeScorer(), task)
 
 
 def test_problem_counts():
     task = ListTask(asked("a", "b"))
-    assert (chat_eval.problem_count(task), chat_eval.problem_count(task, 1), chat_eval.problem_count(task, 9)) == (
-        2,
-        1,
-        2,
-    )
+    assert [chat_eval.problem_count(task, most) for most in (None, 1, 9)] == [2, 1, 2]
     with pytest.raises(ValueError, match="max_problems.*0"):
         chat_eval.problem_count(task, 0)
     with pytest.raises(ValueError, match="listed has no problems"):
@@ -162,15 +151,6 @@ def test_problem_counts():
 
 
 # --- open questions -------------------------------------------------------------------------------------------------
-
-
-def generate_one_by_one(engine, conversations, max_new_tokens):
-    """Slow: one problem after the other."""
-    tokenizer, texts = golden_tokenizer(), []
-    for conversation in conversations:
-        prompt = tokenizer.render_for_completion(conversation)
-        texts.append(engine.generate([prompt], SamplingParams(max_new_tokens, temperature=0.0))[0].text)
-    return texts
 
 
 def test_all_at_once_equals_one_by_one(engine):
@@ -181,10 +161,9 @@ def test_all_at_once_equals_one_by_one(engine):
         judged.append(completion)
         return "t" in completion
 
-    result = chat_eval.evaluate_generative(
-        engine, golden_tokenizer(), ListTask(conversations, judge), max_new_tokens=9, progress=lambda *a: seen.append(a)
-    )
-    texts = generate_one_by_one(engine, conversations, 9)
+    result = generated(engine, ListTask(conversations, judge), max_new_tokens=9, progress=lambda *a: seen.append(a))
+    prompts = map(golden_tokenizer().render_for_completion, conversations)
+    texts = [engine.generate([prompt], SamplingParams(9, temperature=0.0))[0].text for prompt in prompts]
     assert [item["completion"] for item in result["items"]] == texts
     assert [item["correct"] for item in result["items"]] == [int("t" in text) for text in texts]
     assert seen[-1] == (11, 11, result["accuracy"]) and [s[0] for s in seen] == sorted(s[0] for s in seen)
@@ -193,19 +172,14 @@ def test_all_at_once_equals_one_by_one(engine):
     assert engine.live == 0
 
 
-@pytest.fixture(scope="module")
-def chained(tiny):
-    """Makes engines whose model follows a chain of tokens, then writes full stops for ever."""
-    config = dataclasses.replace(tiny[0], n_layer=1, compute_dtype="float32")
-
-    def make(*chain, also=()):
-        params = chain_params(dict([*itertools.pairwise(chain), *also]), otherwise=ord("."))
-        return Engine(config, params, golden_tokenizer(), slots=4, capacity=64, steps_per_call=4, model=FakeModel)
-
-    return make
+def chained(*chain, also=()):
+    """An engine whose model follows a chain of tokens, then writes full stops for ever."""
+    config = dataclasses.replace(golden_model()[0], n_layer=1)
+    params = chain_params(dict([*itertools.pairwise(chain), *also]), otherwise=ord("."))
+    return Engine(config, params, golden_tokenizer(), slots=4, capacity=64, steps_per_call=4, model=FakeModel)
 
 
-def test_tool_calls_are_part_of_the_completion_and_the_end_is_not(chained):
+def test_tool_calls_are_part_of_the_completion_and_the_end_is_not():
     special = golden_tokenizer().encode_special
     names = ["<|assistant_start|>", "<|python_start|>", "<|python_end|>", "<|output_end|>", "<|assistant_end|>"]
     start, python, python_end, output_end, end = map(special, names)
@@ -216,20 +190,16 @@ def test_tool_calls_are_part_of_the_completion_and_the_end_is_not(chained):
         seen.append(completion)
         return completion.endswith("13<|output_end|>")
 
-    result = chat_eval.evaluate_generative(
-        engine, golden_tokenizer(), ListTask(asked("a", "b"), judge), max_new_tokens=30
-    )
+    result = generated(engine, ListTask(asked("a", "b"), judge), max_new_tokens=30)
     assert seen[-1] == "<|python_start|>7+6<|python_end|><|output_start|>13<|output_end|>"
     assert result["accuracy"] == 1.0 and result["unfinished"] == 0.0
 
 
-def test_a_model_that_never_ends_is_counted(chained):
+def test_a_model_that_never_ends_is_counted():
     start = golden_tokenizer().encode_special("<|assistant_start|>")
     engine = chained(start, *b"ok")
     judge = lambda conversation, completion: completion.startswith("ok....")  # noqa: E731
-    result = chat_eval.evaluate_generative(
-        engine, golden_tokenizer(), ListTask(asked(*"abcdef"), judge), max_new_tokens=12
-    )
+    result = generated(engine, ListTask(asked(*"abcdef"), judge), max_new_tokens=12)
     assert result["unfinished"] == 1.0 and result["accuracy"] == 1.0
     assert {item["completion"] for item in result["items"]} == {"ok.........."}
     assert result["new_tokens"] == 72
@@ -244,7 +214,7 @@ def test_samples_and_pass_at_k(engine):
         texts.setdefault(conversation["messages"][0]["content"], []).append(completion)
         return len(completion) % 3 == 0 and completion != ""
 
-    result = chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(conversations, judge), **settings)
+    result = generated(engine, ListTask(conversations, judge), **settings)
     counts = []
     for letter, item in zip("abcdef", result["items"], strict=True):
         own = texts[letter][1:] if letter == "a" else texts[letter]
@@ -257,11 +227,9 @@ def test_samples_and_pass_at_k(engine):
     assert result["pass_at_k"]["5"] == pytest.approx(result["accuracy"])
     for k, (low, high) in result["pass_at_k_interval"].items():
         assert low <= result["pass_at_k"][k] <= high
-    again = chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(conversations, judge), **settings)
+    again = generated(engine, ListTask(conversations, judge), **settings)
     assert again["items"] == result["items"]
-    few = chat_eval.evaluate_generative(
-        engine, golden_tokenizer(), ListTask(conversations, judge), max_problems=2, **settings
-    )
+    few = generated(engine, ListTask(conversations, judge), max_problems=2, **settings)
     assert few["items"] == result["items"][:2]
 
 
@@ -272,7 +240,7 @@ def test_long_prompts_lose_their_beginning_and_are_counted(engine):
     assert len(cut) == 33 and cut[0] == tokenizer.bos_id and cut[1:] == prompts[0][-32:]
     assert chat_eval._fitting(prompts[0], 64, 10) == [prompts[0][0], *prompts[0][-54:]]
     assert chat_eval._fitting(prompts[1], 64, 512) == prompts[1]
-    result = chat_eval.evaluate_generative(engine, tokenizer, ListTask(asked("x " * 300, "short")), max_new_tokens=512)
+    result = generated(engine, ListTask(asked("x " * 300, "short")), max_new_tokens=512)
     assert result["cut_prompts"] == 1 and result["n"] == 2
 
 
@@ -284,7 +252,7 @@ def test_judges_run_beside_the_decoder(engine):
         time.sleep(0.01)
         return True
 
-    chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(asked(*"abcdefgh"), judge), max_new_tokens=3)
+    generated(engine, ListTask(asked(*"abcdefgh"), judge), max_new_tokens=3)
     assert threads - {main}
 
 
@@ -292,7 +260,7 @@ def test_without_isolation_the_result_says_so(engine):
     def judge(conversation, completion):
         raise SandboxUnavailable("no namespaces here")
 
-    result = chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(asked("a", "b"), judge))
+    result = generated(engine, ListTask(asked("a", "b"), judge))
     assert result["skipped"] == "no namespaces here" and "accuracy" not in result and engine.live == 0
 
 
@@ -302,7 +270,7 @@ def test_a_failing_judge_ends_the_evaluation_and_frees_the_engine(engine):
             raise ZeroDivisionError("a bug in a task")
 
     with pytest.raises(ZeroDivisionError):
-        chat_eval.evaluate_generative(engine, golden_tokenizer(), ListTask(asked(*"abcdefgh"), judge), max_new_tokens=5)
+        generated(engine, ListTask(asked(*"abcdefgh"), judge), max_new_tokens=5)
     assert engine.live == 0
 
 
@@ -315,23 +283,22 @@ def test_settings_that_cannot_work(engine):
     ]
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
-            chat_eval.evaluate_generative(engine, golden_tokenizer(), task, **settings)
+            generated(engine, task, **settings)
 
 
-def test_eval_engine_sizes(tiny, monkeypatch):
-    config, params = tiny
-    big = chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 20)
-    assert (big.slots, big.capacity) == (chat_eval.MAX_SLOTS_CPU, 60)
-    assert chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 20, rows=3).slots == 3
-    assert chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 20, slots=2).slots == 2
-    assert chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 10**6).capacity == 10 * config.sequence_len
+def test_eval_engine_sizes(monkeypatch):
+    config, tokenizer = golden_model()[0], golden_tokenizer()
+
+    def made(new_tokens=20, **sizes):
+        engine = chat_eval.eval_engine(*golden_model(), tokenizer, 40, new_tokens, **sizes)
+        return engine.slots, engine.capacity
+
+    assert made() == (chat_eval.MAX_SLOTS_CPU, 60)
+    assert made(rows=3) == (3, 60) and made(slots=2) == (2, 60)
+    assert made(10**6)[1] == 10 * config.sequence_len
     slot = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4 * (60 + 64)
     monkeypatch.setattr(chat_eval, "CACHE_BYTES_CPU", 5 * slot)
-    assert chat_eval.eval_engine(config, params, golden_tokenizer(), 40, 20).slots == 5
+    assert made() == (5, 60)
     task = ListTask(asked("a", "a much longer question"))
-    longest = len(golden_tokenizer().render_for_completion(task[1]))
-    assert (
-        chat_eval.longest_prompt(golden_tokenizer(), task)
-        == longest
-        > chat_eval.longest_prompt(golden_tokenizer(), task, 1)
-    )
+    short, long = (len(tokenizer.render_for_completion(task[i])) for i in range(2))
+    assert short == chat_eval.longest_prompt(tokenizer, task, 1) < chat_eval.longest_prompt(tokenizer, task) == long

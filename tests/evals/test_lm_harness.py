@@ -111,14 +111,6 @@ def test_the_harness_runs_a_local_task_file(lm, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_line_is_the_harnesss_own_with_our_model():
-    command = [
-        sys.executable,
-        "-m",
-        "nanochat_jax.evals.lm_harness",
-        "--tasks",
-        "mine",
-        "--model_args",
-        "run=no-such-run",
-    ]
+    command = [sys.executable, "-m", "nanochat_jax.evals.lm_harness", "--tasks", "mine", "--model_args", "run=no-such"]
     done = children.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode and "mine" in done.stderr + done.stdout and "already registered" not in done.stderr

