@@ -164,7 +164,7 @@ class TrainJob:
 
     @functools.cached_property
     def optimizer(self) -> Any:
-        return make_optimizer(self.hyper, self.schedule, self.config.n_embd)
+        return make_optimizer(self.hyper, self.schedule, self.config.n_embd, self.num_iterations)
 
     @functools.cached_property
     def train_step(self) -> Any:

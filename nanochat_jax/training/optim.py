@@ -1,12 +1,13 @@
 """How parameters are trained: the optimizer groups, the combined optimizer, gradient clipping.
 
 The optimizer sees the parameters regrouped by *treatment* instead of by layer: the groups that the table of parameters
-names for AdamW (both embeddings) and, for Muon, one stack per matrix shape. Stacks make Newton-Schulz one batched
+names for AdamW (embeddings, scalars) and, for Muon, one stack per matrix shape. Stacks make Newton-Schulz one batched
 matmul per shape, and sharding a stack over its leading axis makes the optimizer step free of communication.
 """
 
 import functools
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,53 +16,89 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax.model import parameters
-from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.parameters import MATRICES, Leaf, Params
+from nanochat_jax.model.config import RECIPES, GPTConfig
+from nanochat_jax.model.parameters import MATRICES, Leaf, Params, map_leaves
 from nanochat_jax.training import schedules
-from nanochat_jax.training.muon import MuonState, muon
+from nanochat_jax.training.muon import MuonState, aspect_scale, decay, muon
 from nanochat_jax.utils.errors import InputError
 
 Groups = dict[str, Any]
 
 REFERENCE_WIDTH = 768  # the width at which the AdamW learning rates below were tuned
 
+MUON_PARTS = ("muon_eq", "polar_express", "muon_plus", "normuon", "cautious")  # switches of `muon`
+
+# The optimizer of the modern recipe (the reference of July 2026), where it is not v1's (October 2025).
+MODERN: dict[str, Any] = dict(
+    recipe="modern",
+    embedding_lr=0.3,
+    unembedding_lr=0.008,
+    weight_decay=0.28,
+    warmup_steps=40,
+    warmdown_ratio=0.65,
+    final_lr_frac=0.05,
+    momentum=0.97,
+    momentum_warmup=400,
+    momentum_final=0.90,
+    **dict.fromkeys(MUON_PARTS, True),
+)
+
 
 @dataclass(frozen=True)
 class OptimHyper:
-    """Hyperparameters of every stage; the defaults are the reference's pretraining.
+    """Hyperparameters of every stage; the defaults are v1's pretraining, `OptimHyper.of("modern")` the modern recipe's.
 
-    Learning rates are those at width 768: the two AdamW rates are multiplied by (n_embd / 768) ** -0.5, Muon's is not.
-    All three are multiplied by `init_lr_frac` (0.02 in finetuning, 0.05 in reinforcement learning) and by the schedule.
-    `weight_decay` is decoupled and applies to the AdamW groups. `momentum_warmup` steps lead Muon's momentum from
-    `momentum_start` to `momentum`; 0 keeps it at `momentum`. `ns_dtype` "auto" is bfloat16 on accelerators.
+    recipe: "v1" or "modern": the AdamW groups (`adamw_settings`), and what is decayed by `weight_decay` (decoupled):
+        in v1 the AdamW groups; in modern the matrices, along a cosine to 0, while those have numbers of their own.
+    embedding_lr, unembedding_lr: at width 768: multiplied by (n_embd / 768) ** -0.5. matrix_lr (Muon's) and scalar_lr
+        (of the residual and x0 scalars) are not.
+    init_lr_frac: factor on all learning rates (0.02 in finetuning, 0.05 in reinforcement learning), like the schedule:
+        warm-up over `warmup_steps`, or `warmup_ratio` of the steps where that is 0, and warm-down.
+    momentum: Muon's; `momentum_warmup` steps lead to it from `momentum_start` (0 steps: it is always `momentum`), and
+        `momentum_final`, if any, is where it ends with the warm-down of the learning rate.
+    ns_dtype: "auto" is bfloat16 on accelerators.
+    muon_eq, polar_express, muon_plus, normuon, cautious: parts of Muon, see `muon`.
     """
 
+    recipe: str = "v1"
     embedding_lr: float = 0.2
     unembedding_lr: float = 0.004
     matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
     weight_decay: float = 0.0
     init_lr_frac: float = 1.0
     warmup_ratio: float = 0.0
+    warmup_steps: int = 0
     warmdown_ratio: float = 0.2
     final_lr_frac: float = 0.0
-    adam_b1: float = 0.8
-    adam_b2: float = 0.95
-    adam_eps: float = 1e-10
     momentum: float = 0.95
     momentum_start: float = 0.85
     momentum_warmup: int = 300
+    momentum_final: float | None = None
     ns_steps: int = 5
     ns_dtype: str = "auto"
+    muon_eq: bool = False
+    polar_express: bool = False
+    muon_plus: bool = False
+    normuon: bool = False
+    cautious: bool = False
 
     def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         if self.ns_dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"ns_dtype must be auto, float32 or bfloat16, got {self.ns_dtype!r}")
-        for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "init_lr_frac"):
+        for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("adam_b1", "adam_b2", "momentum", "momentum_start"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must lie in 0..1 (1 excluded), got {getattr(self, name)}")
+        for name in ("momentum", "momentum_start", "momentum_final"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise InputError(f"{name} must lie in 0..1 (1 excluded), got {value}")
+
+    @classmethod
+    def of(cls, recipe: str, **overrides: Any) -> "OptimHyper":
+        """The pretraining of a recipe, but for the overrides. Raises InputError for another name."""
+        return cls(**{"recipe": recipe, **(MODERN if recipe == "modern" else {}), **overrides})
 
 
 class OptimState(NamedTuple):
@@ -69,6 +106,23 @@ class OptimState(NamedTuple):
 
     adam: optax.ScaleByAdamState
     muon: MuonState
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A transformation as optax has it, over grouped trees, but for the decay of the matrices, which is added later.
+
+    init: groups -> OptimState. update: (gradients, state, groups; those of AdamW are enough) -> (updates, state).
+    decay_matrices: (config, updates, parameters, updates done before, factor) -> updates in the model's tree, matrices
+        with their weight decay. It needs each parameter beside its update, which are only together after the gathering:
+        parameters are never sharded as stacks.
+    normuon: the state has second moments of Muon's.
+    """
+
+    init: Callable[[Groups], OptimState]
+    update: Callable[..., tuple[Groups, OptimState]]
+    decay_matrices: Callable[[GPTConfig, Params, Params, Any, Any], Params]
+    normuon: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,35 +203,43 @@ def width_scale(n_embd: int) -> float:
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """Of one group: learning rate at width 768 before `init_lr_frac` and the schedule, decays of both moments, epsilon,
-    decoupled weight decay."""
+    """Of one group: learning rate before `init_lr_frac` and the schedule, at width 768 if `by_width`, decays of both
+    moments, epsilon, decoupled weight decay."""
 
     lr: float
     b1: float
     b2: float
     eps: float
     weight_decay: float
+    by_width: bool = True
 
 
 def adamw_settings(hyper: OptimHyper) -> dict[str, AdamWSettings]:
-    """The settings of every AdamW group of the table of parameters."""
-    shared = hyper.adam_b1, hyper.adam_b2, hyper.adam_eps, hyper.weight_decay
-    return {
-        "embedding": AdamWSettings(hyper.embedding_lr, *shared),
-        "unembedding": AdamWSettings(hyper.unembedding_lr, *shared),
-        "value_embeds": AdamWSettings(0.5 * hyper.embedding_lr, *shared),
-        "resid_lambdas": AdamWSettings(0.005, *shared),
-        "x0_lambdas": AdamWSettings(0.5, *shared),
-        "smear_gate": AdamWSettings(0.2, *shared),
-        "smear_lambda": AdamWSettings(0.2, *shared),
-        "backout_lambda": AdamWSettings(0.2, *shared),
+    """The settings of every AdamW group that the table of parameters names: one row each (reference behaviour)."""
+    embedding, unembedding, scalar = hyper.embedding_lr, hyper.unembedding_lr, hyper.scalar_lr
+    smear = AdamWSettings(0.2, 0.8, 0.95, 1e-10, 0.0, by_width=False)  # a fixed rate
+    groups = {
+        "unembedding": AdamWSettings(unembedding, 0.8, 0.96, 1e-10, 0.01),
+        "embedding": AdamWSettings(embedding, 0.8, 0.995, 1e-10, 0.001),
+        "value_embeds": AdamWSettings(0.5 * embedding, 0.8, 0.995, 1e-10, 0.01),
+        "resid_lambdas": AdamWSettings(0.01 * scalar, 0.8, 0.95, 1e-10, 0.05, by_width=False),
+        "x0_lambdas": AdamWSettings(scalar, 0.96, 0.95, 1e-10, 0.0, by_width=False),
+        "smear_gate": smear,
+        "smear_lambda": smear,
+        "backout_lambda": smear,
     }
+    if hyper.recipe == "v1":
+        shared = 0.8, 0.95, 1e-10, hyper.weight_decay
+        groups["embedding"] = AdamWSettings(embedding, *shared)
+        groups["unembedding"] = AdamWSettings(unembedding, *shared)
+    return groups
 
 
 def initial_learning_rates(hyper: OptimHyper, n_embd: int) -> dict[str, float]:
     """Learning rate of each group before the schedule: those of AdamW by name, and "matrices"."""
     scale = width_scale(n_embd) * hyper.init_lr_frac
-    rates = {name: settings.lr * scale for name, settings in adamw_settings(hyper).items()}
+    groups = adamw_settings(hyper).items()
+    rates = {name: one.lr * (scale if one.by_width else hyper.init_lr_frac) for name, one in groups}
     return {**rates, MATRICES: hyper.matrix_lr * hyper.init_lr_frac}
 
 
@@ -185,33 +247,58 @@ def lr_schedule(hyper: OptimHyper, schedule: int | schedules.Schedule) -> schedu
     """The multiplier as a function of the step: a number of iterations means pretraining's warm-up and warm-down."""
     if callable(schedule):
         return schedule
-    return schedules.warmup_warmdown(schedule, hyper.warmup_ratio, hyper.warmdown_ratio, hyper.final_lr_frac)
+    lengths = hyper.warmup_ratio, hyper.warmdown_ratio, hyper.final_lr_frac, hyper.warmup_steps
+    return schedules.warmup_warmdown(schedule, *lengths)
 
 
-def momentum_schedule(hyper: OptimHyper) -> schedules.Schedule:
-    """Muon's momentum as a function of the step."""
-    return schedules.momentum_warmup(hyper.momentum_warmup, hyper.momentum_start, hyper.momentum)
+def momentum_schedule(hyper: OptimHyper, num_iterations: int | None = None) -> schedules.Schedule:
+    """Muon's momentum as a function of the step. Raises ValueError where a warm-down is wanted of an unknown length."""
+    rise = hyper.momentum_warmup, hyper.momentum_start, hyper.momentum
+    if hyper.momentum_final is None:
+        return schedules.momentum_warmup(*rise)
+    n = _known(num_iterations, "momentum_final")
+    return schedules.momentum_warmup_warmdown(n, hyper.warmdown_ratio, *rise, hyper.momentum_final)
 
 
-def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd: int) -> optax.GradientTransformation:
-    """AdamW for the embeddings and Muon for the matrices, over the tree that `group` (and `pad_stacks`) returns.
+def matrix_decay_schedule(hyper: OptimHyper, num_iterations: int | None = None) -> schedules.Schedule | None:
+    """The weight decay of the matrices as a function of the step; None if they are not decayed. ValueError likewise."""
+    if hyper.recipe == "v1" or not hyper.weight_decay:
+        return None
+    multiplier = schedules.cosine_to_zero(_known(num_iterations, "weight_decay"))
+    return lambda step: hyper.weight_decay * multiplier(step)
+
+
+def _known(num_iterations: int | None, name: str) -> int:
+    if num_iterations is None:
+        raise ValueError(f"{name} follows a schedule, which needs the number of iterations")
+    return num_iterations
+
+
+def make_optimizer(
+    hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd: int, num_iterations: int | None = None
+) -> Optimizer:
+    """AdamW for embeddings and scalars and Muon for the matrices, over the tree of `group` (and `pad_stacks`).
 
     schedule: the number of iterations (then warm-up and warm-down come from `hyper`) or a multiplier as a function of
-    the step. Everything that changes over time is a function of the counts in the state, so a restored state resumes
-    exactly where it stopped. `update` needs the AdamW groups for their decay: update(grads, state, groups). The state
-    is an OptimState, see `like_groups`.
+    the step; with the latter, `num_iterations` is for what else changes over the run. Everything that changes over time
+    is a function of the counts in the state, so a restored state resumes exactly where it stopped. `update` needs the
+    AdamW groups for their decay: update(grads, state, groups). The state is an OptimState, see `like_groups`.
     """
+    n = num_iterations if callable(schedule) else schedule
     multiplier = lr_schedule(hyper, schedule)
+    matrix_decay = matrix_decay_schedule(hyper, n)
     rates, settings = initial_learning_rates(hyper, n_embd), adamw_settings(hyper)
     alike: dict[tuple[float, float, float], list[str]] = defaultdict(list)  # groups updated together
     for name, one in settings.items():
         alike[one.b1, one.b2, one.eps].append(name)
+    parts = {name: getattr(hyper, name) for name in MUON_PARTS}
     matrices = muon(
         lambda count: rates[MATRICES] * multiplier(count),
-        momentum_schedule(hyper),
+        momentum_schedule(hyper, n),
         ns_steps=hyper.ns_steps,
         ns_dtype=None if hyper.ns_dtype == "auto" else hyper.ns_dtype,
         kernel_layout="in_out",
+        **parts,
     )
 
     def init(groups: Groups) -> OptimState:
@@ -235,7 +322,19 @@ def make_optimizer(hyper: OptimHyper, schedule: int | schedules.Schedule, n_embd
         updates[MATRICES], muon_state = matrices.update(grads[MATRICES], state.muon)
         return updates, OptimState(adam_state, muon_state)
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    def decay_matrices(config: GPTConfig, updates: Params, params: Params, count: Any, factor: Any = 1.0) -> Params:
+        if matrix_decay is None:
+            return updates
+        rate = rates[MATRICES] * multiplier(count) * matrix_decay(count) * factor
+
+        def one(leaf: Leaf, update, param):
+            if leaf.kind.group != MATRICES:
+                return update
+            return decay(update, param, rate, aspect_scale(*leaf.shape), hyper.cautious)
+
+        return jax.tree.map(one, map_leaves(config, lambda leaf: leaf), updates, params)
+
+    return Optimizer(init, update, decay_matrices, hyper.normuon)
 
 
 def _adam_direction(
@@ -257,10 +356,15 @@ def _adam_direction(
     return direction, optax.ScaleByAdamState(count, mu, nu)
 
 
-def like_groups(groups: Groups, count: Any) -> OptimState:
-    """What belongs to each array of an optimizer state, given what belongs to the groups' arrays and to a count."""
+def like_groups(groups: Groups, count: Any, normuon: bool = False) -> OptimState:
+    """What belongs to each array of an optimizer state, given what belongs to the groups' arrays and to a count.
+
+    normuon: the state has Muon's second moments, which go with their stacks."""
     adamw: Any = _of_adamw(groups)
-    return OptimState(optax.ScaleByAdamState(count, adamw, adamw), MuonState(count, groups[MATRICES]))
+    stacks = groups[MATRICES]
+    return OptimState(
+        optax.ScaleByAdamState(count, adamw, adamw), MuonState(count, stacks, stacks if normuon else None)
+    )
 
 
 def _of_adamw(groups: Groups) -> Groups:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from nanochat_jax.model.config import GPTConfig
@@ -18,7 +17,7 @@ from nanochat_jax.model.loss import target_weights, weighted_nll
 from nanochat_jax.model.parameters import Params, abstract, init
 from nanochat_jax.model.tensor_parallel import Parallel
 from nanochat_jax.parallel import sharding
-from nanochat_jax.training.optim import clip_by_global_norm, group, like_groups
+from nanochat_jax.training.optim import Optimizer, clip_by_global_norm, group, like_groups
 from nanochat_jax.training.zero import Zero, group_replicas, group_specs, padded_groups
 
 
@@ -33,36 +32,36 @@ class TrainState:
     step: jax.Array
 
 
-def state_specs(config: GPTConfig, mesh: Mesh) -> Any:
+def state_specs(config: GPTConfig, optimizer: Optimizer, mesh: Mesh) -> Any:
     """How every array of the training state is sharded, as a TrainState of PartitionSpecs."""
-    opt_state = like_groups(group_specs(config, mesh), sharding.replicated_spec())
+    opt_state = like_groups(group_specs(config, mesh), sharding.replicated_spec(), optimizer.normuon)
     return TrainState(sharding.parameter_specs(config, mesh), opt_state, sharding.replicated_spec())  # pyright: ignore[reportArgumentType]
 
 
-def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: jax.Array) -> TrainState:
+def init_state(config: GPTConfig, optimizer: Optimizer, mesh: Mesh, key: jax.Array) -> TrainState:
     """A fresh training state, created in place on the mesh."""
     sharding.check(config, mesh)
     return _make_state(lambda key: init(config, key), config, optimizer, mesh)(key)
 
 
-def state_of(config: GPTConfig, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_of(config: GPTConfig, params: Params, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """A training state at step 0 with given parameters (of an earlier stage) and a fresh optimizer."""
     sharding.check(config, mesh)
     placed = jax.device_put(params, sharding.named(mesh, sharding.parameter_specs(config, mesh)))
     return _make_state(lambda params: params, config, optimizer, mesh)(placed)
 
 
-def _make_state(params_from, config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
+def _make_state(params_from, config: GPTConfig, optimizer: Optimizer, mesh: Mesh):
     def make(source):
         params = params_from(source)
         return TrainState(params, optimizer.init(padded_groups(config, params, mesh)), jnp.zeros((), jnp.int32))
 
-    return jax.jit(make, out_shardings=sharding.named(mesh, state_specs(config, mesh)))
+    return jax.jit(make, out_shardings=sharding.named(mesh, state_specs(config, optimizer, mesh)))
 
 
 def make_train_step(
     config: GPTConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     mesh: Mesh,
     grad_clip: float = 1.0,
     normalize: bool = True,
@@ -115,13 +114,15 @@ def make_train_step(
         opt_state = jax.tree.map(choose, opt_state, state.opt_state)
         updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
 
-        # 6. updates gathered and added to the parameters
-        params = jax.tree.map(jnp.add, state.params, zero.gather_updates(updates))
+        # 6. updates gathered; matrices decay, which depends on the sign of their updates; added to the parameters
+        updates = zero.gather_updates(updates)
+        updates = optimizer.decay_matrices(config, updates, state.params, state.opt_state.muon.count, accepted)
+        params = jax.tree.map(jnp.add, state.params, updates)
         numbers = {"loss": loss, "grad_norm": grad_norm, "weight": total_weight}
         metrics = {**numbers, "accepted": accepted.astype(jnp.float32)}
         return TrainState(params, opt_state, choose(state.step + 1, state.step)), metrics
 
-    state, rows = state_specs(config, mesh), sharding.training_batch_spec()
+    state, rows = state_specs(config, optimizer, mesh), sharding.training_batch_spec()
     replicated = sharding.replicated_spec()
     limits = [replicated] if guarded else []
     step = jax.shard_map(
@@ -182,14 +183,12 @@ def _parallel(config: GPTConfig, mesh: Mesh, params: Params) -> tuple[Parallel, 
 # device-independent form, as checkpoints store it: no padding
 
 
-def abstract_state(
-    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, padded: bool = True
-) -> TrainState:
+def abstract_state(config: GPTConfig, optimizer: Optimizer, mesh: Mesh, padded: bool = True) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: as training holds it, or unpadded as a checkpoint stores it."""
     shape = abstract(config)
     groups = jax.eval_shape(lambda p: padded_groups(config, p, mesh) if padded else group(config, p), shape)
     state = TrainState(shape, jax.eval_shape(optimizer.init, groups), jax.ShapeDtypeStruct((), jnp.int32))  # pyright: ignore[reportArgumentType]
-    specs = state_specs(config, mesh)
+    specs = state_specs(config, optimizer, mesh)
     if not padded:
         specs = TrainState(specs.params, sharding.storage_specs(state.opt_state, mesh), specs.step)
     return jax.tree.map(

@@ -14,6 +14,7 @@ import pytest
 
 from nanochat_jax.model.gpt import GPTConfig, abstract
 from nanochat_jax.training import optim, schedules
+from nanochat_jax.training.muon import muon
 from tests.golden_models import below, golden_arrays
 from tests.toy_params import toy_params
 
@@ -162,6 +163,91 @@ def test_adamw_against_float64():
     )
 
 
+# The groups of optim_modern.npz by our names; the learning rates recorded there are those at width 768.
+MODERN_GROUPS = ("unembedding", "embedding", "resid_lambdas", "x0_lambdas", "smear_gate")
+
+
+def test_adamw_runs_of_july_2026():
+    """Every group of that recipe with its own betas and decay; the schedule is a factor on all of them."""
+    data = golden_arrays("optim_modern")
+    recorded = {name: {k: data[f"adamw{i}/{k}"] for k in ("lr", "betas", "eps", "weight_decay")}
+                for i, name in enumerate(MODERN_GROUPS)}  # fmt: skip
+    hyper = optim.OptimHyper.of("modern", unembedding_lr=0.01, embedding_lr=0.2, scalar_lr=0.5, weight_decay=0.3)
+    rates, rows = optim.initial_learning_rates(hyper, 768), optim.adamw_settings(hyper)
+    for name, group in recorded.items():
+        row = rows[name]
+        np.testing.assert_allclose(
+            [rates[name], row.b1, row.b2, row.eps, row.weight_decay],
+            [group["lr"], *group["betas"], group["eps"], group["weight_decay"]],
+            rtol=1e-6,
+        )
+
+    def grouped(prefix):
+        return {name: jnp.asarray(data[f"{prefix}/adamw{i}"]) for i, name in enumerate(MODERN_GROUPS)} | {
+            "matrices": {}
+        }
+
+    multiplier = jnp.asarray(data["schedule/lr_multiplier"])
+    transform = optim.make_optimizer(hyper, lambda t: multiplier[t], 768, len(multiplier))
+    groups = grouped("init")
+    state, update = transform.init(groups), jax.jit(transform.update)
+    for t in range(len(multiplier)):
+        updates, state = update(grouped(f"grad_step{t}"), state, groups)
+        groups = optax.apply_updates(groups, updates)
+        for i, name in enumerate(MODERN_GROUPS):
+            where = f"{name} step {t}"
+            np.testing.assert_allclose(
+                groups[name], data[f"fp32/param_step{t}/adamw{i}"], rtol=0, atol=2e-5, err_msg=where
+            )
+            for kind, tree in (("exp_avg", state.adam.mu), ("exp_avg_sq", state.adam.nu)):
+                expected = data[f"fp32/{kind}_step{t}/adamw{i}"]
+                np.testing.assert_allclose(tree[name], expected, rtol=1e-5, atol=1e-8, err_msg=where)
+
+
+def test_matrices_decay_after_the_update():
+    """As `muon` itself does it, along the cosine, with the aspect factor, and only where the update shrinks."""
+    hyper = optim.OptimHyper.of("modern", ns_dtype="float32", warmup_steps=2, momentum_warmup=3)
+    transform = optim.make_optimizer(hyper, 5, SMALL.n_embd)
+    params = toy_params(SMALL)
+    groups = optim.group(SMALL, params)
+    plain = muon(
+        lambda t: 0.02 * optim.lr_schedule(hyper, 5)(t),
+        optim.momentum_schedule(hyper, 5),
+        ns_dtype="float32",
+        weight_decay=optim.matrix_decay_schedule(hyper, 5),
+        **dict.fromkeys(optim.MUON_PARTS, True),
+    )
+    state, plain_state = transform.init(groups), plain.init(groups["matrices"])
+
+    @jax.jit
+    def both(state, plain_state, factor):
+        grads = jax.tree.map(jnp.sin, groups)
+        updates, new = transform.update(grads, state, groups)
+        decayed = transform.decay_matrices(SMALL, optim.ungroup(SMALL, updates), params, state.muon.count, factor)
+        expected, plain_new = plain.update(grads["matrices"], plain_state, groups["matrices"])
+        undecayed = optim.ungroup(SMALL, updates)
+        return decayed, undecayed, optim.ungroup(SMALL, {**updates, "matrices": expected}), new, plain_new
+
+    for _ in range(3):
+        decayed, undecayed, expected, state, plain_state = both(state, plain_state, 1.0)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), decayed, expected)
+        assert np.any(decayed["h"]["0"]["mlp"]["c_fc"]["kernel"] != undecayed["h"]["0"]["mlp"]["c_fc"]["kernel"])
+        np.testing.assert_array_equal(decayed["wte"]["embedding"], undecayed["wte"]["embedding"])
+    rejected, undecayed, *_ = both(state, plain_state, 0.0)  # a step that is not accepted
+    jax.tree.map(np.testing.assert_array_equal, rejected, undecayed)
+
+
+def test_v1_has_no_part_of_the_modern_recipe():
+    hyper = optim.OptimHyper.of("v1")
+    assert hyper == optim.OptimHyper() and not any(getattr(hyper, part) for part in optim.MUON_PARTS)
+    transform = optim.make_optimizer(hyper, 10, SMALL.n_embd)
+    assert optim.matrix_decay_schedule(dataclasses.replace(hyper, weight_decay=0.1)) is None
+    updates = toy_params(SMALL)
+    assert transform.decay_matrices(SMALL, updates, updates, 0, 1.0) is updates
+    with pytest.raises(ValueError, match="number of iterations"):
+        optim.make_optimizer(optim.OptimHyper.of("modern"), constant, SMALL.n_embd)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole
 
@@ -205,7 +291,13 @@ def test_update_needs_parameters():
 
 @pytest.mark.parametrize(
     "kwargs, words",
-    [({"ns_dtype": "fp8"}, "ns_dtype"), ({"matrix_lr": -1.0}, "matrix_lr"), ({"momentum": 1.5}, "momentum")],
+    [
+        ({"ns_dtype": "fp8"}, "ns_dtype"),
+        ({"matrix_lr": -1.0}, "matrix_lr"),
+        ({"momentum": 1.5}, "momentum"),
+        ({"momentum_final": 1.0}, "momentum_final"),
+        ({"recipe": "v2"}, "recipe"),
+    ],
 )
 def test_bad_hyperparameters(kwargs, words):
     with pytest.raises(ValueError, match=words):

@@ -17,6 +17,11 @@ def recorded(golden):
     return json.loads((golden / "lr_v1.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def modern(golden):
+    return json.loads((golden / "schedules_modern.json").read_text(encoding="utf-8"))
+
+
 def check(schedule, steps, expected):
     """The Python value to float64 precision and the traced value to float32 precision."""
     values = [schedule(step) for step in steps]
@@ -55,6 +60,23 @@ def test_midtraining_multiplier(recorded):
 
 def test_midtraining_by_step():
     check(schedules.late_decay(50), range(53), [min(1.0, max(0.0, (50 - t) / 10)) for t in range(53)])
+
+
+def test_pretraining_of_july_2026(modern):
+    """Multiplier, momentum and weight decay; two of the runs are so short that the momentum's two lines overlap."""
+    for case in modern["base"]:
+        n, steps, down = case["num_iterations"], case["steps"], case["warmdown_ratio"]
+        rate = schedules.warmup_warmdown(n, 0.0, down, case["final_lr_frac"], case["warmup_steps"])
+        check(rate, steps, case["lr_multiplier"])
+        check(schedules.momentum_warmup_warmdown(n, down), steps, case["muon_momentum"])
+        scale, multiplier = case["weight_decay_scaled"], schedules.cosine_to_zero(n)
+        check(lambda t, scale=scale, multiplier=multiplier: scale * multiplier(t), steps, case["weight_decay"])
+
+
+def test_finetuning_momentum_of_july_2026(modern):
+    case = modern["sft"]
+    for one in case if isinstance(case, list) else [case]:
+        check(schedules.momentum_warmup(), one["muon_momentum_steps"], one["muon_momentum"])
 
 
 @given(
@@ -96,6 +118,10 @@ def test_halves_round_to_even():
         (lambda: schedules.linear_to_zero(0), "num_iterations"),
         (lambda: schedules.late_decay(0), "num_iterations"),
         (lambda: schedules.momentum_warmup(-1), "warm-up"),
+        (lambda: schedules.warmup_warmdown(10, warmup_steps=-1), "warmup_steps"),
+        (lambda: schedules.momentum_warmup_warmdown(10, 1.5), "warmdown_ratio"),
+        (lambda: schedules.momentum_warmup_warmdown(0), "num_iterations"),
+        (lambda: schedules.cosine_to_zero(0), "num_iterations"),
     ],
 )
 def test_errors(make, words):
