@@ -19,14 +19,15 @@ from nanochat_jax.parallel import sharding
 from nanochat_jax.planner import compile as compiler
 from nanochat_jax.planner import fit_batch, hlo
 from nanochat_jax.planner.compile import Case
-from nanochat_jax.training.optim import OptimHyper, make_optimizer
+from nanochat_jax.training.optim import GRAD_CLIP, OptimHyper, make_optimizer
 from nanochat_jax.training.step import abstract_state, make_train_step
 
 
 def config_of(case: Case) -> GPTConfig:
     """The model as a GPU trains it: bfloat16 matmuls, cuDNN attention."""
+    run: dict[str, Any] = dict(compute_dtype="bfloat16", attention="cudnn", remat=case.remat)
     return GPTConfig.from_depth(
-        case.depth, case.vocab_size, case.T, compute_dtype="bfloat16", attention="cudnn", remat=case.remat
+        case.depth, case.vocab_size, case.T, "modern" if case.recipe == "modern" else "v1", **run
     )
 
 
@@ -37,8 +38,8 @@ def compile_case(case: Case) -> dict[str, Any]:
     mesh = sharding.make_mesh(devices, case.fsdp, case.tensor)
     facts: dict[str, Any] = {}
     if case.program == "step":
-        optimizer = make_optimizer(OptimHyper(ns_dtype="bfloat16"), 10_000, config.n_embd)
-        step = make_train_step(config, optimizer, mesh, guarded=True)  # as it is trained
+        optimizer = make_optimizer(OptimHyper.of(case.recipe, ns_dtype="bfloat16"), 10_000, config.n_embd)
+        step = make_train_step(config, optimizer, mesh, GRAD_CLIP[case.recipe], guarded=True)  # as it is trained
         lowered = fit_batch.lower_step(step, config, optimizer, mesh, case.rows, case.accumulation, case.T)
         state = abstract_state(config, optimizer, mesh)
         facts["params_bytes"] = _local_bytes(state.params)

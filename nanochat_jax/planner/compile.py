@@ -47,6 +47,7 @@ class Case:
     remat: str = "none"
     fsdp: int = 1
     tensor: int = 1
+    recipe: str = "v1"
 
 
 def results(cases: Sequence[Case], say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:

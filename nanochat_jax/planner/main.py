@@ -12,23 +12,25 @@ import jax
 from nanochat_jax.data.shards import CHARS_PER_TOKEN, SHARD_CHARS
 from nanochat_jax.hardware import gpus as cards
 from nanochat_jax.hardware import xla_flags
+from nanochat_jax.model.config import RECIPES
+from nanochat_jax.model.parameters import num_scaling_params
 from nanochat_jax.planner import compile as compiled
 from nanochat_jax.planner import cost, fit_batch, memory
-from nanochat_jax.planner.plan import (
-    DEPTH,
-    SEQUENCE_LEN,
-    TOKENS_PER_PARAMETER,
-    TOTAL_BATCH_SIZE,
-    BasePlan,
-    PlanError,
-    optimizer_numbers,
-)
+from nanochat_jax.planner.plan import DEFAULTS, DEPTH, SEQUENCE_LEN, BasePlan, PlanError, optimizer_numbers
+from nanochat_jax.training.optim import OptimHyper
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 
 SHARD_BYTES = 100e6  # a downloaded shard of the default data set, compressed
 SPARE_SHARDS = 1.1  # more than the tokens need: documents and tokenizers differ
 SLOTS, SLOT_TOKENS = 64, 1024  # of reinforcement learning, which samples most at once
+
+
+def _of_recipes(name: str) -> str:
+    return ", ".join(
+        f"{recipe} {values[name]:g}" if isinstance(values[name], float) else f"{recipe} {values[name]}"
+        for recipe, values in DEFAULTS.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,18 @@ class PlanSettings:
     dollars: float = flag(0.0, "propose the depth whose whole run costs at most so many dollars")
     price: float = flag(0.0, "dollars per GPU and hour; 0: a typical price of the card")
     mfu: float = flag(0.45, "share of the card's peak FLOP/s assumed for time and dollars")
-    vocab_size: int = flag(65536, "vocabulary")
+    recipe: str = flag("v1", "nanochat of October 2025 (v1) or of July 2026 (modern)", choices=RECIPES)
+    vocab_size: int = flag(0, f"vocabulary; 0: the recipe's ({_of_recipes('vocab_size')})")
     max_seq_len: int = flag(SEQUENCE_LEN, "context length in tokens")
-    total_batch_size: int = flag(TOTAL_BATCH_SIZE, "tokens per optimizer step")
-    target_param_data_ratio: float = flag(TOKENS_PER_PARAMETER, "training tokens per parameter")
+    total_batch_size: int = flag(
+        0,
+        f"tokens per optimizer step; 0: the recipe's ({_of_recipes('total_batch_size')}; -1 is derived from the model)",
+    )
+    target_param_data_ratio: float = flag(
+        0.0,
+        "training tokens per parameter (in modern, of the matrices and lm_head); 0: the recipe's "
+        f"({_of_recipes('target_param_data_ratio')})",
+    )
     device_batch_size: int = flag(0, "rows per device and micro-step; 0: every power of two that divides")
     remat: str = flag("none", "activations recomputed in the backward pass", choices=("none", "mlp", "block"))
     fsdp: int = flag(1, "devices over which the parameters are sharded too")
@@ -78,15 +88,16 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
     _check(settings)
     price, mesh = settings.price or card.price, memory.Mesh(settings.gpus, settings.fsdp, settings.tensor)
 
+    given = {name: getattr(settings, name) or value for name, value in DEFAULTS[settings.recipe].items()}
+
     def plan_of(depth: int, rows: int = 1) -> BasePlan:
         return BasePlan.derive(
             depth=depth,
-            vocab_size=settings.vocab_size,
             max_seq_len=settings.max_seq_len,
             device_batch_size=rows,
-            total_batch_size=settings.total_batch_size,
-            target_param_data_ratio=settings.target_param_data_ratio,
             devices=mesh.rows,
+            hyper=OptimHyper.of(settings.recipe),
+            **given,
         )
 
     def cost_of(p: BasePlan) -> cost.Cost:
@@ -134,8 +145,10 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
     return {
         "depth": depth,
         "depth_from": why,
+        "recipe": settings.recipe,
         "config": asdict(base.config),
         "parameters": base.n_params,
+        "scaling": _scaling_facts(base),
         "tokens": base.total_tokens,
         "total_batch_size": base.total_batch_size,
         "steps": base.num_iterations,
@@ -162,6 +175,20 @@ def make(settings: PlanSettings, say=_silent) -> dict[str, Any]:
         },
         "price_per_gpu_hour": price,
         "dollars": total.dollars,
+    }
+
+
+def _scaling_facts(base: BasePlan) -> dict[str, Any] | None:
+    """What the modern recipe derives; None for v1."""
+    if base.scaling is None:
+        return None
+    names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
+    return {
+        "parameters": num_scaling_params(base.config),
+        "tokens": base.scaling.tokens,
+        "rates_factor": base.scaling.rates,
+        "weight_decay_factor": base.scaling.weight_decay,
+        **{name: getattr(base.hyper, name) for name in names},
     }
 
 
@@ -199,7 +226,7 @@ def _case(kind, settings, key: str, base: BasePlan, program: str, rows: int, acc
     run: dict[str, Any] = dict(
         accumulation=accumulation, remat=settings.remat, fsdp=settings.fsdp, tensor=settings.tensor
     )
-    return kind(program=program, gpu=key, gpus=settings.gpus, **shape, **run)
+    return kind(program=program, gpu=key, gpus=settings.gpus, recipe=settings.recipe, **shape, **run)
 
 
 def _others(settings, key: str, base: BasePlan, rows: int, step, limit: int, say) -> list[dict[str, Any]]:
@@ -259,8 +286,13 @@ def describe(facts: dict[str, Any]) -> str:
     """The facts of `make` as a page of text."""
     gpu, data, time, c = facts["gpu"], facts["data"], facts["time"], facts["config"]
     rows = [
-        ("model", f"depth {facts['depth']} ({facts['depth_from']}): width {c['n_embd']}, {c['n_head']} heads"),
+        (
+            "model",
+            f"depth {facts['depth']} ({facts['depth_from']}): width {c['n_embd']}, {c['n_head']} heads",
+        ),
         ("parameters", f"{facts['parameters']:,}"),
+        ("recipe", facts["recipe"]),
+        *([("scaling", _scaling_text(scaling))] if (scaling := facts["scaling"]) else []),
         ("tokens", f"{facts['tokens']:,} ({facts['tokens'] / facts['parameters']:.3g} per parameter)"),
         ("steps", f"{facts['steps']:,} of {facts['total_batch_size']:,} tokens"),
         ("FLOPs", f"{facts['flops']:.4g} ({facts['flops_per_token']:,} per token)"),
@@ -330,6 +362,13 @@ def describe(facts: dict[str, Any]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows) + (
         "\n\nPlanned, not measured: nothing ran on a GPU."
+    )
+
+
+def _scaling_text(scaling: dict[str, Any]) -> str:
+    return (
+        f"{scaling['parameters']:,} parameters count: {scaling['tokens']:,} tokens; learning rates x "
+        f"{scaling['rates_factor']:.4g}, weight decay of the matrices {scaling['weight_decay']:.4g}"
     )
 
 

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nanochat_jax.model.gpt import GPTConfig, flops_per_token, num_params
-from nanochat_jax.model.parameters import MATRICES, leaves
+from nanochat_jax.model.parameters import MATRICES, leaves, num_scaling_params
+from nanochat_jax.planner.scaling import Scaling, scaling
 from nanochat_jax.training import optim
 from nanochat_jax.utils.errors import UserError
 
@@ -12,6 +14,13 @@ DEPTH = 20
 SEQUENCE_LEN = 2048
 TOTAL_BATCH_SIZE = 524288  # tokens per optimizer step
 TOKENS_PER_PARAMETER = 20.0
+
+# What each recipe trains on where no flag says otherwise; a batch of AUTO tokens is derived from the model.
+AUTO = -1
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "v1": dict(vocab_size=65536, total_batch_size=TOTAL_BATCH_SIZE, target_param_data_ratio=TOKENS_PER_PARAMETER),
+    "modern": dict(vocab_size=32768, total_batch_size=AUTO, target_param_data_ratio=12.0),
+}
 
 
 class PlanError(UserError, ValueError):
@@ -36,6 +45,7 @@ class BasePlan:
     config: GPTConfig
     hyper: optim.OptimHyper
     tensor: int = 1  # devices that share the matrices and the rows of each of these
+    scaling: Scaling | None = None  # of the modern recipe; `hyper` is scaled
 
     @classmethod
     def derive(
@@ -52,31 +62,41 @@ class BasePlan:
         devices: int = 1,
         tensor: int = 1,
         hyper: optim.OptimHyper | None = None,
+        scale_rates: bool = True,
     ) -> "BasePlan":
-        """The plan of the reference's rules. The arguments are the flags of those names; `devices` counts those that
-        have rows of their own. Raises PlanError for anything that cannot work.
+        """The plan of the reference's rules for the recipe of `hyper`. The arguments are the flags of those names;
+        `devices` counts those that have rows of their own. Raises PlanError for anything that cannot work.
 
         The horizon is the first that applies: num_iterations if positive; round(target_flops / FLOPs per step) if
-        positive; floor(target_param_data_ratio * all parameters / total_batch_size).
+        positive; floor(target_param_data_ratio * parameters / total_batch_size), of all parameters in v1, of the
+        matrices and lm_head in the modern recipe. In the latter the batch may be AUTO, and learning rates and weight
+        decay are multiplied as `scaling` has it, unless `scale_rates` is off.
         """
-        for name, value in (
-            ("depth", depth),
-            ("max_seq_len", max_seq_len),
-            ("device_batch_size", device_batch_size),
-            ("total_batch_size", total_batch_size),
-        ):
+        hyper = hyper or optim.OptimHyper()
+        modern = hyper.recipe == "modern"
+        for name, value in (("depth", depth), ("max_seq_len", max_seq_len)):
+            if value < 1:
+                raise PlanError(f"--{name} must be at least 1, got {value}")
+        config = GPTConfig.from_depth(depth, vocab_size, max_seq_len, "modern" if modern else "v1")
+        scaled = None
+        if modern:
+            scaled = scaling(config, target_param_data_ratio, None if total_batch_size == AUTO else total_batch_size)
+            total_batch_size = scaled.total_batch_size
+        for name, value in (("device_batch_size", device_batch_size), ("total_batch_size", total_batch_size)):
             if value < 1:
                 raise PlanError(f"--{name} must be at least 1, got {value}")
         check_batch(total_batch_size, device_batch_size, max_seq_len, devices)
-        config = GPTConfig.from_depth(depth, vocab_size, max_seq_len)
-        steps, horizon = _horizon(config, total_batch_size, num_iterations, target_flops, target_param_data_ratio)
-        hyper = hyper or optim.OptimHyper()
+        steps, horizon = _horizon(
+            config, total_batch_size, num_iterations, target_flops, target_param_data_ratio, modern
+        )
         try:
             optim.lr_schedule(hyper, steps)
         except ValueError as error:
             raise PlanError(f"--{error}") from None
+        if scaled and scale_rates:
+            hyper = scaled.applied(hyper)
         shape = depth, max_seq_len, device_batch_size, total_batch_size
-        return cls(*shape, steps, horizon, vocab_size, devices, config, hyper, tensor)
+        return cls(*shape, steps, horizon, vocab_size, devices, config, hyper, tensor, scaled)
 
     def with_rows(self, rows: int) -> "BasePlan":
         """The same plan with so many rows per device and micro-step. PlanError if they do not divide the batch."""
@@ -85,7 +105,7 @@ class BasePlan:
 
     @property
     def n_params(self) -> int:
-        """All parameters, both embeddings included."""
+        """All parameters, embeddings included."""
         return num_params(self.config)
 
     @property
@@ -126,7 +146,8 @@ class BasePlan:
         """The whole plan as a table of text."""
         c, hyper = self.config, self.hyper
         rates = optim.initial_learning_rates(hyper, c.n_embd)
-        warmup, warmdown = (round(r * self.num_iterations) for r in (hyper.warmup_ratio, hyper.warmdown_ratio))
+        warmup = hyper.warmup_steps or round(hyper.warmup_ratio * self.num_iterations)
+        warmdown = round(hyper.warmdown_ratio * self.num_iterations)
         sharing = f"{self.devices} devices" if self.devices > 1 else "1 device"
         held = f"{_bytes(self.state_bytes())} of parameters and training state on each"
         if self.tensor > 1:
@@ -150,8 +171,8 @@ class BasePlan:
             ("FLOPs", f"{self.total_flops:.4g}"),
             ("embedding lr", f"{rates['embedding']:.5g} ({scaled})"),
             ("unembedding lr", f"{rates['unembedding']:.5g} ({scaled})"),
-            ("matrix lr", f"{rates['matrices']:.5g} (Muon, not scaled)"),
-            ("weight decay", f"{hyper.weight_decay:g} (embeddings)"),
+            ("matrix lr", f"{rates['matrices']:.5g} (Muon, not scaled by the width)"),
+            *self._weight_decay_and_scaling(),
             (
                 "schedule",
                 f"{warmup:,} steps up, constant, {warmdown:,} steps down to {hyper.final_lr_frac:g} of the rate",
@@ -159,6 +180,16 @@ class BasePlan:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _weight_decay_and_scaling(self) -> list[tuple[str, str]]:
+        scaled = self.scaling
+        if scaled is None:
+            return [("weight decay", f"{self.hyper.weight_decay:g} (embeddings)")]
+        derived = f"rates x {scaled.rates:.4f}, weight decay x {scaled.weight_decay:.4g}"
+        return [
+            ("weight decay", f"{self.hyper.weight_decay:.5g} (matrices, along a cosine to 0)"),
+            ("scaling", f"{num_scaling_params(self.config):,} parameters count; relative to depth 12: {derived}"),
+        ]
 
 
 def matrix_params(config: GPTConfig) -> int:
@@ -172,7 +203,7 @@ def optimizer_numbers(config: GPTConfig) -> int:
 
 
 def _horizon(
-    config: GPTConfig, total_batch_size: int, num_iterations: int, target_flops: float, ratio: float
+    config: GPTConfig, total_batch_size: int, num_iterations: int, target_flops: float, ratio: float, modern: bool
 ) -> tuple[int, str]:
     if num_iterations > 0:
         return num_iterations, "num_iterations"
@@ -188,12 +219,14 @@ def _horizon(
             )
         return steps, "target_flops"
     if ratio <= 0:
+        usual = DEFAULTS["modern" if modern else "v1"]["target_param_data_ratio"]
         raise PlanError(
             f"nothing says how long to train: --num_iterations and --target_flops are off and "
-            f"--target_param_data_ratio is {ratio:g}; make one of them positive (20 tokens per parameter is usual)"
+            f"--target_param_data_ratio is {ratio:g}; make one of them positive ({usual:g} tokens per "
+            "parameter is usual)"
         )
-    parameters = num_params(config)
-    steps = int(ratio * parameters // total_batch_size)
+    parameters = num_scaling_params(config) if modern else num_params(config)
+    steps = int(ratio * parameters) // total_batch_size
     if steps < 1:
         raise PlanError(
             f"--target_param_data_ratio={ratio:g} gives {ratio * parameters:,.0f} tokens, less than one step of "

@@ -32,8 +32,12 @@ class BaseSettings(StageSettings):
         TOKENS_PER_PARAMETER, "training tokens per parameter", decides="num_iterations"
     )
     warmup_ratio: float = flag(OptimHyper.warmup_ratio, "share of the steps with a rising learning rate")
+    warmup_steps: int = flag(OptimHyper.warmup_steps, "the same as a number of steps; 0: warmup_ratio decides")
     warmdown_ratio: float = flag(OptimHyper.warmdown_ratio, "share of the steps with a falling learning rate")
     final_lr_frac: float = flag(OptimHyper.final_lr_frac, "learning rate at the very end, as a share")
+    scale_rates: bool = flag(
+        True, "multiply learning rates and weight decay as the batch and the horizon want it (modern recipe)"
+    )
     data: str = flag(
         "", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards", decides="rows"
     )
@@ -103,6 +107,7 @@ def plan_of(settings: BaseSettings, vocab_size: int, devices: int) -> BasePlan:
         devices=devices,
         tensor=settings.tensor,
         hyper=settings.hyper(),
+        scale_rates=settings.scale_rates,
     )
 
 

@@ -5,15 +5,16 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 
+from nanochat_jax.model.config import RECIPES
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.parallel import sharding
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.training.optim import OptimHyper, make_optimizer
+from nanochat_jax.training.optim import GRAD_CLIP, MODERN, OptimHyper, make_optimizer
 from nanochat_jax.training.schedules import Schedule
 from nanochat_jax.training.step import TrainState, abstract_state, make_train_step
 from nanochat_jax.utils.errors import InputError
@@ -22,6 +23,7 @@ from nanochat_jax.utils.flags import flag
 AUTO = 0  # --device_batch_size=auto
 MODEL_NAME = "nanochat"  # what a model is called that nobody gave a name
 
+SettingsT = TypeVar("SettingsT", bound="TrainSettings")
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, weights: (A, B, T)
 
 
@@ -36,11 +38,19 @@ class TrainSettings:
         words={"auto": AUTO},
         free=True,
     )
+    recipe: str = flag("v1", "nanochat of October 2025 (v1) or of July 2026 (modern)", choices=RECIPES)
     embedding_lr: float = flag(OptimHyper.embedding_lr, "AdamW learning rate of the embedding at width 768")
     unembedding_lr: float = flag(OptimHyper.unembedding_lr, "AdamW learning rate of the unembedding at width 768")
     matrix_lr: float = flag(OptimHyper.matrix_lr, "Muon learning rate of the matrices")
-    weight_decay: float = flag(OptimHyper.weight_decay, "decoupled weight decay of the embeddings")
-    grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping (the reference clips in base only)")
+    scalar_lr: float = flag(
+        OptimHyper.scalar_lr, "AdamW learning rate of the scalars on residual stream and x0 (modern recipe)"
+    )
+    weight_decay: float = flag(
+        OptimHyper.weight_decay, "decoupled weight decay: of the embeddings in v1, of the matrices in the modern recipe"
+    )
+    grad_clip: float = flag(
+        GRAD_CLIP["v1"], "largest global gradient norm; 0: no clipping (the reference clips in base only)"
+    )
     eval_every: int = flag(
         250,
         "steps between evaluations; 0: only at the end",
@@ -80,9 +90,17 @@ class TrainSettings:
         """
         names = {f.name for f in dataclasses.fields(OptimHyper)} & {f.name for f in dataclasses.fields(self)}
         try:
-            return OptimHyper(**{name: getattr(self, name) for name in names}, **fixed)
+            return OptimHyper.of(**{name: getattr(self, name) for name in names}, **fixed)
         except InputError as error:
             raise InputError(f"--{error}") from None
+
+
+def of_recipe(defaults: SettingsT, recipe: str) -> SettingsT:
+    """A stage's defaults (which are v1's) with those of a recipe: the optimizer's flags, and no clipping in modern."""
+    hyper = OptimHyper.of(recipe)
+    names = set(MODERN) & {f.name for f in dataclasses.fields(defaults)}
+    clip = GRAD_CLIP[recipe] if defaults.grad_clip else 0.0  # some stages do not clip in v1 either
+    return dataclasses.replace(defaults, grad_clip=clip, **{name: getattr(hyper, name) for name in names})
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ Groups = dict[str, Any]
 
 REFERENCE_WIDTH = 768  # the width at which the AdamW learning rates below were tuned
 
+GRAD_CLIP = {"v1": 1.0, "modern": 0.0}  # largest global gradient norm in pretraining; 0: no clipping
+
 MUON_PARTS = ("muon_eq", "polar_express", "muon_plus", "normuon", "cautious")  # switches of `muon`
 
 # The optimizer of the modern recipe (the reference of July 2026), where it is not v1's (October 2025).
