@@ -286,10 +286,7 @@ def describe(facts: dict[str, Any]) -> str:
     """The facts of `make` as a page of text."""
     gpu, data, time, c = facts["gpu"], facts["data"], facts["time"], facts["config"]
     rows = [
-        (
-            "model",
-            f"depth {facts['depth']} ({facts['depth_from']}): width {c['n_embd']}, {c['n_head']} heads",
-        ),
+        ("model", f"depth {facts['depth']} ({facts['depth_from']}): width {c['n_embd']}, {c['n_head']} heads"),
         ("parameters", f"{facts['parameters']:,}"),
         ("recipe", facts["recipe"]),
         *([("scaling", _scaling_text(scaling))] if (scaling := facts["scaling"]) else []),

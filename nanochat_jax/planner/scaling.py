@@ -60,9 +60,11 @@ def scaling(
     """
     ratio = ratio if ratio > 0 else 1.0
     reference = reference or reference_model(config)
-    tokens, reference_tokens = int(ratio * num_scaling_params(config)), ratio * num_scaling_params(reference)
+    tokens = max(1, int(ratio * num_scaling_params(config)))
+    reference_tokens = ratio * num_scaling_params(reference)
     derived = REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
-    return Scaling(tokens, reference_tokens, total_batch_size or 2 ** round(math.log2(derived)))
+    batch = 2 ** max(0, round(math.log2(derived))) if total_batch_size is None else total_batch_size
+    return Scaling(tokens, reference_tokens, batch)
 
 
 def reference_model(config: GPTConfig) -> GPTConfig:

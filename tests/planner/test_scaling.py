@@ -114,6 +114,10 @@ def test_horizon_batch_and_rates_given_instead_of_derived(recorded):
     small = plan(4, total_batch_size=4096, num_iterations=10, max_seq_len=256)
     assert small.hyper.matrix_lr == pytest.approx(0.02 * (4096 / 2**19) ** 0.5)
     assert plan(4, total_batch_size=4096, num_iterations=10, max_seq_len=256, scale_rates=False).hyper == HYPER
+    with pytest.raises(PlanError, match="less than one step"):
+        plan(4, target_param_data_ratio=1e-9)
+    with pytest.raises(PlanError, match="--total_batch_size must be at least 1"):
+        plan(4, total_batch_size=0)
     with pytest.raises(PlanError, match="12 tokens per parameter"):
         plan(4, target_param_data_ratio=0.0)
     with pytest.raises(PlanError, match="--device_batch_size=16 or 32"):
