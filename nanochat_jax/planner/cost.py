@@ -48,9 +48,11 @@ def roofline_of_compiled(facts: dict[str, Any], card: Card) -> Roofline:
 
 
 def roofline_of_formula(config: GPTConfig, tokens: int, gpus: int, card: Card) -> Roofline:
-    """Without a compiled step of so many tokens: the formula's FLOPs, of attention the half that a causal kernel
-    computes, and every gradient scattered and every parameter gathered once."""
-    unseen = 6 * config.n_layer * config.n_embd * config.sequence_len
+    """Without a compiled step of so many tokens: the formula's FLOPs, of attention what a causal kernel computes (half
+    of a full layer), and every gradient scattered and every parameter gathered once."""
+    T = config.sequence_len
+    keys = [T if w is None else min(w, T) for w in config.windows]
+    unseen = sum(6 * config.n_embd * w * w // T for w in keys)  # the first w queries of a row see w / 2 keys on average
     flops = (flops_per_token(config) - unseen) * tokens / gpus
     link_bytes = 2 * 4 * num_params(config) * (gpus - 1) / gpus
     return Roofline(flops / card.bf16_flops, None, link_bytes / card.link_bandwidth, None)
