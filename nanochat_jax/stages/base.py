@@ -1,24 +1,32 @@
 """Pretraining: its flags, its rows, its evaluation."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from nanochat_jax.data.build_rows import build_rows
+from nanochat_jax.data.build_rows import PACKING_OF, build_rows
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
 from nanochat_jax.evals.samples import TEXT_TOKENS, TEXTS, greedy_sampler, text_prompts
+from nanochat_jax.model.config import MODERN, GPTConfig
 from nanochat_jax.parallel import sharding
-from nanochat_jax.planner.plan import DEPTH, SEQUENCE_LEN, TOKENS_PER_PARAMETER, BasePlan
+from nanochat_jax.planner import plan as planning
+from nanochat_jax.planner.plan import DEPTH, SEQUENCE_LEN, TOKENS_PER_PARAMETER, BasePlan, PlanError
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages.batch_size import with_batch_size
 from nanochat_jax.stages.pipeline import held_out, micro_batches, open_devices, open_run, train
 from nanochat_jax.stages.settings import DEMO_ROWS, StageSettings
 from nanochat_jax.text.tokenizer import Tokenizer
-from nanochat_jax.training.job import Evaluation, Outcome, TrainJob
-from nanochat_jax.training.optim import OptimHyper, lr_schedule
+from nanochat_jax.training.job import Evaluation, Outcome, TrainJob, of_recipe
+from nanochat_jax.training.optim import MUON_PARTS, OptimHyper, lr_schedule
 from nanochat_jax.utils.flags import flag
 from nanochat_jax.utils.progress import RowsProgress
+
+# Parts of the modern recipe that --off can leave out: of the model, of Muon, of the data.
+PARTS = (*MODERN, *MUON_PARTS, "best_fit")
+_BEST_FIT_TEXT = 1.6  # so much more of it is needed where a third is cropped
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class BaseSettings(StageSettings):
     target_param_data_ratio: float = flag(
         TOKENS_PER_PARAMETER, "training tokens per parameter", decides="num_iterations"
     )
+    off: str = flag("", f"modern recipe: parts left out, comma-separated ({', '.join(PARTS)})")
     warmup_ratio: float = flag(OptimHyper.warmup_ratio, "share of the steps with a rising learning rate")
     warmup_steps: int = flag(OptimHyper.warmup_steps, "the same as a number of steps; 0: warmup_ratio decides")
     warmdown_ratio: float = flag(OptimHyper.warmdown_ratio, "share of the steps with a falling learning rate")
@@ -60,19 +69,31 @@ DEMO = dataclasses.replace(
 )
 
 
+def defaults(demo: bool, recorded: Mapping[str, Any]) -> BaseSettings:
+    """Those of the modern recipe."""
+    values = {name: value for name, value in planning.DEFAULTS["modern"].items() if name != "vocab_size"}
+    if demo:
+        return dataclasses.replace(of_recipe(DEMO, "modern"), scale_rates=False)
+    return dataclasses.replace(of_recipe(DEFAULTS, "modern"), eval_tokens=80 * planning.TOTAL_BATCH_SIZE, **values)
+
+
 def run(settings: BaseSettings) -> Outcome:
     """Pretrains one model, or resumes its run. Prints as it goes."""
     # 1. devices, tokenizer, the plan of the run
     mesh = open_devices(settings)
     tokenizer = Tokenizer.load()
     plan = plan_of(settings, tokenizer.vocab_size, sharding.row_shards(mesh))
+    settings = dataclasses.replace(settings, total_batch_size=plan.total_batch_size)  # what was derived is recorded
+    config = plan.config
+    if config.smear:
+        config = dataclasses.replace(config, bos_id=tokenizer.bos_id)
     # 2. the job, without its data: what decides how many rows fit on a device
     job = TrainJob(
         stage="base",
         settings=settings,
         run=checkpoint.run_dir(settings.run_name or f"base-d{settings.depth}"),
         tokenizer=tokenizer,
-        config=dataclasses.replace(plan.config, remat=settings.remat),
+        config=dataclasses.replace(config, remat=settings.remat),
         mesh=mesh,
         hyper=plan.hyper,
         schedule=lr_schedule(plan.hyper, plan.num_iterations),
@@ -86,16 +107,19 @@ def run(settings: BaseSettings) -> Outcome:
     # 3. with a number of rows: text, rows, training
     def attempt(job: TrainJob) -> Outcome:
         print(plan.with_rows(job.settings.device_batch_size).describe())
-        source = text_source(settings.data, settings.demo, settings.text_column, plan.total_tokens)
+        tokens = plan.total_tokens * (_BEST_FIT_TEXT if packing_of(settings) == "best_fit" else 1)
+        source = text_source(settings.data, settings.demo, settings.text_column, tokens, settings.recipe)
         with checkpoint.exclusive(job.run):
-            return _train(job, source, settings.eval_tokens)
+            return _train(job, source, settings)
 
     return with_batch_size(job, attempt)
 
 
 def plan_of(settings: BaseSettings, vocab_size: int, devices: int) -> BasePlan:
-    """The plan that the flags describe, for so many devices with rows of their own."""
-    return BasePlan.derive(
+    """The plan that the flags describe, for so many devices with rows of their own. Raises PlanError."""
+    off = _off(settings)
+    hyper = settings.hyper(**{part: False for part in off if part in MUON_PARTS})
+    plan = BasePlan.derive(
         depth=settings.depth,
         vocab_size=vocab_size,
         max_seq_len=settings.max_seq_len,
@@ -106,15 +130,31 @@ def plan_of(settings: BaseSettings, vocab_size: int, devices: int) -> BasePlan:
         target_param_data_ratio=settings.target_param_data_ratio,
         devices=devices,
         tensor=settings.tensor,
-        hyper=settings.hyper(),
+        hyper=hyper,
         scale_rates=settings.scale_rates,
     )
+    neutral = {f.name: f.default for f in dataclasses.fields(GPTConfig) if f.name in off}
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, **neutral))
 
 
-def _train(job: TrainJob, source: TextSource, eval_tokens: int) -> Outcome:
+def _off(settings: BaseSettings) -> set[str]:
+    off = {name.strip() for name in settings.off.split(",") if name.strip()}
+    if off and settings.recipe != "modern":
+        raise PlanError("--off leaves parts out of the modern recipe: it needs --recipe=modern")
+    if unknown := sorted(off - set(PARTS)):
+        raise PlanError(f"--off={','.join(unknown)}: no part of the modern recipe, which are {', '.join(PARTS)}")
+    return off
+
+
+def packing_of(settings: BaseSettings) -> str:
+    """How documents become rows."""
+    return "stream" if "best_fit" in _off(settings) else PACKING_OF[settings.recipe]
+
+
+def _train(job: TrainJob, source: TextSource, settings: BaseSettings) -> Outcome:
     """Everything that happens inside the run's folder, which this process has locked."""
     open_run(job)
-    train_rows, val_rows = make_rows(source, job, eval_tokens)
+    train_rows, val_rows = make_rows(source, job, settings.eval_tokens, packing_of(settings))
     loader = RowLoader(train_rows, job.rows_per_step, job.settings.seed)
     bits = held_out(job.config, val_rows, job.settings.device_batch_size, job.tokenizer, job.mesh)
     evaluation = Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, job.settings.eval_every)
@@ -128,7 +168,7 @@ def _train(job: TrainJob, source: TextSource, eval_tokens: int) -> Outcome:
     return train(job)
 
 
-def make_rows(source: TextSource, job: TrainJob, eval_tokens: int) -> tuple[RowSet, RowSet]:
+def make_rows(source: TextSource, job: TrainJob, eval_tokens: int, packing: str = "stream") -> tuple[RowSet, RowSet]:
     """Training rows for the full horizon (or all there are: the run then passes over them again) and held-out rows.
 
     Text that is still to be downloaded is tokenized shard by shard as it comes.
@@ -137,10 +177,14 @@ def make_rows(source: TextSource, job: TrainJob, eval_tokens: int) -> tuple[RowS
     needed = job.num_iterations * job.rows_per_step
     most = -(-eval_tokens // T)
     with RowsProgress("held-out rows", most) as progress:
-        val = build_rows(source.val, tokenizer, T, split="val", max_rows=most, progress=progress)
+        how: Any = dict(packing=packing, progress=progress)
+        val = build_rows(source.val, tokenizer, T, split="val", max_rows=most, **how)
     with RowsProgress("training rows", needed) as progress:
-        train = build_rows(source.train, tokenizer, T, max_rows=needed, progress=progress)
+        how["progress"] = progress
+        train = build_rows(source.train, tokenizer, T, max_rows=needed, **how)
     epochs = needed / len(train)
     again = f"; the run passes over them {epochs:.1f} times" if epochs > 1 else ""
-    print(f"data: {source.description}: {len(train):,} training rows of {T} tokens, {len(val):,} held out{again}")
+    cropped = train.manifest.get("cropped", 0) / max(1, train.manifest.get("stream_tokens", 1))
+    lost = f"; {100 * cropped:.1f}% of the text's tokens cropped" if packing == "best_fit" else ""
+    print(f"data: {source.description}: {len(train):,} training rows of {T} tokens, {len(val):,} held out{lost}{again}")
     return train, val

@@ -6,6 +6,7 @@ from typing import Any
 
 from nanochat_jax.evals.results import STAGES
 from nanochat_jax.hardware import devices
+from nanochat_jax.runs import checkpoint
 from nanochat_jax.training import watchdog
 from nanochat_jax.training.shutdown import Interrupted, signals_raise
 from nanochat_jax.utils import errors, flags
@@ -24,7 +25,10 @@ def main(argv: list[str]) -> int:
 
 def _run(stage: str, argv: list[str]) -> None:
     module: Any = importlib.import_module(f"nanochat_jax.stages.{stage}")  # only now: JAX takes a second to import
-    defaults = module.DEMO if flags.is_set("demo", argv) else module.DEFAULTS
+    recorded = inherited_settings(argv, getattr(module, "PARENTS", ()))
+    recipe = flags.chosen("recipe", argv) or recorded.get("recipe") or "v1"
+    demo = flags.is_set("demo", argv)
+    defaults = module.defaults(demo, recorded) if recipe == "modern" else module.DEMO if demo else module.DEFAULTS
     description = f"python -m scripts.train --stage={stage}: {module.__doc__}"
     settings = flags.parse(defaults, argv, description, stage=stage)
     try:
@@ -32,6 +36,22 @@ def _run(stage: str, argv: list[str]) -> None:
             module.run(settings)
     except Interrupted as signal:
         print(f"stopped by {signal} outside of training; nothing to save. The same command resumes from here.")
+
+
+def inherited_settings(argv: list[str], parents: tuple[str, ...]) -> dict[str, Any]:
+    """The recorded flags that decide a stage's defaults: of the run that is resumed, else of the run it starts from;
+    none where there is no such run, which is complained about later."""
+    name, source = flags.chosen("run_name", argv), flags.chosen("source", argv)
+    try:
+        if name and checkpoint.steps(checkpoint.run_dir(name)):
+            folder = checkpoint.run_dir(name)
+        elif parents:
+            folder = checkpoint.find_run(source) if source else checkpoint.find_first(parents)
+        else:
+            return {}
+        return checkpoint.load_meta(folder).get("settings", {})
+    except checkpoint.CheckpointError:
+        return {}
 
 
 def _take_stage(argv: list[str]) -> tuple[str, list[str]]:

@@ -36,12 +36,7 @@ def mid(settings: ChatStageSettings, parent: Parent) -> tuple[Conversations, Con
         tasks.load("SimpleSpelling", "train", data, size=200_000),
         tasks.load("SpellingBee", "train", data, size=80_000),
     ]
-    val = [
-        tasks.load("SmolTalk", "test", data),
-        tasks.load("MMLU", "test", data, stop=5200),
-        tasks.load("GSM8K", "test", data, stop=420),
-    ]
-    return TaskMixture(train), TaskMixture(val)
+    return TaskMixture(train), TaskMixture(_chat_val(data))
 
 
 def sft(settings: ChatStageSettings, parent: Parent, data: Path | None) -> tuple[Conversations, Conversations]:
@@ -58,6 +53,8 @@ def sft(settings: ChatStageSettings, parent: Parent, data: Path | None) -> tuple
     if settings.demo:
         return demo_world.sft_mixture("train", model_name=name), demo_world.sft_mixture("val", model_name=name)
     folder = settings.task_data
+    if settings.recipe == "modern":
+        return _modern_sft(settings, folder)
     train = [
         tasks.load("ARC-Easy", "train", folder),
         tasks.load("ARC-Challenge", "train", folder),
@@ -68,6 +65,22 @@ def sft(settings: ChatStageSettings, parent: Parent, data: Path | None) -> tuple
         tasks.load("SpellingBee", "train", folder, size=300),
     ]
     return TaskMixture(train), tasks.load("SmolTalk", "test", folder)
+
+
+def _modern_sft(settings: ChatStageSettings, folder: Path | None) -> tuple[Conversations, Conversations]:
+    """Some sets several times; conversations about the model's name only where it is given (as the reference)."""
+    mmlu, gsm8k = tasks.load("MMLU", "auxiliary_train", folder), tasks.load("GSM8K", "train", folder)
+    name = [identity_task(settings.model_name)] * 2 if settings.model_name else []
+    train = [tasks.load("SmolTalk", "train", folder), *[mmlu] * 3, *[gsm8k] * 4, *name]
+    return TaskMixture(train), TaskMixture(_chat_val(folder))
+
+
+def _chat_val(folder: Path | None) -> list[Task]:
+    return [
+        tasks.load("SmolTalk", "test", folder),
+        tasks.load("MMLU", "test", folder, stop=5200),
+        tasks.load("GSM8K", "test", folder, stop=420),
+    ]
 
 
 def rl(settings: ChatStageSettings) -> tuple[Task, Task]:

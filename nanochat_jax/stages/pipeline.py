@@ -47,6 +47,11 @@ def open_parent(settings: ChatStageSettings, stage: str, parents: tuple[str, ...
             recorded = checkpoint.load_meta(folder).get("parent", {})
             source, step = recorded.get("run", ""), recorded.get("step")
     parent = find_parent(source, parents, step)
+    if parent.recipe != settings.recipe:
+        raise InputError(
+            f"--recipe={settings.recipe} does not fit {parent.run}, which was trained by the recipe {parent.recipe}: "
+            "leave the flag out, or give another --source"
+        )
     print(f"{stage} starts from {parent.run}, step {parent.step} ({parent.stage})")
     return parent
 
@@ -76,6 +81,7 @@ def find_parent(source: str, stages: tuple[str, ...], step: int | None = None) -
         tokenizer=checkpoint.load_tokenizer(folder, meta),
         params=lambda: checkpoint.load_params(folder, meta),
         model_name=meta.get("settings", {}).get("model_name") or MODEL_NAME,
+        recipe=meta.get("settings", {}).get("recipe") or "v1",
     )
 
 
@@ -156,9 +162,22 @@ def open_run(job: TrainJob) -> None:
 
 def _begin(job: TrainJob) -> TrainState:
     if job.parent is not None:
-        return state_of(job.config, multihost.to_host(job.parent.params()), job.optimizer, job.mesh)
+        state = state_of(job.config, multihost.to_host(job.parent.params()), job.optimizer, job.mesh)
+        return _with_moments(job, job.parent, state) if job.inherit_moments else state
     key = jax.random.key(job.settings.seed, impl="threefry2x32")  # whatever JAX's default is one day
     return init_state(job.config, job.optimizer, job.mesh, key)
+
+
+def _with_moments(job: TrainJob, parent: Parent, state: TrainState) -> TrainState:
+    """The state with the moments of the parent's optimizer; schedules begin anew, Adam's bias correction does not."""
+    folder = checkpoint.run_dir(parent.run)
+    if checkpoint.load_meta(folder, parent.step).get("imported"):
+        print(f"{parent.run} was imported without its optimizer's moments: they begin at zero")
+        return state
+    saved = checkpoint.restore(folder, parent.step, job.abstract_state(padded=False))
+    moments = restore_padding(saved, job.abstract_state(padded=True)).opt_state
+    muon = moments.muon._replace(count=state.opt_state.muon.count)
+    return dataclasses.replace(state, opt_state=moments._replace(muon=muon))
 
 
 def _resume(job: TrainJob, identity: dict[str, Any]) -> tuple[TrainState, bool]:

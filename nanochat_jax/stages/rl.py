@@ -1,8 +1,10 @@
 """Reinforcement learning: the model's own completions, weighted by how much better than their average they are."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from nanochat_jax.stages import mixtures, rollouts
 from nanochat_jax.stages.batch_size import with_batch_size
 from nanochat_jax.stages.pipeline import child_run, open_devices, open_parent, open_run, train
 from nanochat_jax.stages.settings import DEMO_ROWS, ChatStageSettings
-from nanochat_jax.training.job import Evaluation, Outcome, Parent, Rollout, TrainJob
+from nanochat_jax.training.job import Evaluation, Outcome, Parent, Rollout, TrainJob, of_recipe
 from nanochat_jax.training.schedules import linear_to_zero
 from nanochat_jax.utils.flags import flag
 from tasks.task import Task
@@ -62,6 +64,13 @@ DEMO = dataclasses.replace(
     eval_samples=4,
     save_every=10,
 )
+
+
+def defaults(demo: bool, recorded: Mapping[str, Any]) -> RlSettings:
+    """Those of the modern recipe: the learning rates of v1, which the reference does not inherit here, no decay."""
+    v1 = DEMO if demo else DEFAULTS
+    rates = {name: getattr(v1, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")}
+    return dataclasses.replace(of_recipe(v1, "modern"), **rates)
 
 
 def run(settings: RlSettings) -> Outcome:
@@ -107,7 +116,7 @@ def _train(settings: RlSettings, folder: Path, parent: Parent, mesh: Mesh) -> Ou
         tokenizer=tokenizer,
         config=dataclasses.replace(parent.config, remat=settings.remat),
         mesh=mesh,
-        hyper=settings.hyper(momentum_warmup=0),
+        hyper=settings.hyper(momentum=0.95, momentum_warmup=0, momentum_final=None),
         schedule=linear_to_zero(steps),
         num_iterations=steps,
         rows_per_step=settings.examples_per_step * settings.num_samples,

@@ -1,19 +1,23 @@
 """Supervised finetuning: only what the assistant says is trained on, each conversation within one row."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nanochat_jax.evals.chat_eval import evaluate_categorical
 from nanochat_jax.evals.scorer import Scorer
 from nanochat_jax.parallel import multihost
+from nanochat_jax.planner.plan import TOTAL_BATCH_SIZE
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages import mixtures
 from nanochat_jax.stages.pipeline import child_run, open_devices, open_parent
 from nanochat_jax.stages.settings import ChatStageSettings
 from nanochat_jax.stages.supervised import make_job, make_rows, train_on
-from nanochat_jax.training.job import Evaluation, Outcome, Parent
-from nanochat_jax.training.schedules import linear_to_zero
+from nanochat_jax.training.job import Evaluation, Outcome, Parent, of_recipe
+from nanochat_jax.training.schedules import late_decay, linear_to_zero
 from nanochat_jax.utils.flags import flag
 
 PARENTS = ("mid", "base")
@@ -66,14 +70,32 @@ DEMO = dataclasses.replace(
 )
 
 
+def defaults(demo: bool, recorded: Mapping[str, Any]) -> SftSettings:
+    """Those of the modern recipe, which goes from base straight to finetuning; what pretraining was done with (given by
+    the flags of the parent) goes on: batch and, as they were before they were scaled, learning rates."""
+    names = ("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
+    kept = {name: recorded[name] for name in names if name in recorded}
+    own = dict(init_lr_frac=0.8, weight_decay=0.0, eval_every=200, eval_tokens=40 * TOTAL_BATCH_SIZE)
+    settings = of_recipe(DEMO if demo else DEFAULTS, "modern")
+    if demo:
+        return dataclasses.replace(settings, **{**kept, "init_lr_frac": 0.8, "weight_decay": 0.0})
+    return dataclasses.replace(settings, **{"total_batch_size": TOTAL_BATCH_SIZE, **kept, **own})
+
+
 def run(settings: SftSettings) -> Outcome:
     """Finetunes one model, or resumes its run."""
     mesh = open_devices(settings)
-    parent = open_parent(settings, "sft", PARENTS)
+    modern = settings.recipe == "modern"
+    parent = open_parent(settings, "sft", tuple(reversed(PARENTS)) if modern else PARENTS)
     with checkpoint.exclusive(child_run(settings, parent, "sft")) as folder:
         rows = make_rows(settings, parent, mesh, mixtures.sft(settings, parent, settings.data), "best_fit")
-        hyper = settings.hyper(momentum_warmup=0)  # the reference ramps Muon's momentum in base and mid only
-        job = make_job("sft", settings, folder, parent, mesh, rows, hyper, linear_to_zero, ROWS)
+        if modern:
+            hyper = settings.hyper(momentum=0.95, momentum_warmup=300, momentum_final=None)
+            job = make_job("sft", settings, folder, parent, mesh, rows, hyper, partial(late_decay, fraction=0.5))
+            job = dataclasses.replace(job, inherit_moments=parent.stage == "base")
+        else:
+            hyper = settings.hyper(momentum_warmup=0)  # v1 ramps Muon's momentum in base and mid only
+            job = make_job("sft", settings, folder, parent, mesh, rows, hyper, linear_to_zero, ROWS)
         measure = _accuracies(settings, parent, multihost.local_mesh(mesh))
         return train_on(job, rows, (Evaluation(measure, settings.metrics_every, at_start=False),) if measure else ())
 

@@ -123,7 +123,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Parent:
-    """The model a stage starts from: `params` reads its parameters; model_name is what it calls itself."""
+    """The model a stage starts from: `params` reads its parameters; model_name is what it calls itself; recipe: the one
+    that it was trained by."""
 
     run: str
     step: int
@@ -132,6 +133,7 @@ class Parent:
     tokenizer: Tokenizer
     params: Callable[[], Params]
     model_name: str = MODEL_NAME
+    recipe: str = "v1"
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -164,6 +166,7 @@ class TrainJob:
     usual_rows: int = 32  # rows per device and micro-step where a device does not say how much memory it has
     normalize: bool = True  # the loss is divided by the sum of the weights
     parent: Parent | None = None  # None: fresh parameters
+    inherit_moments: bool = False  # the optimizer goes on with the parent's moments, where these are stored
     model_name: str = ""  # what the model calls itself; recorded if any
     identity: dict[str, Any] = field(default_factory=dict)  # what must agree on resume, beside the settings
     batches: Callable[[int], Iterator[Batch]] | None = None

@@ -313,7 +313,8 @@ def make_optimizer(
     def update(grads: Groups, state: OptimState, groups: Groups | None = None):
         if groups is None:
             raise ValueError("the optimizer needs the parameters: call update(grads, state, groups)")
-        factor = jnp.asarray(multiplier(state.adam.count), jnp.float32)
+        # not Adam's count, which goes on where a stage inherits moments (`pipeline._with_moments`)
+        factor = jnp.asarray(multiplier(state.muon.count), jnp.float32)
         direction, adam_state = _adam_direction(alike, _of_adamw(grads), state.adam)
         updates: Groups = {}
         for name, step in direction.items():
