@@ -1,4 +1,4 @@
-"""The modern recipe from pretraining to reinforcement learning: what a stage takes from its parent, what is left out."""
+"""The modern recipe from pretraining to reinforcement learning: what a stage takes from its parent, what is off."""
 
 import shutil
 
