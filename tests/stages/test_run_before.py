@@ -63,8 +63,7 @@ def test_it_resumes_with_the_same_numbers(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_runs_record_is_what_they_recorded(stage):
-    """Otherwise runs made before would be refused as started with other settings. Flags that there were none of then are
-    not compared."""
+    """Otherwise runs made before would be refused as started with other settings. Newer flags are not compared."""
     then = json.loads((BEFORE / "identities.json").read_text())[stage]
     defaults = STAGES[stage].DEFAULTS
     newer = {f.name for f in dataclasses.fields(defaults)} - then["settings"].keys()
