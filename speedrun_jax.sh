@@ -3,8 +3,10 @@
 #
 #   bash speedrun_jax.sh                 picks a preset by what it finds
 #   PRESET=demo bash speedrun_jax.sh     a small model of the embedded demo world: no GPU, no network, a quarter of an hour
-#   PRESET=d20 bash speedrun_jax.sh      the real thing: depth 20 on fineweb-edu, for a node of 8 H100s (also PRESET=gpu)
-#   PRESET=d32 bash speedrun_jax.sh      depth 32, more than ten times the work
+#   PRESET=d24 bash speedrun_jax.sh      the real thing: depth 24 by the modern recipe on ClimbMix, for a node of 8 H100s
+#                                        (also PRESET=gpu)
+#   PRESET=v1-d20 bash speedrun_jax.sh   the recipe of October 2025: depth 20 on FineWeb-Edu (also PRESET=d20)
+#   PRESET=v1-d32 bash speedrun_jax.sh   the same at depth 32, more than ten times the work (also PRESET=d32)
 #   bash speedrun_jax.sh --plan_only     only prints the commands and, for GPUs, what they need, take and cost
 #
 # Every stage resumes where it stopped, and what is done is not done again: after an interruption, run it once more.
@@ -33,19 +35,19 @@ gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 cards=${NVIDIA_CARDS:-/proc/driver/nvidia/gpus} # where the driver lists them, whether or not nvidia-smi works
 if [ -z "${PRESET:-}" ] && [ "${gpus:-0}" -eq 0 ] && [ -n "$(ls -A "$cards" 2>/dev/null)" ]; then
   die "$cards lists NVIDIA GPUs, but nvidia-smi does not answer. Mend the driver (\`nvidia-smi -L\` must list them), or" \
-    "set PRESET=d20 to train on them all the same, PRESET=demo for the small model on the CPU"
+    "set PRESET=d24 to train on them all the same, PRESET=demo for the small model on the CPU"
 fi
 if [ -z "${PRESET:-}" ]; then
   if [ "${gpus:-0}" -gt 0 ]; then
-    PRESET=d20; why="$gpus NVIDIA GPU(s) found"
+    PRESET=d24; why="$gpus NVIDIA GPU(s) found"
   else
     PRESET=demo; why="no NVIDIA GPU found"
   fi
-  echo "Preset: $PRESET ($why; set PRESET=demo, d20 or d32 to choose)"
+  echo "Preset: $PRESET ($why; set PRESET=demo, d24, v1-d20 or v1-d32 to choose)"
 else
   echo "Preset: $PRESET (as asked)"
 fi
-[ "$PRESET" = gpu ] && PRESET=d20
+[ "$PRESET" = gpu ] && PRESET=d24
 
 # show COMMAND...: on one line, quoted where a shell needs it.
 show() {
@@ -132,7 +134,7 @@ environment() {
 gpu_node() {
   local depth=$1 shards=$2 chars=$3
   environment "cuda12${WANDB_RUN:+,wandb}"
-  if [ "$plan_only" ]; then plan_gpu_node "$depth"; fi
+  if [ "$plan_only" ]; then plan_gpu_node --depth="$depth"; fi
   step "download: shards for the tokenizer" "$PY" -m nanochat_jax.data.hub -n "$shards"
   step "tokenizer" "$PY" -m scripts.tok_train --max_chars="$chars" --vocab_size=65536
   step "tokenizer: compression" "$PY" -m scripts.tok_eval
@@ -146,9 +148,25 @@ gpu_node() {
   evaluate rl --source=rl --run_name="$run-rl" --tasks=GSM8K
 }
 
-# plan_gpu_node DEPTH: what it needs, takes and costs, on the GPUs of this machine or else on 8 H100s.
+# modern_node DEPTH RATIO BATCH: the current recipe, which goes from base straight to finetuning; later stages inherit it.
+modern_node() {
+  local size=(--recipe=modern --depth="$1" --target_param_data_ratio="$2" --total_batch_size="$3")
+  environment "cuda12${WANDB_RUN:+,wandb}"
+  if [ "$plan_only" ]; then plan_gpu_node "${size[@]}"; fi
+  step "download: shards for the tokenizer" "$PY" -m nanochat_jax.data.hub -n 8 --repo=climbmix
+  step "tokenizer" "$PY" -m scripts.tok_train --recipe=modern
+  step "tokenizer: compression" "$PY" -m scripts.tok_eval
+  train base "${size[@]}" --run_name="$run-base"
+  evaluate base --source=base --run_name="$run-base"
+  train sft --source="$run-base" --run_name="$run-sft"
+  evaluate sft --source=sft --run_name="$run-sft"
+  train rl --source="$run-sft" --run_name="$run-rl"
+  evaluate rl --source=rl --run_name="$run-rl" --tasks=GSM8K
+}
+
+# plan_gpu_node FLAGS...: what it needs, takes and costs, on the GPUs of this machine or else on 8 H100s.
 plan_gpu_node() {
-  local plan=("$PY" -m scripts.plan --depth="$1" --gpu="${GPU:-h100}" --gpus="$([ "${gpus:-0}" -gt 0 ] && echo "$gpus" || echo 8)")
+  local plan=("$PY" -m scripts.plan "$@" --gpu="${GPU:-h100}" --gpus="$([ "${gpus:-0}" -gt 0 ] && echo "$gpus" || echo 8)")
   printf 'plan:\n '
   show "${plan[@]}"
   echo
@@ -157,6 +175,7 @@ plan_gpu_node() {
 }
 
 run=${WANDB_RUN:-$PRESET}
+runs="$run-base,$run-mid,$run-sft,$run-rl"
 case $PRESET in
   demo)
     environment "${WANDB_RUN:+wandb}"
@@ -170,11 +189,15 @@ case $PRESET in
       evaluate $stage --source=$stage --run_name="$run-$stage" "${cpu[@]}"
     done
     ;;
-  d20) gpu_node 20 8 2000000000 ;;
-  d32) gpu_node 32 16 4000000000 ;;
-  *) die "PRESET=$PRESET is not known; use demo, d20 (or gpu) or d32" ;;
+  d24)
+    runs="$run-base,$run-sft,$run-rl"
+    modern_node 24 8 1048576
+    ;;
+  v1-d20 | d20) gpu_node 20 8 2000000000 ;;
+  v1-d32 | d32) gpu_node 32 16 4000000000 ;;
+  *) die "PRESET=$PRESET is not known; use demo, d24 (or gpu), v1-d20 or v1-d32" ;;
 esac
-step "report" "$PY" -m scripts.report --runs="$run-base,$run-mid,$run-sft,$run-rl" \
+step "report" "$PY" -m scripts.report --runs="$runs" \
   ${PRICE_PER_HOUR:+--price_per_hour="$PRICE_PER_HOUR"}
 [ "$plan_only" ] && exit
 

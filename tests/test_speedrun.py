@@ -60,9 +60,9 @@ def test_demo_commands(speedrun, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "preset", "depth", "first", "chars"),
-    [("gpu", "d20", 20, 8, "2000000000"), ("d32", "d32", 32, 16, "4000000000")],
+    [("v1-d20", "v1-d20", 20, 8, "2000000000"), ("d32", "d32", 32, 16, "4000000000")],
 )
-def test_gpu_presets_have_the_references_sizes(speedrun, name, preset, depth, first, chars):
+def test_gpu_presets_of_v1_have_the_references_sizes(speedrun, name, preset, depth, first, chars):
     done = speedrun(name)
     assert done.returncode == 0, done.stderr
     base = f"--depth={depth} --target_param_data_ratio=20 --total_batch_size=524288 --run_name={preset}-base"
@@ -83,6 +83,26 @@ def test_gpu_presets_have_the_references_sizes(speedrun, name, preset, depth, fi
     ]
     assert {20: "560,988,160", 32: "1,879,048,192"}[depth] in done.stdout  # the plan's parameters
     assert {20: "240 shards", 32: "800 shards"}[depth] in done.stdout  # what the plan says of the text
+
+
+def test_the_gpu_preset_is_the_references_current_recipe(speedrun):
+    done = speedrun("gpu")
+    assert done.returncode == 0, done.stderr
+    size = "--recipe=modern --depth=24 --target_param_data_ratio=8 --total_batch_size=1048576"
+    assert commands(done.stdout) == [
+        f"scripts.plan {size} --gpu=h100 --gpus=8",
+        "nanochat_jax.data.hub -n 8 --repo=climbmix",
+        "scripts.tok_train --recipe=modern",
+        "scripts.tok_eval",
+        f"scripts.train --stage=base {size} --run_name=d24-base",
+        "scripts.eval --source=base --run_name=d24-base",
+        "scripts.train --stage=sft --source=d24-base --run_name=d24-sft",
+        "scripts.eval --source=sft --run_name=d24-sft",
+        "scripts.train --stage=rl --source=d24-sft --run_name=d24-rl",
+        "scripts.eval --source=rl --run_name=d24-rl --tasks=GSM8K",
+        "scripts.report --runs=d24-base,d24-sft,d24-rl",
+    ]
+    assert "1,384,122,122" in done.stdout and "5,568" in done.stdout  # parameters and steps
 
 
 def test_flags_pass_through(speedrun):
