@@ -259,7 +259,7 @@ def test_two_processes_give_the_losses_of_one_in_every_stage(homes):
         for got, wanted in zip(scores(two, stage), scores(one, stage), strict=True):
             assert got == pytest.approx(wanted, abs=1e-4)
     assert checkpoint.steps(two / "runs" / "base") == [2, 4]
-    assert "2 processes (env)" in (two / "log0.txt").read_text()
+    assert "2 processes" in (two / "log0.txt").read_text()
     shown = (two / "log1.txt").read_text()
     assert "step 4" not in shown and "held-out" not in shown, "only the main process reports"
 
@@ -282,7 +282,7 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step_and_one_process_goes_on(ho
     assert [p.wait(PATIENCE) for p in started] == [0, 0], (two / "log1.txt").read_text()[-2000:]
     run = two / "runs" / "cut"
     (step,) = checkpoint.steps(run)
-    assert step < 2000 and f"stopped by SIGTERM at step {step}; saved" in (two / "log0.txt").read_text()
+    assert step < 2000 and f"SIGTERM at step {step}" in (two / "log0.txt").read_text()
     checkpoint.verify(run, step, checkpoint.load_meta(run))
     again = launch(two, "base", 1, **changes)[0]
     wait_for_losses(step + 2, again)

@@ -31,9 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(base):
     """An empty run's directory."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     folder = checkpoint.run_dir("tiny-sft")
     folder.mkdir(parents=True)
     golden_tokenizer().save(folder)
@@ -163,7 +162,7 @@ def started(*flags: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
 def test_it_follows_a_run_and_stops_when_asked(run):
     save(run, 7)
     with started("--watch") as (process, url, lines):
-        assert "tiny-sft, stage sft, step 7, saved " in "".join(lines)
+        assert re.search("tiny-sft.* step 7", "".join(lines))
         body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 10}
         first = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         save(run, 9, sign=-1.0)
