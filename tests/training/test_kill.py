@@ -25,14 +25,15 @@ KILLS = max(1, int(os.environ.get("NANOCHAT_KILLS", "16")) // 4)  # a stage
 # A process that is killed has saved at least one step more, but for "early", and mostly not many more.
 STEPS = 12 + 5 * KILLS
 COMMON = dict(device_batch_size=4, eval_tokens=1024, save_every=1, sample_every=0, run_name="r")
-STAGES = {
-    "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, eval_every=10),
+SIZE = dict(max_seq_len=192, total_batch_size=1536, eval_every=10)
+STAGES = {  # all parts of the modern recipe but in midtraining, which it has not
+    "base": dict(recipe="modern", depth=2) | SIZE,
     "mid": dict(total_batch_size=1536, eval_every=10),
     "sft": dict(total_batch_size=1536, eval_every=10, metrics_max_problems=4),
     "rl": dict(examples_per_step=2, num_samples=4, max_new_tokens=16, slots=8, eval_examples=4, eval_samples=2)
     | dict(eval_every=10),
 }
-SOURCE = {"base": None, "mid": "base", "sft": "base", "rl": "sft"}
+SOURCE = {"base": None, "mid": "v1", "sft": "base", "rl": "sft"}
 # When: at any time after a step was saved; while a checkpoint is being written; at any time from the first instruction
 # to a little after the usual time of the first save
 MOMENTS = ("between", "saving", "early")
@@ -51,10 +52,11 @@ def finish(home: Path, stage: str, **changes) -> None:
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory):
-    """A base directory with a base and a finetuned toy model."""
+    """A base directory with two base models and a finetuned one."""
     home = tmp_path_factory.mktemp("parents") / "home"
     home.mkdir()
     toy_tokenizer().save(home / "tokenizer")
+    finish(home, "base", run_name="v1", num_iterations=3, recipe="v1", depth=1)
     finish(home, "base", run_name="base", num_iterations=3)
     finish(home, "sft", run_name="sft", num_iterations=4)
     return home
