@@ -167,9 +167,9 @@ def _prompts(model: ExportedModel) -> list[list[int]]:
         prompts.append(tokenizer.render_for_completion({"messages": question}))
     else:
         prompts.append([bos, *tokenizer.encode_text("Who are you?")])
-    room = max(1, min(256, model.config.sequence_len - GREEDY_TOKENS))
-    prompts.append(np.random.default_rng(0).integers(0, len(tokenizer.ranks), room).tolist())
-    return [prompt[:room] for prompt in prompts]
+    longest = max(1, min(256, model.config.sequence_len - GREEDY_TOKENS))
+    prompts.append(np.random.default_rng(0).integers(0, len(tokenizer.ranks), longest).tolist())
+    return [prompt[:longest] for prompt in prompts]
 
 
 def _chats(model: ExportedModel) -> list[list[dict[str, Any]]]:

@@ -1,6 +1,5 @@
 """Folders of exported files: written whole or not at all, with hashes and a manifest that says what is in them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -33,10 +32,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         _sums(temporary)
-        for path in temporary.rglob("*"):
-            with _opened(path) as handle:
-                os.fsync(handle)
-        paths.sync_directory(temporary)
+        paths.sync_tree(temporary)
         if out.exists():
             os.rename(out, old)
         os.rename(temporary, out)
@@ -44,15 +40,6 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def _sums(folder: Path) -> None:
@@ -70,11 +57,10 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             raise InterchangeError(f"{folder / SUMS} lists {name}, which is missing")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise InterchangeError(
-                    f"{path} is not the file that {SUMS} lists: damaged, or changed since (if so, delete {SUMS})"
-                )
+        if paths.sha256_file(path) != digest:
+            raise InterchangeError(
+                f"{path} is not the file that {SUMS} lists: damaged, or changed since (if so, delete {SUMS})"
+            )
 
 
 def manifest(folder: Path) -> dict[str, Any]:

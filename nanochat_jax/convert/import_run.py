@@ -22,6 +22,7 @@ from nanochat_jax.convert import (
     tokenizer_json,
 )
 from nanochat_jax.convert import reference as reference_files
+from nanochat_jax.evals.results import STAGES
 from nanochat_jax.hardware import devices
 from nanochat_jax.model.gpt import GPTConfig, Params, num_params
 from nanochat_jax.model.parameters import Naming
@@ -29,8 +30,6 @@ from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors, flags, paths
 from nanochat_jax.utils.flags import flag
-
-STAGES = ("base", "mid", "sft", "rl")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class _Unpickler(pickle._Unpickler):
     stack: list[Any]
     metastack: list[Any]
     persistent_load: Any
-    # of an instruction that is missing here (room for bytes is made before they are read, buffers beside the pickle)
+    # of an instruction that is missing here (memory for bytes is taken before they are read, buffers beside the pickle)
     # the standard library says KeyError
     dispatch: Any = {
         code: load

@@ -137,21 +137,21 @@ class ChatFile:
     in a file that is one JSON array the number is the item's. ``invalid_utf8`` counts the byte sequences replaced.
     """
 
-    def __init__(self, path: Path, lines: "_Lines", places: array, hashes: array):
-        self.path, self._lines, self._places, self._hashes = path, lines, places, hashes
+    def __init__(self, path: Path, lines: "_Lines", offsets: array, hashes: array):
+        self.path, self._lines, self._offsets, self._hashes = path, lines, offsets, hashes
         self.problems: list[tuple[int, str]] = []
         self.bad_lines = self.invalid_utf8 = 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Conversation ``index``. Raises ValueError naming the file when it was changed since it was opened."""
-        if not 0 <= index < len(self._places):
-            raise IndexError(f"conversation {index} of {len(self._places)}")
+        if not 0 <= index < len(self._offsets):
+            raise IndexError(f"conversation {index} of {len(self._offsets)}")
         conversation = None
         with contextlib.suppress(ValueError, RecursionError):
-            conversation = to_conversation(json.loads(decode_utf8(self._lines.read(self._places[index]))[0]))
+            conversation = to_conversation(json.loads(decode_utf8(self._lines.read(self._offsets[index]))[0]))
         if conversation is None or _hash(conversation) != self._hashes[index]:
             raise InputError(f"{self.path} was changed while it was in use; start again")
         return conversation
@@ -178,8 +178,8 @@ class ChatFile:
 
     def _some(self, wanted: Callable[[int], bool]) -> "ChatFile":
         chosen = [i for i, value in enumerate(self._hashes) if wanted(value)]
-        places = array("q", (self._places[i] for i in chosen))
-        return ChatFile(self.path, self._lines, places, array("Q", (self._hashes[i] for i in chosen)))
+        offsets = array("q", (self._offsets[i] for i in chosen))
+        return ChatFile(self.path, self._lines, offsets, array("Q", (self._hashes[i] for i in chosen)))
 
 
 def load_chat_file(path: str | Path) -> ChatFile:
@@ -215,7 +215,7 @@ def load_chat_file(path: str | Path) -> ChatFile:
                 file.problems.append((number, _reason(error)))
             continue
         file.invalid_utf8 += invalid
-        file._places.append(place)
+        file._offsets.append(place)
         file._hashes.append(_hash(conversation))
     if not len(file):
         shown = "".join(f"\n  {unit} {number}: {reason}" for number, reason in file.problems[:3])
@@ -351,9 +351,9 @@ def describe_samples(conversations: Any, tokenizer: Tokenizer, n: int = 3, color
                 shown.append(f"... and {len(ids) - _SHOWN_TOKENS} more tokens")
             continue
         pairs = zip(mask, ids, strict=True)
-        for learnt, stretch in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        for supervised, stretch in itertools.groupby(pairs, key=lambda pair: pair[0]):
             text = tokenizer.decode([token for _, token in stretch]).replace("\n", "\\n")
             if len(text) > _SHOWN_CHARS:
                 text = f"{text[:_SHOWN_CHARS]}... and {len(text) - _SHOWN_CHARS} more characters"
-            shown.append(f"  {'learn' if learnt else 'read '} | {text}")
+            shown.append(f"  {'learn' if supervised else 'read '} | {text}")
     return "\n".join(shown)

@@ -102,11 +102,11 @@ def render_many(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer, m
         found.append(None)
     encoded, offsets = tokenizer.encode_to_numpy(texts)  # with a bos before each text, which is dropped here
     encoded = np.delete(encoded, offsets[:-1])
-    places = np.asarray(layout, np.int64)
-    is_text = places < 0
-    sizes = np.ones(len(places), np.int64)
+    layout_ids = np.asarray(layout, np.int64)
+    is_text = layout_ids < 0
+    sizes = np.ones(len(layout_ids), np.int64)
     sizes[is_text] = np.diff(offsets) - 1
-    all_ids = np.repeat(np.where(is_text, 0, places).astype(row_dtype(tokenizer.vocab_size)), sizes)
+    all_ids = np.repeat(np.where(is_text, 0, layout_ids).astype(row_dtype(tokenizer.vocab_size)), sizes)
     all_ids[np.repeat(is_text, sizes)] = encoded
     all_masks = np.repeat(np.asarray(learn, np.uint8), sizes)
     stops = np.concatenate([[0], np.cumsum(sizes)])[np.asarray([0, *ends], np.int64)].tolist()

@@ -85,16 +85,12 @@ class RowLoader:
             self._order = (order.shuffle() if shuffle else order).repeat()
 
     def indices_for(self, step: int, part: Sequence[int] | None = None) -> list[int]:
-        """Row numbers of the batch of ``step``, or of some places in it."""
+        """Row numbers of the batch of ``step``, or of some positions in it."""
         first = step * self.global_batch
-        return [int(self._order[first + place]) for place in (range(self.global_batch) if part is None else part)]
-
-    def rows_for(self, step: int) -> np.ndarray:
-        """The global batch of ``step``: (global_batch, T+1) int32. Pure."""
-        return np.stack([self.rows[i] for i in self.indices_for(step)]).astype(np.int32)
+        return [int(self._order[first + position]) for position in (range(self.global_batch) if part is None else part)]
 
     def batch_for(self, step: int, part: Sequence[int] | None = None) -> Batch:
-        """Inputs, targets (int32) and weights (float32), each (global_batch, T), or only some places of them. Pure.
+        """Inputs, targets (int32) and weights (float32), each (global_batch, T), or only some positions of them. Pure.
 
         A weight is the target's mask, or 1 where rows carry none.
         """
@@ -103,7 +99,7 @@ class RowLoader:
     def iterate(self, start_step: int = 0, part: Sequence[int] | None = None) -> "BatchIterator":
         """Endless batches from ``start_step`` on, made ahead of need in a thread; ``close()`` it in the end.
 
-        part: the places of every batch that this process works on; rows of the others are not read. Whatever goes
+        part: the positions in every batch that this process works on; rows of the others are not read. Whatever goes
         wrong in the thread is raised by ``next``; so is damage, which a second thread looks for in files of rows.
         """
         if start_step < 0:

@@ -114,21 +114,20 @@ def evaluate_task(
     items: Sequence[Item],
     order: Sequence[int],
     *,
-    strict: bool = False,
     progress=None,
 ) -> dict[str, Any]:
     """Evaluates `items[i] for i in order`; shots come from among them (`fewshot_indices`).
 
     Returns {"type", "num_fewshot", "accuracy", "centered", "interval" (of the accuracy), "baseline", "n",
     "unscored", "seconds", "items": [{"id": i, "correct": 0 or 1}, ...] in order}. An item whose span cannot be told
-    apart in tokens counts as wrong and in "unscored", or raises NotAPrefixError if strict; the reference stops there.
+    apart in tokens counts as wrong and in "unscored"; the reference stops there.
     `progress(fraction)` is called as it goes.
     """
     began, shown = time.monotonic(), [items[i] for i in order]
     correct: list[bool] = []
     unscored = 0
     for at in range(0, len(shown), BLOCK):
-        spans = _spans(tokenizer, task, shown, range(at, min(at + BLOCK, len(shown))), strict)
+        spans = _spans(tokenizer, task, shown, range(at, min(at + BLOCK, len(shown))))
         # An item whose options are all alike has its span begin at 0, where nothing comes before.
         rows = [(t, max(1, a), b) for s in spans if s for t, a, b in zip(s.tokens, s.starts, s.ends, strict=True)]
 
@@ -160,9 +159,7 @@ def evaluate_task(
     }
 
 
-def _spans(
-    tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: range, strict: bool
-) -> list[Spans | None]:
+def _spans(tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: range) -> list[Spans | None]:
     """Tokens and spans of some of the items; None where they cannot be told apart."""
     prompts, sizes = [], []
     for index in indices:
@@ -173,12 +170,10 @@ def _spans(
     flat, offsets = tokenizer.encode_to_numpy(prompts)
     rows = (flat[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
     out: list[Spans | None] = []
-    for index, size in zip(indices, sizes, strict=True):
+    for size in sizes:
         try:
             out.append(find_spans(task.kind, [next(rows) for _ in range(size)]))
-        except NotAPrefixError as error:
-            if strict:
-                raise NotAPrefixError(f"{task.label}, item {index}: {error}") from None
+        except NotAPrefixError:
             out.append(None)
     return out
 

@@ -70,12 +70,11 @@ class Bundle:
         return items
 
 
-def open_bundle(path: str | Path | None = None, expected_sha256: str | None = None) -> Bundle:
+def open_bundle(path: str | Path | None = None) -> Bundle:
     """Opens a bundle: `path` (folder or zip), or else `eval_bundle` or `eval_bundle.zip` of the base directory.
 
-    If neither is there, the zip is fetched; its hash is kept beside it and checked ever after. `expected_sha256` is
-    what a zip must have. Raises BundleError; a fetched file that is damaged is set aside, so that the next call fetches
-    it again.
+    If neither is there, the zip is fetched; its hash is kept beside it and checked ever after. Raises BundleError; a
+    fetched file that is damaged is set aside, so that the next call fetches it again.
     """
     if path is not None:
         place = Path(path)
@@ -83,22 +82,17 @@ def open_bundle(path: str | Path | None = None, expected_sha256: str | None = No
             raise BundleError(f"{place} is not there; name the CORE bundle's folder or zip file ({URL})")
     else:
         place = base_dir() / "eval_bundle"
-        place = place if place.is_dir() else _fetched(expected_sha256)
+        place = place if place.is_dir() else _fetched()
     if place.is_dir():
-        if expected_sha256 is not None:
-            raise BundleError(f"{place} is a folder, only a zip file can be checked against a SHA-256")
         return _open(place, "")
-    digest = sha256_file(place)
-    if expected_sha256 not in (None, digest):
-        raise BundleError(f"{place} has SHA-256 {digest}, expected {expected_sha256}; fetch it again from {URL}")
     try:
-        return _open(zipfile.Path(place), digest)
+        return _open(zipfile.Path(place), sha256_file(place))
     except zipfile.BadZipFile as error:
         raise BundleError(f"{place} is no intact zip file ({error}); fetch it again from {URL}") from None
 
 
-def _fetched(expected: str | None) -> Path:
-    """The zip in the base directory, fetched if need be, intact and of the right hash."""
+def _fetched() -> Path:
+    """The zip in the base directory, fetched if need be, intact and as it was fetched."""
     path = base_dir() / "eval_bundle.zip"
     note = path.with_name(path.name + ".json")
     with lock_file(path.with_name(path.name + ".lock")):
@@ -113,9 +107,8 @@ def _fetched(expected: str | None) -> Path:
             note.unlink(missing_ok=True)
         digest = sha256_file(path)
         noted = json.loads(note.read_text()).get("sha256") if note.is_file() else None
-        for wanted, whose in ((expected, "the SHA-256 asked for is"), (noted, "when it was fetched it was")):
-            if wanted not in (None, digest):
-                raise _set_aside(path, f"its SHA-256 is {digest}, {whose} {wanted}")
+        if noted not in (None, digest):
+            raise _set_aside(path, f"its SHA-256 is {digest}, when it was fetched it was {noted}")
         if noted is None:
             try:
                 with zipfile.ZipFile(path) as archive:

@@ -139,7 +139,7 @@ class NanochatLM(LM):
     # --- chat -------------------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text. Without a generation prompt the last answer is left open, to be gone on with."""
+        """A conversation as text. Without a generation prompt the last message is left open, to be continued."""
         if not self._opening:
             raise InputError(f"the tokenizer of {self.name} has no chat tokens: leave --apply_chat_template out")
         ids, _ = self.tokenizer.render_conversation({"messages": chat_history}, max_tokens=1 << 40)

@@ -141,7 +141,7 @@ class Scorer:
         return sum(program._cache_size() for program in self._programs)
 
     def _run(self, queries: "list[_Query]", head, wanted: np.ndarray, progress: Progress | None) -> Iterator[tuple]:
-        """Yields (places, results) where results[i] is what `head` found for wanted[places[i]]."""
+        """Yields (outputs, results) where results[i] is what `head` found for wanted[outputs[i]]."""
         plan = list(self._plan(_share([q for q in queries if q.last > q.first])))
         self.stats.tokens_given += sum(len(q.ids) for q in queries)
         total, done = sum(shape.slots(groups) for shape, groups in plan) * self._devices, 0
@@ -191,7 +191,7 @@ class Scorer:
         lengths = np.ones((n * R, 1), np.int32)
         suffixes = np.zeros((MAX_SUFFIXES, n * R, S), np.int32)
         index: list[list[np.ndarray]] = [[] for _ in range(n)]
-        places: list[list[np.ndarray]] = [[] for _ in range(n)]
+        outputs: list[list[np.ndarray]] = [[] for _ in range(n)]
         for i, group in enumerate(groups):
             device, row = i % n, i // n
             length = len(group.prefix)
@@ -203,10 +203,10 @@ class Scorer:
                 position = np.arange(query.first, query.last)
                 in_suffix = R * P + (m * R + row) * S + position - length
                 index[device].append(np.where(position < length, row * P + position, in_suffix))
-                places[device].append(query.out + position - query.first)
+                outputs[device].append(query.out + position - query.first)
             self.stats.tokens_run += length + sum(map(len, group.suffixes))
         # 2. the wanted positions of each device, padded to a multiple of the budget
-        found = [np.concatenate(p) if p else np.zeros(0, np.int64) for p in places]
+        found = [np.concatenate(p) if p else np.zeros(0, np.int64) for p in outputs]
         counts = np.array([[len(p)] for p in found], np.int32)
         padded = -(-max(1, counts.max()) // self._budget) * self._budget
         gather = np.zeros((n, padded), np.int32)
@@ -224,10 +224,10 @@ class Scorer:
         return found, head(self.params, hidden, asked.reshape(n * padded, -1), counts)
 
 
-def _fetch(places: list[np.ndarray], results: Any) -> Iterator[tuple]:
-    """Waits for one batch: (places, results there), device by device."""
-    results = jax.tree.map(lambda x: np.asarray(x).reshape(len(places), -1, *x.shape[1:]), results)
-    for device, place in enumerate(places):
+def _fetch(outputs: list[np.ndarray], results: Any) -> Iterator[tuple]:
+    """Waits for one batch: (outputs, results there), device by device."""
+    results = jax.tree.map(lambda x: np.asarray(x).reshape(len(outputs), -1, *x.shape[1:]), results)
+    for device, place in enumerate(outputs):
         yield place, jax.tree.map(lambda x, d=device, p=place: x[d, : len(p)], results)
 
 

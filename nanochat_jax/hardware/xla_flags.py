@@ -35,7 +35,7 @@ def apply(kind: str, gpus: int, *, alone: bool = True, environ: MutableMapping[s
             # JAX takes three quarters of the memory by default; a training process has the card to itself
             environ["XLA_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
         else:
-            # memory is taken as it is needed, so that a chat or a server finds room beside a run that trains
+            # memory is taken as it is needed, so that a chat or a server finds some beside a run that trains
             environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if gpus > 1:
         # starts collectives as early and ends them as late as the data allows, so that they run beside computation

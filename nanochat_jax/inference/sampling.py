@@ -130,13 +130,13 @@ def _bisect(folded: jax.Array, k: jax.Array) -> jax.Array:
     lowest = jnp.full(k.shape, jnp.iinfo(jnp.int32).min)
     threshold = jax.lax.fori_loop(0, 32, halve, lowest)[:, None, None]
     above, tied = keys > threshold, keys == threshold
-    places = k - number(above)  # that are left for keys equal to the k-th
+    ties_kept = k - number(above)  # of the keys equal to the k-th, how many stay
 
     def first_tied():
         order = jnp.cumsum(tied.reshape(k.shape[0], -1), axis=-1).reshape(tied.shape)
-        return tied & (order <= places[:, None, None])
+        return tied & (order <= ties_kept[:, None, None])
 
-    tied = jax.lax.cond((number(tied) > places).any(), first_tied, lambda: tied)
+    tied = jax.lax.cond((number(tied) > ties_kept).any(), first_tied, lambda: tied)
     return jnp.where(above | tied, folded, -jnp.inf)
 
 

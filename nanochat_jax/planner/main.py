@@ -212,29 +212,25 @@ def _compiled_steps(settings, key: str, base: BasePlan, wanted: Sequence[int], r
     estimate = f"an estimate by formula, within about {memory.ERROR:.0%} of what compiling gives"
     if not settings.compile:
         return [None] * len(wanted), f"{estimate} (--compile=False)"
-    from nanochat_jax.planner.compile import Case
-
-    cases = [_case(Case, settings, key, base, "step", rows, rows_per_device // rows) for rows in wanted]
+    cases = [_case(settings, key, base, "step", rows, rows_per_device // rows) for rows in wanted]
     try:
         return compiled.results(cases, say), "compiled for this card"
     except (compiled.NoPlugin, compiled.CompileError) as error:
         return [None] * len(wanted), f"{estimate}: {error}"
 
 
-def _case(kind, settings, key: str, base: BasePlan, program: str, rows: int, accumulation: int = 1, T: int = 0):
+def _case(settings, key: str, base: BasePlan, program: str, rows: int, accumulation: int = 1, T: int = 0):
     shape: dict[str, Any] = dict(depth=base.depth, vocab_size=base.vocab_size, T=T or base.max_seq_len, rows=rows)
     run: dict[str, Any] = dict(
         accumulation=accumulation, remat=settings.remat, fsdp=settings.fsdp, tensor=settings.tensor
     )
-    return kind(program=program, gpu=key, gpus=settings.gpus, recipe=settings.recipe, **shape, **run)
+    return compiled.Case(program=program, gpu=key, gpus=settings.gpus, recipe=settings.recipe, **shape, **run)
 
 
 def _others(settings, key: str, base: BasePlan, rows: int, step, limit: int, say) -> list[dict[str, Any]]:
     """Evaluation and sampling, with the training state beside them."""
-    from nanochat_jax.planner.compile import Case
-
-    evaluation = _case(Case, settings, key, base, "evaluation", rows)
-    sampling = _case(Case, settings, key, base, "sampling", SLOTS, T=SLOT_TOKENS)
+    evaluation = _case(settings, key, base, "evaluation", rows)
+    sampling = _case(settings, key, base, "sampling", SLOTS, T=SLOT_TOKENS)
     try:
         found = compiled.results([evaluation, sampling], say)
     except (compiled.NoPlugin, compiled.CompileError) as error:

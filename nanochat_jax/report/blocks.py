@@ -75,7 +75,7 @@ class LinePlot:
 
 @dataclass(frozen=True)
 class Plots:
-    """Plots side by side where there is room."""
+    """Plots side by side where the page is wide enough."""
 
     plots: Sequence[LinePlot]
 

@@ -3,6 +3,7 @@
 import datetime
 
 from nanochat_jax.evals import results
+from nanochat_jax.evals.results import STAGES
 from nanochat_jax.report import reproduce
 from nanochat_jax.report.blocks import (
     ABSENT,
@@ -20,7 +21,7 @@ from nanochat_jax.report.blocks import (
     interval,
     number,
 )
-from nanochat_jax.report.collect import STAGES, Run, rows_manifest
+from nanochat_jax.report.collect import Run, rows_manifest
 from nanochat_jax.report.cost import NOT_COUNTED, RunsCost, cost, elapsed
 from nanochat_jax.report.stage import stage_section, tokens_seen
 from nanochat_jax.report.summary import Row, Value, stage_label, summary
@@ -102,7 +103,8 @@ def remarks(runs: list[Run], left_out: list[str]) -> list[str]:
 
 def _tiles(runs: list[Run], rows: list[Row], money: RunsCost) -> list[tuple[str, str, str]]:
     """The headline: at most ten numbers."""
-    tiles = [("parameters", number(reproduce.parameters(runs[-1])), f"depth {runs[-1].meta['config'].get('n_layer')}")]
+    newest = runs[-1].meta
+    tiles = [("parameters", number(reproduce.parameters(newest)), f"depth {newest['config'].get('n_layer')}")]
     tiles.append(("tokens seen", number(sum(tokens_seen(run) for run in runs)), count_of(len(runs), "stage")))
     by_name = {row.metric: row for row in rows}
     wanted = ["CORE", "bits per byte", "ChatCORE", "GSM8K"]

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.evals import results
-from nanochat_jax.evals.results import Result
+from nanochat_jax.evals.results import STAGES, Result
 from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.utils import paths
 from nanochat_jax.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-STAGES = ("base", "mid", "sft", "rl")
 
 
 class ReportError(UserError, RuntimeError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from nanochat_jax.evals import results
 from nanochat_jax.hardware import devices
-from nanochat_jax.model import gpt
+from nanochat_jax.report.reproduce import parameters
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import FILE_NAME
 from nanochat_jax.utils import errors, flags, paths
@@ -73,7 +73,7 @@ def _model(folder: Path) -> ListedRun:
         step=meta["step"],
         planned=identity.get("num_iterations"),
         steps=done,
-        parameters=_parameters(meta),
+        parameters=parameters(meta),
         bytes=size,
         tokenizer=meta.get("tokenizer_hash", ""),
         data=identity.get("rows") or identity.get("task") or "",
@@ -83,13 +83,6 @@ def _model(folder: Path) -> ListedRun:
         scores=_scores(folder, meta["step"]),
         problem=_problem(folder, meta),
     )
-
-
-def _parameters(meta: dict[str, Any]) -> int | None:
-    try:
-        return gpt.num_params(checkpoint.config_from_dict(meta["config"]))
-    except (checkpoint.CheckpointError, KeyError, TypeError, ValueError):
-        return None
 
 
 def _problem(folder: Path, meta: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The commands that made the runs, with every setting spelled out, so that changed defaults do not change them."""
 
 import shlex
+from typing import Any
 
 from nanochat_jax.model import gpt
 from nanochat_jax.report.collect import Run
@@ -10,10 +11,10 @@ from nanochat_jax.runs import checkpoint
 _LEFT_OUT = {"run_name", "resume", "keep", "sinks", "source"}
 
 
-def parameters(run: Run) -> int | None:
-    """Number of parameters, None for a config that this version does not know."""
+def parameters(meta: dict[str, Any]) -> int | None:
+    """Number of parameters of a run, None for a config that this version does not know."""
     try:
-        return gpt.num_params(checkpoint.config_from_dict(run.meta["config"]))
+        return gpt.num_params(checkpoint.config_from_dict(meta["config"]))
     except (checkpoint.CheckpointError, KeyError, TypeError, ValueError):
         return None
 

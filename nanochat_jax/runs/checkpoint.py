@@ -91,7 +91,7 @@ def begin_save(run: Path, step: int, state: Any, meta: dict, keep: int = 2, keep
     """Steps 1 and 2 of a save, after which the state may be overwritten; the returned function does the rest, in any
     thread. Nothing else may be saved to the run before that has ended.
 
-    1. remove what an interrupted save left behind, check that the disk has room;
+    1. remove what an interrupted save left behind, check that the disk has space;
     2. orbax copies the arrays to the host and begins to write them under a temporary name;
     3. when they are written: checksums of all files into meta.json, everything flushed to disk;
     4. one rename makes the checkpoint visible: killed before it, the run resumes from the previous checkpoint;
@@ -128,7 +128,7 @@ def _publish(run: Path, step: int, temporary: Path, meta: dict) -> None:
     final = step_dir(run, step)
     document = {"format": FORMAT, "step": step, **meta, "files": checksums(temporary)}
     paths.write_atomic(temporary / "meta.json", json.dumps(document, indent=2))
-    _sync_tree(temporary)
+    paths.sync_tree(temporary)
     _remove(final)  # the same step saved again (for instance the last one, after a resume)
     os.rename(temporary, final)
     paths.sync_directory(final.parent)
@@ -195,16 +195,6 @@ def _check_free_space(run: Path, state: Any) -> None:
 def _last_good(run: Path) -> str:
     done = steps(run)
     return f"The last good checkpoint is {step_dir(run, done[-1])}." if done else "No earlier checkpoint exists."
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            paths.sync_directory(path)
-        else:
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
-    paths.sync_directory(folder)
 
 
 def load_meta(run: Path, step: int | None = None) -> dict:

@@ -1,6 +1,6 @@
 """The run's numbers: `metrics.jsonl` always, other sinks on request.
 
-Kinds of records: "session" (a process began or went on training: when, on what, with which versions), "train" (one a
+Kinds of records: "session" (a process began or resumed training: when, on what, with which versions), "train" (one a
 step), "skip" (instead, for a step that was not trained on), "eval", "sample", "transcripts" (of rollouts), "incident"
 (memory ran out, or a step hung). All have the step; a resumed run drops what it will write again.
 

@@ -40,7 +40,7 @@ def with_batch_size(job: TrainJob, attempt: Callable[[TrainJob], Outcome]) -> Ou
             if multihost.several():  # the others know nothing of it
                 raise OutOfMemory(f"{error}. Start again with a smaller --device_batch_size") from None
             rows = fit_batch.halved(rows)
-            print(f"{error}. Going on with --device_batch_size={rows}", flush=True)
+            print(f"{error}. Resuming with --device_batch_size={rows}", flush=True)
         resume = {"resume": True}
 
 

@@ -1,6 +1,5 @@
 """Training the tokenizer: its flags, the text it sees, what it reports."""
 
-import contextlib
 import json
 import logging
 import sys
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
 from nanochat_jax.data.documents import text_iterator
 from nanochat_jax.data.sources import text_source
@@ -21,8 +18,8 @@ from nanochat_jax.text.tokenizer import FILE_NAME, SPECIAL_TOKENS, SPLIT_PATTERN
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
 from nanochat_jax.utils.paths import sha256_hex, tokenizer_dir, write_atomic
+from nanochat_jax.utils.progress import Live
 
-LINE_EVERY_S = 10.0
 # Text the finished tokenizer must give back exactly: scripts, numbers, spaces, joined emoji, and special strings.
 ROUND_TRIP = (
     "Hello world! It's 12,345.67 — don't\tworry.\r\n\n  def f(x):\n      return x**2\n"
@@ -164,23 +161,12 @@ def _counted(texts: Iterable[str], counts: dict[str, int]) -> Iterator[str]:
         yield text
 
 
-class _TrainProgress:
+class _TrainProgress(Live):
     """Shows the trainer's two stages: reading text (of unknown length) and merging."""
 
     def __init__(self, counts: dict[str, int]):
-        self._counts, self._live = counts, sys.stdout.isatty()
-        self._columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        self._bar = Bar(*self._columns, disable=not self._live)
-        self._tasks: dict[str, TaskID] = {}
-        self._last_line = time.monotonic()
-
-    def __enter__(self) -> "_TrainProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(Exception):
-            self._bar.stop()
+        super().__init__("tokenizer", "")
+        self._counts = counts
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage == "count":
@@ -188,10 +174,4 @@ class _TrainProgress:
             text = f"reading: {self._counts['documents']:,} documents, {characters:,.1f} M characters"
         else:
             text = f"merging: {done:,} of {total:,}"
-        if self._live:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(text, total=total or None)
-            self._bar.update(self._tasks[stage], description=text, completed=done)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            print(text, flush=True)
+        self.show(done, text, "tokenizer", total or None)

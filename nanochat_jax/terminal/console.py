@@ -163,7 +163,7 @@ def _remarks(outcome: Reply, chat: Chat) -> Iterator[str]:
     if outcome.reason == "cancelled":
         yield "stopped"
     if outcome.dropped:
-        yield f"to make room, {outcome.dropped} old exchange{'s' if outcome.dropped > 1 else ''} left out"
+        yield f"{outcome.dropped} old exchange{'s' if outcome.dropped > 1 else ''} left out: the context is full"
 
 
 def converse(chat: Chat, screen: Screen, read: Callable[[], Message]) -> bool:

@@ -58,7 +58,7 @@ class Turn:
 @dataclass(frozen=True)
 class Reply:
     """How an answer went. reason: "end" (the model finished), "length" (max_tokens), "cancelled"; n_tokens of answer;
-    seconds from the question to the end; dropped: old exchanges that had to make room; context: tokens in use."""
+    seconds from the question to the end; dropped: old exchanges that no longer fitted; context: tokens in use."""
 
     reason: str
     n_tokens: int
@@ -144,7 +144,7 @@ class Chat:
         bos, *opening = chat_prompt([{"role": "user", "content": question}], self.tokenizer)
         if 1 + len(opening) > capacity:
             raise ContextOverflow(1 + len(opening), capacity)
-        # the oldest exchanges make room for the newest message and a fair length of answer
+        # the oldest exchanges go where the newest message and a fair length of completion would not fit
         wanted = min(self.settings.max_tokens, capacity // 2)
         before = len(self.turns)
         while self.turns and 1 + sum(len(t.tokens) for t in self.turns) + len(opening) + wanted > capacity:

@@ -37,7 +37,7 @@ SPECIAL_TOKENS = [
     rendering.OUTPUT_END,
 ]
 
-# GPT-4's split, with runs of digits cut in twos, not threes: a small vocabulary has no room for a thousand numbers.
+# GPT-4's split, with runs of digits cut in twos, not threes: a small vocabulary cannot hold a thousand numbers.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -113,23 +113,23 @@ class Tokenizer:
         """Learn merges from texts. ``vocab_size`` includes the special tokens; ``progress(stage, done, total)``.
 
         Text with too few distinct pairs gives a smaller vocabulary: ``tokenizer.training["warning"]`` and the log name
-        both sizes. Raises AssertionError when ``vocab_size`` has no room for the bytes and the special tokens.
+        both sizes. Raises AssertionError when ``vocab_size`` is less than the bytes and the special tokens.
         """
         import rustbpe
 
-        room = vocab_size - len(SPECIAL_TOKENS)
-        if room < 256:
+        n_ranks = vocab_size - len(SPECIAL_TOKENS)
+        if n_ranks < 256:
             raise AssertionError(
                 f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
                 f"{256 + len(SPECIAL_TOKENS)}"
             )
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(iterator), room, pattern=SPLIT_PATTERN, progress=progress)
+        trainer.train_from_iterator(iter(iterator), n_ranks, pattern=SPLIT_PATTERN, progress=progress)
         pairs = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         ranks = [bytes(token) for token, _ in pairs]
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         training: dict[str, Any] = {"requested_vocab_size": vocab_size, "vocab_size": len(ranks) + len(special)}
-        if len(ranks) < room:
+        if len(ranks) < n_ranks:
             training["warning"] = (
                 f"the text supports a vocabulary of {training['vocab_size']} tokens only, not the {vocab_size} asked "
                 "for; give more text (or lower --vocab_size)"
@@ -220,22 +220,10 @@ class Tokenizer:
         """Largest id plus one, special tokens included."""
         return self._encoding.n_vocab
 
-    def get_vocab_size(self) -> int:
-        """As ``vocab_size`` (the reference's name)."""
-        return self.vocab_size
-
     @property
     def bos_id(self) -> int:
         """Id of the token that starts every document."""
         return self.special_tokens[self._bos_name]
-
-    def get_bos_token_id(self) -> int:
-        """As ``bos_id`` (the reference's name)."""
-        return self.bos_id
-
-    def get_special_tokens(self) -> set[str]:
-        """The special tokens' strings."""
-        return set(self.special_tokens)
 
     def token_bytes(self, v1_compat: bool = False) -> np.ndarray:
         """int32 (vocab_size,): how many bytes of text each token stands for, 0 for special tokens.
@@ -284,8 +272,6 @@ class Tokenizer:
             return before + self._encoding.encode_ordinary(text) + after
         return [before + ids + after for ids in self._encoding.encode_ordinary_batch(text, num_threads=num_threads)]
 
-    __call__ = encode
-
     def encode_text(self, text: str) -> list[int]:
         """Ids of one text, nothing around it."""
         return self._encoding.encode_ordinary(text)
@@ -321,10 +307,6 @@ class Tokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of ids, special tokens as their names."""
         return self._encoding.decode_bytes(ids)
-
-    def id_to_token(self, token: int) -> str:
-        """Text of a single id."""
-        return self.decode([token])
 
     # --- conversations (see conversation.py) --------------------------------------------------------------------------
 

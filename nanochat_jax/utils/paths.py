@@ -74,7 +74,7 @@ def atomic_writer(path: str | Path, size: int | None = None) -> Iterator[IO[byte
     The bytes are flushed to the disk before the rename, and the rename itself is made durable by flushing the
     directory, so that after a power cut there is either the old file or the whole new one. On any error the
     temporary file is removed and the old file is untouched. Where the disk is full that is an OSError which names the
-    file, the room needed (``size`` in bytes, where the caller knows it), the room there is, and the remedy.
+    file, the space needed (``size`` in bytes, where the caller knows it), the space there is, and the remedy.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +127,17 @@ def sync_directory(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make everything in a folder durable."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_directory(folder)
 
 
 def lock_file(path: str | Path, wait: bool = True) -> IO[bytes]:

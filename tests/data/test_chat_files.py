@@ -247,7 +247,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
 # --- shown ----------------------------------------------------------------------------------------------------
 
 
-def test_samples_show_what_is_learnt(tmp_path):
+def test_samples_show_what_is_trained_on(tmp_path):
     path = tmp_path / "my.jsonl"
     calls = [PLAIN[0], {"role": "assistant", "content": [*PARTS, {"type": "text", "text": "It is\n2."}]}]
     long = {"prompt": "why?", "completion": "because " * 200}

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_jax.demo_world import demo_documents, document, facts, lookup, make_world, python_prose, side, sum_side
-from nanochat_jax.demo_world.__main__ import main
 from nanochat_jax.demo_world.documents import PROSE_PASSES, make_document
 from nanochat_jax.demo_world.draw import Draw
 from nanochat_jax.demo_world.lexicon import number_word
@@ -129,12 +128,3 @@ def test_the_demo_mix(split):
     assert 0.05 < sum(map(len, used)) / total < 0.14
     assert [d for d in docs if d not in prose] == [document(i, split) for i in range(len(docs) - len(used))]
     assert set(docs).isdisjoint(islice(demo_documents("val" if split == "train" else "train", n), 2000))
-
-
-def test_the_command_prints_samples(capsys):
-    assert main(["--split", "val", "--count", "3", "--start", "5"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("--- val") == 3 and document(5, "val") in out
-    assert main(["--kind", "story", "--count", "2"]) == 0
-    assert capsys.readouterr().out.count(": story") == 2
-    assert main(["--facts"]) == 0 and "Mia | home |" in capsys.readouterr().out

@@ -86,7 +86,7 @@ def test_too_few_items_for_the_shots():
 @pytest.mark.parametrize("case", CORE["tasks"], ids=list(TASKS))
 def test_every_decision_is_the_references(case, scorer):
     order = item_order(len(case["items"]), case["max_per_task"])
-    result = evaluate_task(scorer, golden_tokenizer(), task_of(case), case["items"], order, strict=True)
+    result = evaluate_task(scorer, golden_tokenizer(), task_of(case), case["items"], order)
     assert [bool(item["correct"]) for item in result["items"]] == [e["is_correct"] for e in case["examples"]]
     assert [item["id"] for item in result["items"]] == case["shuffled_file_indices_used"]
     assert result["accuracy"] == pytest.approx(case["accuracy"], abs=1e-6)
@@ -100,7 +100,7 @@ def test_every_decision_is_the_references(case, scorer):
 def test_every_decision_in_file_order(case, scorer):
     of = TASKS[case["label"]]
     n = len(case["is_correct"])
-    result = evaluate_task(scorer, golden_tokenizer(), task_of(of), of["items"][:n], range(n), strict=True)
+    result = evaluate_task(scorer, golden_tokenizer(), task_of(of), of["items"][:n], range(n))
     assert [bool(item["correct"]) for item in result["items"]] == case["is_correct"]
     assert result["accuracy"] == pytest.approx(case["accuracy"], abs=1e-6)
 
@@ -134,7 +134,7 @@ def test_prompts_that_are_too_long_lose_their_beginning(scorer):
     of = TASKS[case["task"]]
     short = Scorer(scorer.config, scorer.params, max_tokens_per_batch=512, max_length=case["max_seq_len"])
     n = len(case["examples"])
-    result = evaluate_task(short, golden_tokenizer(), task_of(of), of["items"], range(n), strict=True)
+    result = evaluate_task(short, golden_tokenizer(), task_of(of), of["items"], range(n))
     assert [bool(item["correct"]) for item in result["items"]] == [e["is_correct"] for e in case["examples"]]
     assert result["accuracy"] == pytest.approx(case["accuracy"], abs=1e-6)
     whole = {e["prompts"][0]: e for e in of["examples"]}
@@ -159,8 +159,6 @@ def test_a_continuation_that_changes_the_prompts_tokens(scorer):
     good = {"context": "Every journey begins with a", "continuation": " map"}
     result = evaluate_task(scorer, golden_tokenizer(), task, [item, good], [0, 1])
     assert result["unscored"] == 1 and result["n"] == 2 and result["items"][0] == {"id": 0, "correct": 0}
-    with pytest.raises(NotAPrefixError, match="odd, item 0"):
-        evaluate_task(scorer, golden_tokenizer(), task, [item, good], [0, 1], strict=True)
 
 
 @pytest.mark.parametrize(

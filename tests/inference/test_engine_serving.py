@@ -48,7 +48,7 @@ def prompt_of(seed, n):
 # --- shared prefixes ------------------------------------------------------------------------------
 
 
-def test_a_conversation_goes_on_where_its_slot_stopped(tiny):
+def test_a_conversation_resumes_where_its_slot_stopped(tiny):
     engine, fresh = make(tiny), make(tiny)
     turns, seen = prompt_of(1, 35), []
     for turn in range(3):

@@ -64,7 +64,7 @@ def test_models(tiny):
     assert tiny.openai().models.retrieve("tiny") == model
 
 
-def test_answer_and_usage(tiny):
+def test_completion_and_usage(tiny):
     answer = ask(tiny, seed=1)
     prompt = chat_prompt(HI, golden_tokenizer())
     (expected,) = toy_engine().generate([prompt], SamplingParams(24, top_k=50, seed=1))
@@ -75,7 +75,7 @@ def test_answer_and_usage(tiny):
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (len(prompt), 24, len(prompt) + 24)
 
 
-def test_stream_equals_answer(tiny):
+def test_stream_equals_completion(tiny):
     chunks = list(ask(tiny, seed=2, stream=True))
     assert text_of(chunks) == ask(tiny, seed=2).choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant" and len({c.id for c in chunks}) == 1
@@ -113,7 +113,7 @@ def test_top_p_and_top_k(tiny):
     assert ask(tiny, seed=3, extra_body={"top_k": 0}).choices[0].message.content != greedy
 
 
-def test_how_long_an_answer_is(tiny):
+def test_how_long_a_completion_is(tiny):
     answer = ask(tiny, max_completion_tokens=3, max_tokens=None)
     assert answer.usage.completion_tokens == 3 and answer.choices[0].finish_reason == "length"
     answer = ask(tiny, max_tokens=100_000, temperature=0)
@@ -173,7 +173,7 @@ def test_tool_calls_in_the_text(scripted):
     assert text_of(ask(scripted, max_tokens=100, stream=True)) == "<12+> well", "the calculator refused"
 
 
-def test_an_answer_is_sent_back(scripted):
+def test_a_completion_is_sent_back(scripted):
     parts = [
         {"type": "python", "text": "12+30"},
         {"type": "python_output", "text": "42"},

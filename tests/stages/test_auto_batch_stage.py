@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_said_before_training(train, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("donated", [False, True])
-def test_a_memory_that_runs_out_halves_the_batch_and_goes_on(train, auto, monkeypatch, capsys, donated):
+def test_a_memory_that_runs_out_halves_the_batch_and_resumes(train, auto, monkeypatch, capsys, donated):
     """From the same step where the state is still there, from the last checkpoint where the failed step took it."""
     fails, real = [True], loop._compile
 
@@ -113,7 +113,7 @@ def test_a_memory_that_runs_out_halves_the_batch_and_goes_on(train, auto, monkey
     name = f"out-{donated}"
     assert train(name, device_batch_size=2) == 0 and not fails
     out = capsys.readouterr().out
-    assert "ran out of memory at step 3" in out and "Going on with --device_batch_size=1" in out
+    assert "ran out of memory at step 3" in out and "Resuming with --device_batch_size=1" in out
     assert f"from step {2 if donated else 3}" in out
     assert losses(name) == pytest.approx(auto.losses, abs=2e-6)  # accumulation: the same step
     noted = [r for r in metrics.read(checkpoint.run_dir(name) / "metrics.jsonl") if r["kind"] == "incident"]
@@ -130,7 +130,7 @@ def test_memory_that_never_suffices_ends_with_the_remedy(train, monkeypatch, cap
     monkeypatch.setattr(loop, "_compile", compile_)
     assert train("never", device_batch_size=2) == 1
     captured = capsys.readouterr()
-    assert "Going on with --device_batch_size=1" in captured.out
+    assert "Resuming with --device_batch_size=1" in captured.out
     assert "--remat=block" in captured.err and "--max_seq_len" in captured.err
 
 

@@ -45,7 +45,7 @@ def train(base, **changes) -> int:
     return toy_runs.start("base", **{**toy_runs.FLAGS, **flags, **changes})
 
 
-def test_one_run_then_every_rule_of_going_on(base, capsys):
+def test_one_run_then_every_rule_of_resuming(base, capsys):
     assert train(base) == 0
     out = capsys.readouterr().out
     assert "parameters" in out and out.index("FLOPs per token") < out.index("train step compiled"), "plan comes first"

@@ -188,7 +188,7 @@ def test_an_unfinished_parent_is_refused_unless_asked_for(home, capsys):
     assert checkpoint.load_meta(checkpoint.run_dir("of-half"))["parent"]["step"] == 2
 
 
-def test_own_conversations_are_learnt(home, tmp_path, capsys):
+def test_own_conversations_are_trained_on(home, tmp_path, capsys):
     lines = [{"prompt": f"What is the code of number {i}?", "completion": f"It is {i * 7}."} for i in range(60)]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join([*map(json.dumps, lines), "{broken", json.dumps({"messages": [{"role": "owl"}]})]) + "\n")

@@ -121,7 +121,7 @@ def completion(tokens, masks, ended=True, logprobs=()):
     return Completion([7, 8, 9], list(tokens), list(masks), list(logprobs), "end" if ended else "length", "")
 
 
-def test_the_end_token_is_learnt_and_forced_tokens_are_not():
+def test_the_end_token_is_trained_on_and_forced_tokens_are_not():
     packed = rollouts.pack([completion([4, 5, 6, 2], [1, 0, 1, 1], logprobs=[-1, -9, -3, -4])], 8, 0)
     np.testing.assert_array_equal(packed.inputs[0], [7, 8, 9, 4, 5, 6, 2, 0])
     np.testing.assert_array_equal(packed.targets[0], [-1, -1, 4, -1, 6, 2, -1, -1])

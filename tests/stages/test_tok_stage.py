@@ -7,7 +7,6 @@ import pytest
 
 from nanochat_jax.evals import compression as tok_eval
 from nanochat_jax.evals.compression import Measure, TokEvalSettings, evaluate, relative_saving
-from nanochat_jax.stages import tokenizer as tok
 from nanochat_jax.stages.tokenizer import DEMO, TokTrainSettings, main, parse_settings, train_tokenizer
 from nanochat_jax.text.tokenizer import Tokenizer, TokenizerError
 from tests import children
@@ -108,7 +107,7 @@ def test_a_tokenizer_that_loses_text_is_not_saved(data, base, monkeypatch):
 
 
 def test_progress_lines_without_a_terminal(data, monkeypatch, capsys):
-    monkeypatch.setattr(tok, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("nanochat_jax.utils.progress.LINE_EVERY_S", 0.0)
     train_tokenizer(TokTrainSettings(data=data, vocab_size=300))
     shown = capsys.readouterr().out
     assert "reading: 27 documents" in shown and "merging: 35 of 35" in shown

@@ -9,9 +9,13 @@ import pytest
 import tasks
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.utils.paths import offline
-from tasks.gsm8k import extract_answer
-from tasks.humaneval import extract_imports, extract_program
-from tasks.spelling import TEMPLATES
+from tasks.arc import ARC
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K, extract_answer
+from tasks.humaneval import HumanEval, extract_imports, extract_program
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spelling import TEMPLATES, SimpleSpelling, SpellingBee
 from tasks.task import Task, TaskError, TaskIndexError, TaskMixture, TaskSequence, render_mc, shuffled_order
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
@@ -171,7 +175,7 @@ def test_layout_of_multiple_choice(case):
 
 def test_arc(tmp_path):
     case = GOLDEN["arc"]
-    task = tasks.ARC("ARC-Easy", "train", folder(tmp_path, ARC_Easy__train=case["rows"]))
+    task = ARC("ARC-Easy", "train", folder(tmp_path, ARC_Easy__train=case["rows"]))
     assert list(task) == case["conversations"]
     for n, i in enumerate(shuffled_order(len(case["rows"]))):
         assert case["rows"][i]["question"] in task[n]["messages"][0]["content"]
@@ -183,9 +187,9 @@ def test_arc(tmp_path):
 
 def test_arc_with_plain_lists(tmp_path):
     rows = [{"id": "1", "question": "q", "choices": list("wxyz"), "answer": "C"}]
-    task = tasks.ARC("ARC-Easy", "validation", folder(tmp_path, ARC_Easy__val=rows))
+    task = ARC("ARC-Easy", "validation", folder(tmp_path, ARC_Easy__val=rows))
     labelled = {"question": "q", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "C"}
-    assert task[0] == tasks.ARC("ARC-Easy", "test", folder(tmp_path, ARC_Easy__test=[labelled]))[0]
+    assert task[0] == ARC("ARC-Easy", "test", folder(tmp_path, ARC_Easy__test=[labelled]))[0]
     assert task[0]["letters"] == list("ABCD") and task.evaluate(task[0], "C")
 
 
@@ -196,10 +200,10 @@ def test_mmlu(tmp_path):
     data = folder(
         tmp_path, mmlu__test=case["rows"], mmlu__mmlu_dev=letters, mmlu__auxiliary_train=nested, mmlu__validation=nested
     )
-    assert list(tasks.MMLU("test", data)) == case["conversations"]
-    assert list(tasks.MMLU("dev", data)) == case["conversations"]  # letters for numbers, the folder's name in front
+    assert list(MMLU("test", data)) == case["conversations"]
+    assert list(MMLU("dev", data)) == case["conversations"]  # letters for numbers, the folder's name in front
     for split, subset in (("train", "auxiliary_train"), ("train", "all"), ("auxiliary_train", "all")):
-        assert list(tasks.MMLU(split, data, subset)) == case["auxiliary_train_conversations"]
+        assert list(MMLU(split, data, subset)) == case["auxiliary_train_conversations"]
     task = tasks.load("MMLU", "test", data)
     assert (task.name, task.eval_type, task.baseline) == ("MMLU", "categorical", 0.25)
     for conversation in task:
@@ -219,18 +223,18 @@ def test_mmlu(tmp_path):
 def test_rows_that_are_no_question(tmp_path, row, reason):
     data = folder(tmp_path, mmlu__test=[{"question": "q", "subject": "s", **row}])
     with pytest.raises(TaskError, match=f"test.jsonl:1: .*{reason}"):
-        tasks.MMLU("test", data)[0]
+        MMLU("test", data)[0]
 
 
 def test_errors_have_the_reference_types(tmp_path):
     data = folder(tmp_path, gsm8k__train=GOLDEN["gsm8k"]["rows"], ARC_Easy__train=GOLDEN["arc"]["rows"])
-    arc, gsm8k = tasks.ARC("ARC-Easy", "train", data), tasks.GSM8K("train", data)
+    arc, gsm8k = ARC("ARC-Easy", "train", data), GSM8K("train", data)
     calls = {
-        "ARC subset Bad": lambda: tasks.ARC("Bad", "train", data),
-        "ARC split Bad": lambda: tasks.ARC("ARC-Easy", "Bad", data),
-        "MMLU auxiliary_train/test": lambda: tasks.MMLU("test", data, "auxiliary_train"),
-        "GSM8K subset Bad": lambda: tasks.GSM8K("train", data, "Bad"),
-        "SmolTalk split val": lambda: tasks.SmolTalk("val", data),
+        "ARC subset Bad": lambda: ARC("Bad", "train", data),
+        "ARC split Bad": lambda: ARC("ARC-Easy", "Bad", data),
+        "MMLU auxiliary_train/test": lambda: MMLU("test", data, "auxiliary_train"),
+        "GSM8K subset Bad": lambda: GSM8K("train", data, "Bad"),
+        "SmolTalk split val": lambda: SmolTalk("val", data),
         "ARC evaluate with letter outside choices": lambda: arc.evaluate(arc[0], "Z"),
         "GSM8K evaluate list response": lambda: gsm8k.evaluate(gsm8k[0], ["12"]),  # pyright: ignore
         "task['0']": lambda: gsm8k["0"],  # pyright: ignore
@@ -265,7 +269,7 @@ def test_gsm8k(tmp_path):
 def test_no_answer_is_never_right(tmp_path):
     """Defect of the reference, fixed (golden README 4.7): without a number on either side it says correct."""
     rows = [{"question": "q", "answer": "I do not know."}]
-    task = tasks.GSM8K("test", folder(tmp_path, gsm8k__test=rows))
+    task = GSM8K("test", folder(tmp_path, gsm8k__test=rows))
     assert extract_answer(rows[0]["answer"]) is None
     assert task.evaluate(task[0], "nothing either") is False and task.reward(task[0], "") == 0.0
     assert task.evaluate(task[0], "#### 1") is False
@@ -283,7 +287,7 @@ def test_humaneval(tmp_path):
 
     data = folder(tmp_path, humaneval__test=EXECUTION["rows"])
     # The programs below are harmless; where the host cannot isolate them they may run all the same.
-    task = tasks.HumanEval("test", data, allow_unsafe_code=isolation_available()[0] == "none")
+    task = HumanEval("test", data, allow_unsafe_code=isolation_available()[0] == "none")
     order = shuffled_order(len(EXECUTION["rows"])).tolist()
     by_row = {row: task[position] for position, row in enumerate(order)}
     assert [by_row[row] for row in range(len(order))] == EXECUTION["conversations"]
@@ -297,7 +301,7 @@ def test_humaneval(tmp_path):
 
 def test_smoltalk(tmp_path):
     case = GOLDEN["smoltalk"]
-    task = tasks.SmolTalk("train", folder(tmp_path, smoltalk__train=case["rows"]), **case["kwargs"])
+    task = SmolTalk("train", folder(tmp_path, smoltalk__train=case["rows"]), **case["kwargs"])
     assert len(task) == case["length"] and list(task) == case["conversations"]
     order = shuffled_order(len(case["rows"])).tolist()
     assert order == case["order_after_shuffle"] and task.eval_type is None
@@ -313,7 +317,7 @@ def test_smoltalk(tmp_path):
     ],
 )
 def test_smoltalk_refuses_other_shapes(tmp_path, messages, reason):
-    task = tasks.SmolTalk("train", folder(tmp_path, smoltalk__train=[{"messages": messages}]))
+    task = SmolTalk("train", folder(tmp_path, smoltalk__train=[{"messages": messages}]))
     with pytest.raises(TaskError, match=reason):
         task[0]
 
@@ -323,8 +327,8 @@ def test_smoltalk_refuses_other_shapes(tmp_path, messages, reason):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_spelling_equals_the_reference(split):
-    bee = tasks.SpellingBee(words=WORDS, split=split, v1_compat=True)
-    simple = tasks.SimpleSpelling(words=WORDS, split=split, v1_compat=True)
+    bee = SpellingBee(words=WORDS, split=split, v1_compat=True)
+    simple = SimpleSpelling(words=WORDS, split=split, v1_compat=True)
     for task, cases in ((bee, "spelling_bee"), (simple, "simple_spelling")):
         for case in GOLDEN["spelling"][split][cases]:
             assert task[case["index"]] == case["conversation"]
@@ -334,11 +338,11 @@ def test_spelling_equals_the_reference(split):
 
 
 def test_spelling_judgements():
-    task = tasks.SpellingBee(words=WORDS)
+    task = SpellingBee(words=WORDS)
     for case in GOLDEN["spelling"]["evaluate"]:
         assert task.evaluate(task[case["index"]], case["completion"]) is bool(case["evaluate"])
         assert task.reward(task[case["index"]], case["completion"]) == case["reward"]
-    for conversation in tasks.SpellingBee(words=WORDS, split="test", size=50):
+    for conversation in SpellingBee(words=WORDS, split="test", size=50):
         parts = conversation["messages"][1]["content"]
         # Independently of how it was made: the tool call, evaluated by Python, gives the answer.
         assert str(eval(parts[2]["text"])) == parts[3]["text"]
@@ -348,20 +352,20 @@ def test_spelling_judgements():
 def test_spelling_tests_are_not_trained_on():
     """Defect of the reference, fixed (spec 2.12): its test example i is training example i + 1."""
     words = [a + b + c for a in "abcdefghij" for b in "klmnopqrst" for c in "uvwxyz"]
-    train = tasks.SpellingBee(2000, "train", words=words)
+    train = SpellingBee(2000, "train", words=words)
     seen = {json.dumps(conversation) for conversation in train}
-    old = tasks.SpellingBee(256, "test", words=words, v1_compat=True)
+    old = SpellingBee(256, "test", words=words, v1_compat=True)
     assert all(old[i] == train[i + 1] for i in range(256))
-    new = [json.dumps(conversation) for conversation in tasks.SpellingBee(256, "test", words=words)]
+    new = [json.dumps(conversation) for conversation in SpellingBee(256, "test", words=words)]
     # Six hundred words and fifty templates: a few may meet by chance, not all by construction.
     assert sum(conversation in seen for conversation in new) < 10
-    expected = tasks.SpellingBee(1, words=words)
+    expected = SpellingBee(1, words=words)
     rng = random.Random(10_000_000 + 3)
     expected._random = lambda index: rng
     assert expected[0] == json.loads(new[3])
-    assert old.fingerprint() != tasks.SpellingBee(256, "test", words=words).fingerprint()
-    compat = tasks.SpellingBee(256, "train", words=words, v1_compat=True)
-    assert compat.fingerprint() == tasks.SpellingBee(256, "train", words=words).fingerprint()
+    assert old.fingerprint() != SpellingBee(256, "test", words=words).fingerprint()
+    compat = SpellingBee(256, "train", words=words, v1_compat=True)
+    assert compat.fingerprint() == SpellingBee(256, "train", words=words).fingerprint()
 
 
 def test_word_lists(tmp_path, caplog):
@@ -370,19 +374,19 @@ def test_word_lists(tmp_path, caplog):
     (tmp_path / "words_alpha.txt").write_bytes(b"cat\r\n\ndog \no'clock\ncaf\xe9\n")
     task = tasks.load("SimpleSpelling", "train", tmp_path, size=3)
     assert sorted(task.words) == ["cat", "dog"] and "left out 2 lines" in caplog.text  # pyright: ignore
-    assert task.fingerprint() == tasks.SimpleSpelling(3, words=["cat", "dog"]).fingerprint()
-    assert task.fingerprint() != tasks.SimpleSpelling(3, words=["dog", "cat"]).fingerprint()
+    assert task.fingerprint() == SimpleSpelling(3, words=["cat", "dog"]).fingerprint()
+    assert task.fingerprint() != SimpleSpelling(3, words=["dog", "cat"]).fingerprint()
     (tmp_path / "words_alpha.txt").write_text("\n1\n")
     with pytest.raises(DataError, match="words_alpha.txt"):
         tasks.load("SimpleSpelling", "train", tmp_path)
     for words in (["it's"], [""], ["é"], []):
         with pytest.raises(ValueError):
-            tasks.SpellingBee(words=words)
+            SpellingBee(words=words)
     for size in (0, 10_000_001):
         with pytest.raises(ValueError, match="size"):
-            tasks.SpellingBee(size, words=WORDS)
+            SpellingBee(size, words=WORDS)
     with pytest.raises(ConnectionError, match="NANOCHAT_OFFLINE.*words_alpha.txt"):
-        tasks.SpellingBee()
+        SpellingBee()
 
 
 # --- the user's own conversations -------------------------------------------------------------------------------------
@@ -392,17 +396,17 @@ def test_customjson(tmp_path):
     case = GOLDEN["customjson"]
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(case["lines"]), encoding="utf-8")
-    task = tasks.CustomJSON(path)
+    task = CustomJSON(path)
     assert len(task) == case["length"] and list(task) == case["conversations"]
-    assert task.fingerprint() != tasks.CustomJSON(path, stop=1).fingerprint()
+    assert task.fingerprint() != CustomJSON(path, stop=1).fingerprint()
     # Defect of the reference, fixed: a missing file is no conversation and no error there.
     assert case["missing_file_length"] == 0
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
-        tasks.CustomJSON(tmp_path / "gone.jsonl")
+        CustomJSON(tmp_path / "gone.jsonl")
     for empty in ("", "\n  \n"):
         path.write_text(empty)
         with pytest.raises(DataError, match="own.jsonl"):
-            tasks.CustomJSON(path)
+            CustomJSON(path)
 
 
 @pytest.mark.parametrize("case", GOLDEN["customjson"]["errors"], ids=lambda c: c["line"][:40])
@@ -411,7 +415,7 @@ def test_customjson_errors_have_the_reference_types(case, tmp_path):
     path.write_text(GOLDEN["customjson"]["lines"][0] + "\n\n" + case["line"] + "\n")
     kind = {"AssertionError": AssertionError, "JSONDecodeError": json.JSONDecodeError}[case["exception"]["type"]]
     with pytest.raises(kind, match="own.jsonl:3: .+") as caught:
-        tasks.CustomJSON(path)
+        CustomJSON(path)
     assert isinstance(caught.value, ValueError)
 
 
@@ -420,13 +424,13 @@ def test_customjson_leaves_out_bad_lines_when_asked_to(tmp_path, caplog):
     bad = [case["line"].encode() for case in GOLDEN["customjson"]["errors"]]
     bad += [b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b"null"]
     path.write_bytes(b"\n".join([*bad, GOLDEN["customjson"]["lines"][0].encode(), b""]))
-    task = tasks.CustomJSON(path, strict=False)
+    task = CustomJSON(path, strict=False)
     assert len(task) == 1 and task.bad_lines == len(bad) == len(task.messages)
     for number, message in enumerate(task.messages, 1):
         assert message.startswith(f"{path}:{number}: ") and message in caplog.text
     path.write_bytes(b"\n".join(bad))
     with pytest.raises(DataError, match=f"{len(bad)} .*own.jsonl:1: "):
-        tasks.CustomJSON(path, strict=False)
+        CustomJSON(path, strict=False)
 
 
 def test_every_conversation_renders(tmp_path):

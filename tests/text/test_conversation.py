@@ -31,7 +31,7 @@ def test_errors_have_the_reference_s_types(case):
     assert type(caught.value).__name__ == case["exception"]["type"]
 
 
-def test_only_what_the_assistant_writes_is_learnt():
+def test_only_what_the_assistant_writes_is_trained_on():
     """An independent reading of the mask: decode the learnt tokens of a conversation with a tool call."""
     tokenizer = golden_tokenizer()
     parts = [{"type": "text", "text": "Let me see: "}, {"type": "python", "text": "6*7"}]

@@ -53,7 +53,7 @@ def joined(pieces):
 CALL = [PYTHON_START, *ids("12+30"), PYTHON_END, OUTPUT_START, *ids("42"), OUTPUT_END]
 
 
-def test_an_answer_with_a_tool_call():
+def test_a_completion_with_a_tool_call():
     _, pieces = run([*ids("It is "), *CALL, *ids(" 42."), END, *ids("never seen")], cuts=[100])
     assert pieces == [Text("It is "), ToolCall("12+30"), ToolResult("42"), Text(" 42.")]
     assert as_text(pieces) == "It is <12+30=42> 42."
