@@ -115,10 +115,11 @@ def test_what_is_damaged_is_set_aside_and_fetched_again(server, damage):
     good = server.files["/eval_bundle.zip"]
     bad = {"no zip": b"<html>sign in</html>", "cut": good[:-30], "flipped": good.replace(b"three", b"threw")}[damage]
     assert bad != good
-    server.plan = [{"body": bad}]
+    server.files["/eval_bundle.zip"] = bad
     with pytest.raises(BundleError, match=r"eval_bundle\.zip.*eval_bundle\.zip\.bad"):
         open_bundle()
     assert (base / "eval_bundle.zip.bad").read_bytes() == bad
+    server.files["/eval_bundle.zip"] = good
     check(open_bundle())
     assert len(server.requests) == 2
 
