@@ -1,13 +1,11 @@
 """CORE against the reference's numbers: shots, prompts, tokens, spans, losses, decisions, centring."""
 
 import json
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.evals.core import centered, evaluate_core, evaluate_task
 from nanochat_jax.evals.core_bundle import CoreTask, open_bundle
 from nanochat_jax.evals.core_prompts import (
@@ -19,9 +17,9 @@ from nanochat_jax.evals.core_prompts import (
     item_order,
 )
 from nanochat_jax.evals.scorer import Scorer
-from nanochat_jax.model import gpt
 from nanochat_jax.utils.progress import ShareProgress
-from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
+from tests.golden_models import golden_model
+from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 CORE = golden("core_v1")
 TASKS = {case["label"]: case for case in CORE["tasks"]}
@@ -35,12 +33,7 @@ def task_of(case) -> CoreTask:
 
 @pytest.fixture(scope="module")
 def scorer():
-    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
-        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
-        config = gpt.GPTConfig(**sizes)
-        names = [k for k in arrays if k.startswith("param/")]
-        params = params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
-    return Scorer(config, params, max_tokens_per_batch=512)
+    return Scorer(*golden_model(), max_tokens_per_batch=512)
 
 
 def encode(prompts: list[str]) -> list[np.ndarray]:
@@ -76,7 +69,7 @@ def test_common_length(case):
 
 
 def test_too_few_items_for_the_shots():
-    with pytest.raises(ValueError, match="10 shots need at least 11 items, there are 4"):
+    with pytest.raises(ValueError, match="10 .* 11 .* 4"):
         fewshot_indices(4, 0, 10)
 
 
@@ -187,15 +180,9 @@ def bundle(tmp_path):
     entries, rows = [], ["Eval Task,Random baseline"]
     for case in CORE["tasks"]:
         file = f"some/{case['label']}.jsonl"
-        entries.append(
-            {
-                "label": case["label"],
-                "icl_task_type": case["task_type"],
-                "dataset_uri": file,
-                "num_fewshot": [case["num_fewshot"], 99],
-                "continuation_delimiter": case["continuation_delimiter"],
-            }
-        )
+        entry = {"label": case["label"], "icl_task_type": case["task_type"], "dataset_uri": file}
+        more = {"num_fewshot": [case["num_fewshot"], 99], "continuation_delimiter": case["continuation_delimiter"]}
+        entries.append(entry | more)
         rows.append(f"{case['label']},{case['random_baseline_percent']}")
         path = tmp_path / "eval_data" / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,15 +208,16 @@ def test_the_metric_is_the_references(bundle, scorer, capsys):
 
 
 def test_too_few_items_are_refused_at_once(bundle, scorer):
-    with pytest.raises(ValueError, match="--max_per_task=3 leaves no 3 shots beside an item; use 4 or more"):
-        evaluate_core(scorer, golden_tokenizer(), bundle, max_per_task=3)
+    shots = max(case["num_fewshot"] for case in TASKS.values())
+    with pytest.raises(ValueError, match=f"--max_per_task={shots} .* {shots + 1} "):
+        evaluate_core(scorer, golden_tokenizer(), bundle, max_per_task=shots)
 
 
 def test_nothing_is_compiled_for_another_pass(bundle, scorer):
     evaluate_core(scorer, golden_tokenizer(), bundle)
     compiled = scorer.compiled_programs()
     scorer.params = jax.tree.map(lambda x: x + 0, scorer.params)
-    evaluate_core(scorer, golden_tokenizer(), bundle, max_per_task=5)
+    evaluate_core(scorer, golden_tokenizer(), bundle, max_per_task=max(c["num_fewshot"] for c in TASKS.values()) + 1)
     assert scorer.compiled_programs() == compiled
 
 

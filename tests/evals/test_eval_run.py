@@ -1,42 +1,32 @@
 """scripts.eval: which model, which tasks, what is kept, what is made again, and going on after an interruption."""
 
 import json
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.evals import core, evaluator, results, run
+from nanochat_jax.evals.core_bundle import open_bundle
 from nanochat_jax.evals.settings import EvalSettings
 from nanochat_jax.model import gpt
 from nanochat_jax.runs import checkpoint
-from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
+from tests.golden_models import golden_model
+from tests.tokenizer_fixtures import golden_tokenizer
 
 QUICK = ["--device=cpu", "--max_problems=3", "--max_new_tokens=5"]
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """(config, params) of the golden files' model, whose vocabulary is the golden tokenizer's."""
-    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
-        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
-        names = [k for k in arrays if k.startswith("param/")]
-        config = gpt.GPTConfig(**sizes)
-        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
-
-
 @pytest.fixture
-def make_run(tiny, tmp_path, monkeypatch):
+def make_run(tmp_path, monkeypatch):
     """Saves the golden model as a run of the demo."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
 
     def make(name: str, stage: str, step: int = 10, demo: bool = True):
-        config, params = tiny
+        config, params = golden_model()
         folder = checkpoint.run_dir(name)
         folder.mkdir(parents=True, exist_ok=True)
         golden_tokenizer().save(folder)
@@ -54,7 +44,7 @@ def refuse(*args, **kwargs):
 def test_names_and_defaults():
     assert run.task_names("arc-easy | GSM8K|core,BPB||GSM8K") == ["ARC-Easy", "GSM8K", "CORE", "bpb"]
     assert run.task_names("") == []
-    with pytest.raises(ValueError, match="'GSM8' cannot be evaluated; did you mean GSM8K"):
+    with pytest.raises(ValueError, match="'GSM8' .* GSM8K"):
         run.task_names("ARC-Easy|GSM8")
     assert run.default_tasks("base", False) == ("CORE", "bpb", "samples")
     assert run.default_tasks("sft", False) == tuple(results.CHAT_BASELINES)
@@ -89,10 +79,10 @@ def test_chat_tasks_are_kept_and_made_again_only_when_asked(make_run, monkeypatc
     assert results.load(folder) == kept
 
 
-def slow_bits(tiny, stage, name, eval_tokens):
+def slow_bits(stage, name, eval_tokens):
     """Bits per byte of the same rows, from whole logits and the text of every counted target."""
     settings = EvalSettings(eval_tokens=eval_tokens)
-    config, params = tiny
+    config, params = golden_model()
     rows = evaluator.Evaluator(config, params, golden_tokenizer(), stage, settings, {"demo": True}).rows(name)
     nats, n_bytes = 0.0, 0
     for inputs, targets, weights in val_batches(rows, 8):
@@ -107,19 +97,19 @@ def slow_bits(tiny, stage, name, eval_tokens):
 
 
 @pytest.mark.slow
-def test_base_model_bits_and_samples(tiny, make_run, capsys):
+def test_base_model_bits_and_samples(make_run, capsys):
     folder = make_run("d2-base", "base")
     assert run.main(["--source=base", "--eval_tokens=4096", "--device=cpu"]) == 0
     kept = results.load(folder)
     assert set(kept) == {"bpb", "samples"}
-    assert kept["bpb"]["bpb"] == pytest.approx(slow_bits(tiny, "base", "bpb", 4096), rel=1e-4)
+    assert kept["bpb"]["bpb"] == pytest.approx(slow_bits("base", "bpb", 4096), rel=1e-4)
     assert kept["bpb"]["tokens"] == 4096
     assert [item["prompt"] for item in kept["samples"]["items"]][0] == "The capital of France is"
     assert "| bpb" in capsys.readouterr().out
     make_run("d2-sft", "sft")
     assert run.main(["--source=sft", "--tasks=chat-bpb|samples", "--eval_tokens=1024", "--device=cpu"]) == 0
     kept = results.load(checkpoint.run_dir("d2-sft"))
-    assert kept["chat-bpb"]["bpb"] == pytest.approx(slow_bits(tiny, "sft", "chat-bpb", 1024), rel=1e-4)
+    assert kept["chat-bpb"]["bpb"] == pytest.approx(slow_bits("sft", "chat-bpb", 1024), rel=1e-4)
     assert kept["samples"]["items"][1]["prompt"] == "Who are you?"
 
 
@@ -161,23 +151,17 @@ def test_core_resumes_after_an_interruption(make_run, tmp_path, monkeypatch, cap
     assert whole["centered"] == pytest.approx(np.mean([part["centered"] for part in parts]))
     assert whole["interval"][0] <= whole["centered"] <= whole["interval"][1]
     config, params, tokenizer, _ = checkpoint.load_model("d2-base")
-    at_once = core.evaluate_core(core.Scorer(config, params), tokenizer, core_bundle_of(tmp_path / "bundle"))
+    at_once = core.evaluate_core(core.Scorer(config, params), tokenizer, open_bundle(tmp_path / "bundle"))
     assert whole["centered"] == pytest.approx(at_once["centered"]) and whole["interval"] == at_once["interval"]
     assert {k: v["items"] for k, v in at_once["tasks"].items()} == {k: v["items"] for k, v in whole["tasks"].items()}
     capsys.readouterr()
     assert run.main([*flags, "--max_per_task=2"]) == 1
-    assert "--max_per_task=2 leaves no 2 shots beside an item; use 3" in capsys.readouterr().err
+    assert "--max_per_task=2 " in capsys.readouterr().err
     assert results.load(folder)["CORE"] == whole
 
 
-def core_bundle_of(folder):
-    from nanochat_jax.evals.core_bundle import open_bundle
-
-    return open_bundle(folder)
-
-
-def test_parameters_can_be_swapped_in_the_middle_of_training(tiny):
-    config, params = tiny
+def test_parameters_can_be_swapped_in_the_middle_of_training():
+    config, params = golden_model()
     names = ["world/choice", "world/facts"]
     settings = EvalSettings(max_problems=6, max_new_tokens=4)
     mine = evaluator.Evaluator(config, params, golden_tokenizer(), "sft", settings, {"demo": True})
@@ -195,13 +179,13 @@ def test_errors_name_the_remedy(make_run, tmp_path, capsys):
     assert "no trained model" in capsys.readouterr().err
     make_run("d2-base", "base", demo=False)
     for flags, message in [
-        (["--tasks=nothing"], "--tasks: 'nothing' cannot be evaluated"),
-        (["--source=sft", "--run_name=d2-base"], "is a base run, not --source=sft"),
-        (["--step=7"], "no checkpoint of step 7"),
+        (["--tasks=nothing"], "--tasks: 'nothing'"),
+        (["--source=sft", "--run_name=d2-base"], "--source=sft"),
+        (["--step=7"], "step 7"),
         (["--tasks=CORE", f"--eval_bundle={tmp_path / 'none'}"], "none"),
         (["--tasks=GSM8K", f"--task_data={tmp_path}"], "gsm8k/test"),
         (["--tasks=bpb"], "--data=PATH"),
-        (["--tasks=world/choice", "--max_problems=0"], "max_problems must be at least 1"),
+        (["--tasks=world/choice", "--max_problems=0"], "max_problems"),
     ]:
         assert run.main(["--device=cpu", *flags]) == 1, flags
         assert message in capsys.readouterr().err

@@ -11,8 +11,7 @@ import pytest
 
 from nanochat_jax.planner import fit_batch
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.stages import base as base_stage
-from nanochat_jax.training import loop as loop
+from nanochat_jax.training import loop
 from tests import toy_runs
 
 OUT = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1099511627776 bytes."
@@ -27,11 +26,6 @@ def text(tmp_path_factory):
     return folder
 
 
-def use(folder, patch) -> None:
-    toy_runs.use(folder, patch)
-    patch.setattr(base_stage, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
-
-
 def start(folder, name: str, **changes) -> int:
     """Trains on the text in `folder`, as a user starts it; the exit code."""
     flags = dict(depth=1, max_seq_len=32, total_batch_size=512, num_iterations=5, eval_every=0, eval_tokens=256)
@@ -41,7 +35,7 @@ def start(folder, name: str, **changes) -> int:
 
 @pytest.fixture
 def train(text, monkeypatch):
-    use(text, monkeypatch)
+    toy_runs.use(text, monkeypatch, samples=False)
     return functools.partial(start, text)
 
 
@@ -63,7 +57,7 @@ def auto(text) -> Auto:
     """An uninterrupted run that chose its batch itself."""
     compiled, real = [], fit_batch.measured
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        use(text, patch)
+        toy_runs.use(text, patch, samples=False)
         patch.setattr(fit_batch, "least_free_memory", lambda: 2**33)
         patch.setattr(fit_batch, "measured", lambda lower: compiled.append(n := real(lower)) or n)
         assert start(text, "auto", device_batch_size="auto") == 0
@@ -113,34 +107,31 @@ def test_a_memory_that_runs_out_halves_the_batch_and_resumes(train, auto, monkey
     name = f"out-{donated}"
     assert train(name, device_batch_size=2) == 0 and not fails
     out = capsys.readouterr().out
-    assert "ran out of memory at step 3" in out and "Resuming with --device_batch_size=1" in out
+    assert "ran out of memory at step 3" in out and "--device_batch_size=1" in out
     assert f"from step {2 if donated else 3}" in out
     assert losses(name) == pytest.approx(auto.losses, abs=2e-6)  # accumulation: the same step
     noted = [r for r in metrics.read(checkpoint.run_dir(name) / "metrics.jsonl") if r["kind"] == "incident"]
     assert noted == [{"kind": "incident", "step": 3, "what": "out of memory", "rows": 2}]
 
 
+def always(message: str):
+    """A compiler whose steps all end so."""
+
+    def run(*batch):
+        raise jax.errors.JaxRuntimeError(message)
+
+    return lambda *args: run
+
+
 def test_memory_that_never_suffices_ends_with_the_remedy(train, monkeypatch, capsys):
-    def compile_(*args):
-        def run(*batch):
-            raise jax.errors.JaxRuntimeError(OUT)
-
-        return run
-
-    monkeypatch.setattr(loop, "_compile", compile_)
+    monkeypatch.setattr(loop, "_compile", always(OUT))
     assert train("never", device_batch_size=2) == 1
     captured = capsys.readouterr()
-    assert "Resuming with --device_batch_size=1" in captured.out
+    assert "--device_batch_size=1" in captured.out
     assert "--remat=block" in captured.err and "--max_seq_len" in captured.err
 
 
 def test_other_errors_are_not_mistaken_for_it(train, monkeypatch):
-    def compile_(*args):
-        def run(*batch):
-            raise jax.errors.JaxRuntimeError("INTERNAL: a wire is loose")
-
-        return run
-
-    monkeypatch.setattr(loop, "_compile", compile_)
+    monkeypatch.setattr(loop, "_compile", always("INTERNAL: a wire is loose"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="loose"):
         train("loose", device_batch_size=2)

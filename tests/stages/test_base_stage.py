@@ -1,7 +1,6 @@
 """Pretraining as a user starts it: flags, errors with remedies, resume rules. Small model, eight simulated devices."""
 
 import os
-import random
 import signal
 import threading
 import time
@@ -25,18 +24,12 @@ from tests import toy_runs
 from tests.toy_params import toy_params
 from tests.web_server import WebServer
 
-WORDS = "the a cat dog sun moon walks sings sees under over river tree red blue and then she he".split()
-
-
-def corpus(seed=1):
-    rng = random.Random(seed)
-    return [" ".join(rng.choice(WORDS) for _ in range(rng.randint(20, 90))) + "." for _ in range(400)]
-
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
+    """A folder with text to train on, beside a base directory."""
     toy_runs.use(tmp_path / "base", monkeypatch)
-    (tmp_path / "text.txt").write_text("\n\n".join(corpus()))
+    (tmp_path / "text.txt").write_text("\n\n".join(demo_documents("train", 300_000)))
     return tmp_path
 
 

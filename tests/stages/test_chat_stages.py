@@ -12,7 +12,6 @@ import pytest
 
 from nanochat_jax.evals import results, stats
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.runs.saving import Saver
 from nanochat_jax.stages import mixtures, sft
 from nanochat_jax.stages.pipeline import find_parent
 from nanochat_jax.stages.settings import ChatStageSettings
@@ -96,9 +95,8 @@ def test_the_chain_and_its_rules(chain, capsys):
     lr = [r["lr_multiplier"] for r in records("toy-sft", "train")]
     assert lr == pytest.approx([1, 0.75, 0.5, 0.25])
 
-    assert checkpoint.load_meta(checkpoint.run_dir("toy-rl"))["settings"]["model_name"] == "Ada", (
-        "evaluated by its name"
-    )
+    name = checkpoint.load_meta(checkpoint.run_dir("toy-rl"))["settings"]["model_name"]
+    assert name == "Ada", "evaluated by its name"
     train = records("toy-rl", "train")
     assert {"reward", "completion_length", "entropy", "logprob_difference", "unfinished"} <= set(train[0])
     # sampler and trainer are one model: in fp32 their log-probabilities differ by rounding only
@@ -129,45 +127,12 @@ def test_accuracies_during_finetuning_have_their_intervals(demo, names, monkeypa
     assert measure(None) == expected and low < 14 / 40 < high
 
 
-def numbers(run):
-    timing = ("seconds", "tok_per_sec", "data_wait", "mfu")
-    kept = [r for r in metrics.read(checkpoint.run_dir(run) / "metrics.jsonl") if r["kind"] != "session"]
-    return [{k: v for k, v in r.items() if k not in timing} for r in kept]
-
-
-class PowerCut(BaseException):
-    """What no command catches."""
-
-
-def cut_off_after_first_save(name, **changes):
-    """Starts a stage and ends it, without any clean-up, when its first checkpoint is there."""
-    save = Saver.save
-
-    def then_power_cut(saver, *args):
-        save(saver, *args)
-        saver.close()
-        raise PowerCut
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saver, "save", then_power_cut)
-        with pytest.raises(PowerCut):
-            stage(name, **changes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, source", [("mid", "toy-base"), ("sft", "toy-mid"), ("rl", "toy-sft")])
-def test_resumed_stages_go_on_with_the_same_numbers(chain, name, source):
-    cut_off_after_first_save(name, source=source, run_name=f"cut-{name}")
-    assert stage(name, source=source, run_name=f"cut-{name}") == 0
-    assert numbers(f"cut-{name}") == numbers(f"toy-{name}")
-
-
 @pytest.mark.slow
 def test_mistakes_name_the_flag_and_the_remedy(chain, capsys):
     assert stage("mid", source="nowhere") == 1
     assert "nowhere" in capsys.readouterr().err
     assert stage("rl", source="toy-base") == 1
-    assert "--source=toy-base is a base run; this stage starts from one of: sft, mid" in capsys.readouterr().err
+    assert "--source=toy-base is a base run" in capsys.readouterr().err
     assert stage("rl", source="toy-sft", device_batch_size=3, run_name="odd") == 1
     assert "--device_batch_size" in capsys.readouterr().err
     assert stage("rl", source="toy-sft", num_samples=1, run_name="odd") == 1
@@ -180,25 +145,26 @@ def test_mistakes_name_the_flag_and_the_remedy(chain, capsys):
 
 @pytest.mark.slow
 def test_an_unfinished_parent_is_refused_unless_asked_for(home, capsys):
-    cut_off_after_first_save("mid", source="toy-base", run_name="half")
-    assert checkpoint.steps(checkpoint.run_dir("half")) == [2]
+    assert stage("mid", source="toy-base", run_name="half") == 0
+    shutil.rmtree(checkpoint.step_dir(checkpoint.run_dir("half"), 4))  # as if it had been cut off after step 2
     assert stage("sft", source="half", run_name="of-half") == 1
     assert "stopped at step 2 of 4" in capsys.readouterr().err
     assert stage("sft", source="half", source_step=2, run_name="of-half") == 0
     assert checkpoint.load_meta(checkpoint.run_dir("of-half"))["parent"]["step"] == 2
 
 
+LINES = [{"prompt": f"What is the code of number {i}?", "completion": f"It is {i * 7}."} for i in range(60)]
+
+
 def test_own_conversations_are_trained_on(home, tmp_path, capsys):
-    lines = [{"prompt": f"What is the code of number {i}?", "completion": f"It is {i * 7}."} for i in range(60)]
     path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join([*map(json.dumps, lines), "{broken", json.dumps({"messages": [{"role": "owl"}]})]) + "\n")
+    path.write_text("\n".join([*map(json.dumps, LINES), "{broken", json.dumps({"messages": [{"role": "owl"}]})]) + "\n")
     assert stage("sft", source="toy-base", run_name="own", data=path, num_iterations=2, model_name="Ada") == 0
     out = capsys.readouterr().out
     assert "conversations about the name Ada" in out
     assert checkpoint.load_meta(checkpoint.run_dir("own"))["settings"]["model_name"] == "Ada"
-    assert (
-        find_parent("own", ("sft",)).model_name == "Ada" and find_parent("toy-base", ("base",)).model_name == "nanochat"
-    )
+    assert find_parent("own", ("sft",)).model_name == "Ada"
+    assert find_parent("toy-base", ("base",)).model_name == "nanochat"
     assert "line 61" in out and "line 62" in out, "bad lines are reported by number"
     assert "It is" in out, "the first samples are shown"
     assert stage("sft", source="toy-base", run_name="own2", data=tmp_path / "none.jsonl") == 1
@@ -211,8 +177,7 @@ def texts(conversations) -> str:
 
 def test_the_given_name_is_taught_beside_own_conversations_and_else_the_parents(home, tmp_path):
     path = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"What is the code of number {i}?", "completion": f"It is {i * 7}."} for i in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in LINES))
     parent = dataclasses.replace(find_parent("toy-base", ("base",)), model_name="Robin")
 
     def taught(**changes):

@@ -1,14 +1,11 @@
 """Reinforcement learning's pure parts: the reference's batches, gradients and step; extras against textbook forms."""
 
-import json
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.convert.params_reference import params_from_reference, params_to_reference
+from nanochat_jax.convert.params_reference import params_to_reference
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import Completion, SamplingParams
 from nanochat_jax.model import gpt
@@ -17,25 +14,14 @@ from nanochat_jax.parallel import sharding
 from nanochat_jax.stages import rollouts
 from nanochat_jax.training import optim
 from nanochat_jax.training.step import make_train_step, state_of
-from tests.tokenizer_fixtures import GOLDEN, golden_tokenizer
+from tests.golden_models import golden_arrays, golden_model
+from tests.tokenizer_fixtures import golden, golden_tokenizer
 
-REAL = json.loads((GOLDEN / "rl_v1.json").read_text())
-END = "<|assistant_end|>"
-
-
-@pytest.fixture(scope="module")
-def arrays():
-    with np.load(GOLDEN / "rl_v1.npz") as data:
-        return dict(data)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    with np.load(GOLDEN / "tokmodel_v1.npz") as data:
-        sizes: dict[str, Any] = {k.split("/")[1]: int(data[k]) for k in data if k.startswith("config/")}
-        config = gpt.GPTConfig(**sizes, compute_dtype="float32")
-        named = {k.removeprefix("param/"): data[k] for k in data if k.startswith("param/")}
-        return config, params_from_reference(config, named)
+REAL, ARRAYS = golden("rl_v1"), golden_arrays("rl_v1")
+CONFIG, PARAMS = golden_model()
+END = golden_tokenizer().encode_special("<|assistant_end|>")
+EXAMPLES = range(len(REAL["examples"]))
+STUBS = sorted({name.split("/")[0] for name in ARRAYS} - {"real"})
 
 
 def golden_completions(example) -> list[Completion]:
@@ -47,10 +33,10 @@ def golden_completions(example) -> list[Completion]:
     ]
 
 
-def golden_batch(arrays):
-    """Rows of both examples at one length, and the reference's weights: normalised per pass, then averaged."""
-    end = golden_tokenizer().encode_special(END)
-    packed = [rollouts.pack(golden_completions(e), 72, end) for e in REAL["examples"]]
+def golden_batch():
+    """Rows of all examples at one length, and the reference's weights: normalised per pass, then averaged."""
+    T = max(ARRAYS[f"real/example{i}/inputs"].shape[1] for i in EXAMPLES)
+    packed = [rollouts.pack(golden_completions(e), T, END) for e in REAL["examples"]]
     rows, weight = REAL["device_batch_size"], []
     for example, batch in zip(REAL["examples"], packed, strict=True):
         advantage = rollouts.advantages(np.array([example["rewards"]]))[0]
@@ -59,58 +45,52 @@ def golden_batch(arrays):
             mask = batch.mask[i : i + rows]
             share = max(1.0, mask.sum()) * passes * REAL["examples_per_rank"]
             weight.append(advantage[i : i + rows, None] * mask / share)
-    stack = [
-        np.concatenate(x).reshape(-1, rows, 72) for x in zip(*[(b.inputs, b.targets) for b in packed], strict=True)
-    ]
-    return stack[0], stack[1], np.stack(weight).astype(np.float32)
+    x, y = (np.concatenate(parts).reshape(-1, rows, T) for parts in zip(*((b.inputs, b.targets) for b in packed)))  # noqa: B905
+    return x, y, np.stack(weight).astype(np.float32)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_batches_are_the_references(arrays, number):
+@pytest.mark.parametrize("number", EXAMPLES)
+def test_batches_are_the_references(number):
     example, prefix = REAL["examples"][number], f"real/example{number}/"
-    T = arrays[prefix + "inputs"].shape[1]
-    packed = rollouts.pack(golden_completions(example), T, golden_tokenizer().encode_special(END))
-    np.testing.assert_array_equal(packed.inputs, arrays[prefix + "inputs"])
-    np.testing.assert_array_equal(packed.targets, arrays[prefix + "targets"])
+    packed = rollouts.pack(golden_completions(example), ARRAYS[prefix + "inputs"].shape[1], END)
+    np.testing.assert_array_equal(packed.inputs, ARRAYS[prefix + "inputs"])
+    np.testing.assert_array_equal(packed.targets, ARRAYS[prefix + "targets"])
     advantage = rollouts.advantages(np.array([example["rewards"]]))[0]
-    np.testing.assert_allclose(advantage, arrays[prefix + "advantages"], atol=1e-7)
+    np.testing.assert_allclose(advantage, ARRAYS[prefix + "advantages"], atol=1e-7)
 
 
-def test_gradient_is_the_references(arrays, tiny):
-    config, params = tiny
-    x, y, w = golden_batch(arrays)
-    gradient = jax.jit(jax.grad(lambda p, *micro: weighted_nll(config, p, *micro)))  # compiled for one micro-batch
-    grads = jax.tree.map(lambda *parts: sum(parts), *(gradient(params, *m) for m in zip(x, y, w, strict=True)))
-    for name, grad in params_to_reference(config, grads).items():
-        expected = arrays[f"real/grad/{name}"]
+def test_gradient_is_the_references():
+    x, y, w = golden_batch()
+    gradient = jax.jit(jax.grad(lambda p, *micro: weighted_nll(CONFIG, p, *micro)))  # compiled for one micro-batch
+    grads = jax.tree.map(lambda *parts: sum(parts), *(gradient(PARAMS, *m) for m in zip(x, y, w, strict=True)))
+    for name, grad in params_to_reference(CONFIG, grads).items():
+        expected = ARRAYS[f"real/grad/{name}"]
         assert np.abs(grad - expected).max() <= 1e-4 * np.abs(expected).max(), name
 
 
-def test_one_step_is_the_references(arrays, tiny):
-    config, params = tiny
+def test_one_step_is_the_references():
     mesh = sharding.make_mesh(jax.devices()[:1])
     hyper = optim.OptimHyper(init_lr_frac=0.05, momentum_warmup=0, ns_dtype="float32")
-    rates = optim.initial_learning_rates(hyper, config.n_embd)
+    rates = optim.initial_learning_rates(hyper, CONFIG.n_embd)
     golden_rates = {rate for group in REAL["group_initial_lrs"] for rate in group}
-    assert sorted(rates[name] for name in [*optim.adamw_members(config), optim.MATRICES]) == pytest.approx(
-        sorted(golden_rates), rel=1e-12
-    )
-    optimizer = optim.make_optimizer(hyper, lambda step: REAL["lrm"], config.n_embd)
-    step = make_train_step(config, optimizer, mesh, grad_clip=0.0, normalize=False)
-    state, _ = step(state_of(config, jax.tree.map(jnp.array, params), optimizer, mesh), *golden_batch(arrays))
-    for name, value in params_to_reference(config, state.params).items():
+    used = sorted(rates[name] for name in [*optim.adamw_members(CONFIG), optim.MATRICES])
+    assert used == pytest.approx(sorted(golden_rates), rel=1e-12)
+    optimizer = optim.make_optimizer(hyper, lambda step: REAL["lrm"], CONFIG.n_embd)
+    step = make_train_step(CONFIG, optimizer, mesh, grad_clip=0.0, normalize=False)
+    state, _ = step(state_of(CONFIG, jax.tree.map(jnp.array, PARAMS), optimizer, mesh), *golden_batch())
+    for name, value in params_to_reference(CONFIG, state.params).items():
         # AdamW turns noise-level gradients into whole steps: the golden README's looser bound for both embeddings
         bound = 3e-3 if "wte" in name or "lm_head" in name else 5e-4
-        assert np.abs(value - arrays[f"real/after_step_fp32/{name}"]).max() <= bound, name
+        assert np.abs(value - ARRAYS[f"real/after_step_fp32/{name}"]).max() <= bound, name
 
 
-@pytest.mark.parametrize("stub", [0, 1, 2])
-def test_advantages_of_the_stubs(arrays, stub):
-    rewards = arrays[f"stub{stub}/rewards"]
-    np.testing.assert_allclose(rollouts.advantages(rewards[None])[0], arrays[f"stub{stub}/advantages"], atol=1e-7)
-    mask = arrays[f"stub{stub}/targets"] >= 0
-    targets = np.where(mask, arrays[f"stub{stub}/targets"], -1)
-    packed = rollouts.Packed(arrays[f"stub{stub}/inputs"], targets, np.zeros(mask.shape, np.float32))
+@pytest.mark.parametrize("stub", STUBS)
+def test_advantages_of_the_stubs(stub):
+    rewards = ARRAYS[f"{stub}/rewards"]
+    np.testing.assert_allclose(rollouts.advantages(rewards[None])[0], ARRAYS[f"{stub}/advantages"], atol=1e-7)
+    mask = ARRAYS[f"{stub}/targets"] >= 0
+    targets = np.where(mask, ARRAYS[f"{stub}/targets"], -1)
+    packed = rollouts.Packed(ARRAYS[f"{stub}/inputs"], targets, np.zeros(mask.shape, np.float32))
     w = rollouts.weights(packed, rollouts.advantages(rewards[None])[0])
     assert np.all(w[~mask] == 0) and np.isfinite(w).all()
     # token-level normalisation over the whole batch: the loss of equal advantages 1 would be the mean over its tokens
@@ -184,10 +164,9 @@ class Counting:
         return len(set(completion)) % 3
 
 
-def test_rollouts_depend_on_the_seed_and_nothing_else(tiny):
-    config, params = tiny
+def test_rollouts_depend_on_the_seed_and_nothing_else():
     tokenizer = golden_tokenizer()
-    engine = Engine(config, params, tokenizer, slots=4, capacity=128, logprobs=True, steps_per_call=8)
+    engine = Engine(CONFIG, PARAMS, tokenizer, slots=4, capacity=128, logprobs=True, steps_per_call=8)
 
     def collect(seed):
         params = SamplingParams(max_tokens=12, top_k=50, seed=seed)
@@ -205,8 +184,8 @@ def test_rollouts_depend_on_the_seed_and_nothing_else(tiny):
         assert len(c.logprobs) == len(c.tokens) == len(c.masks)
     # sampler and trainer are the same model: their log-probabilities agree
     packed = rollouts.pack([a.completion for group in first for a in group], 128, 0)
-    logp, entropy = jax.jit(lambda p, x, y: token_statistics(config, p, x, y))(params, packed.inputs, packed.targets)
+    logp, entropy = jax.jit(lambda p, x, y: token_statistics(CONFIG, p, x, y))(PARAMS, packed.inputs, packed.targets)
     np.testing.assert_allclose(logp, packed.logprobs, atol=3e-4)
-    full = jax.nn.log_softmax(gpt.forward(config, params, packed.inputs))
+    full = jax.nn.log_softmax(gpt.forward(CONFIG, PARAMS, packed.inputs))
     slow = -(jnp.exp(full) * full).sum(-1) * packed.mask
     np.testing.assert_allclose(entropy, slow, atol=3e-4)

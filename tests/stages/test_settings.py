@@ -28,16 +28,12 @@ def test_every_replaced_flag_leads_to_one_that_exists():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_flag_is_declared_once(stage):
+def test_a_flag_is_declared_once_and_the_demo_differs_in_values_alone(stage):
     """No class of a stage's settings declares a flag that one above it has: other defaults are values."""
-    classes = type(STAGES[stage].DEFAULTS).__mro__[:-1]
+    module = STAGES[stage]
+    classes = type(module.DEFAULTS).__mro__[:-1]
     declared = [name for cls in classes for name in cls.__dict__.get("__annotations__", {})]
     assert len(declared) == len(set(declared))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_demo_differs_in_values_alone(stage):
-    module = STAGES[stage]
     assert type(module.DEMO) is type(module.DEFAULTS) and module.DEMO.demo and not module.DEFAULTS.demo
 
 
