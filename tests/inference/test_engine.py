@@ -7,33 +7,33 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.convert.params_reference import params_from_reference
 from nanochat_jax.hardware import cpu_kernels
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.model_runner import compiled_programs
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
 from tests.fakes import FakeModel, fake_params
-from tests.tokenizer_fixtures import GOLDEN, golden, golden_tokenizer
+from tests.golden_models import golden_model
+from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 CASES = golden("engine_v1")
-ENDS = {golden_tokenizer().bos_id, golden_tokenizer().encode_special("<|assistant_end|>")}
+BOS, V = golden_tokenizer().bos_id, golden_tokenizer().vocab_size
+ENDS = {BOS, golden_tokenizer().encode_special("<|assistant_end|>")}
+CAPACITY = max(256, *(len(case["prompt_tokens"]) + case["max_tokens"] for case in CASES["greedy"]))
+SCRIPTS = max(case["num_samples"] for case in CASES["scripted"])
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(config, params) of the golden files' model, whose vocabulary is the golden tokenizer's."""
-    with np.load(GOLDEN / "tokmodel_v1.npz") as arrays:
-        sizes: dict[str, Any] = {k.split("/")[1]: int(arrays[k]) for k in arrays if k.startswith("config/")}
-        config = gpt.GPTConfig(**sizes)
-        names = [k for k in arrays if k.startswith("param/")]
-        return config, params_from_reference(config, {k.removeprefix("param/"): arrays[k] for k in names})
+    """(config, params) of the golden model, with positions enough for every test."""
+    config, params = golden_model()
+    return dataclasses.replace(config, sequence_len=max(64, CAPACITY // 10)), params
 
 
 @pytest.fixture(scope="module")
 def engine(tiny):
     """One engine for most tests: its programs are compiled once."""
-    return Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=256, steps_per_call=8)
+    return Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=CAPACITY, steps_per_call=8)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,8 @@ def script_of(case):
     The reference's prefill has one row, so its first column comes from script 0 for every row; here every row samples
     its own first token, so the scripts are given with that token already shared.
     """
-    table = np.full((4, 200), case["filler_token"], np.int32)
+    longest = max(map(len, case["script_tokens"]))
+    table = np.full((SCRIPTS, longest + 1), case["filler_token"], np.int32)  # whose end is repeated
     for row, script in enumerate(case["script_tokens"]):
         table[row, : len(script)] = [case["script_tokens"][0][0], *script[1:]]
     return fake_params(script=table, first=len(case["prompt_tokens"]) - 1)
@@ -116,13 +117,12 @@ def script_of(case):
 @pytest.mark.parametrize("steps", [1, 16])
 @pytest.mark.parametrize("case", CASES["scripted"], ids=lambda c: c["name"])
 def test_golden_tool_machine(tiny, case, steps):
-    config, tokenizer = dataclasses.replace(tiny[0], n_layer=1, compute_dtype="float32"), golden_tokenizer()
-    params = script_of(case)
+    config, tokenizer, params = dataclasses.replace(tiny[0], n_layer=1), golden_tokenizer(), script_of(case)
 
     def scripted():
         """Scripts go by row, so row, slot and request must be one: a new engine, all of whose slots are decoded."""
-        made = Engine(config, params, tokenizer, slots=4, capacity=128, steps_per_call=steps, model=FakeModel)
-        made._runner.batch_sizes = lambda: [4]
+        made = Engine(config, params, tokenizer, slots=SCRIPTS, capacity=128, steps_per_call=steps, model=FakeModel)
+        made._runner.batch_sizes = lambda: [SCRIPTS]
         return made
 
     prompt, n, limit = case["prompt_tokens"], case["num_samples"], case["max_tokens"]
@@ -138,7 +138,7 @@ def test_golden_tool_machine(tiny, case, steps):
 
 def test_greedy_equals_argmax_of_the_full_forward(tiny, engine):
     config, params = tiny
-    prompts = [[511, 5, 9], [511] + list(range(40, 90)), [77]]
+    prompts = [[BOS, 5, 9], [BOS] + list(range(40, 90)), [77]]
     requests = [engine.submit(p, SamplingParams(30, temperature=0.0, ignore_eos=True)) for p in prompts]
     drain(engine, requests)
     for request in requests:
@@ -147,22 +147,19 @@ def test_greedy_equals_argmax_of_the_full_forward(tiny, engine):
 
 
 def test_a_request_gives_the_same_tokens_alone_and_in_a_crowd(tiny, engine):
-    settings = [dict(temperature=0.9, seed=s) for s in range(3)] + [
-        dict(temperature=1.2, top_k=5, seed=9, sample_index=2)
-    ]
-    prompts = [[511, 7], [511, 8, 9, 10], [511] + [33] * 60, [3]]
-    alone = []
-    for prompt, setting in zip(prompts, settings, strict=True):
-        alone += drain(engine, [engine.submit(prompt, SamplingParams(40, ignore_eos=True, **setting))])
+    settings = [SamplingParams(40, 0.9, seed=seed, ignore_eos=True) for seed in range(3)]
+    settings.append(SamplingParams(40, 1.2, top_k=5, seed=9, sample_index=2, ignore_eos=True))
+    prompts = [[BOS, 7], [BOS, 8, 9, 10], [BOS] + [33] * 60, [3]]
+    alone = [drain(engine, [engine.submit(prompt, own)])[0] for prompt, own in zip(prompts, settings, strict=True)]
     # now with twice as many requests as slots, submitted at odd moments and in another order
     others = [
-        engine.submit([511, 400 + i], SamplingParams(3 + 5 * i, temperature=1.0, seed=i, ignore_eos=True))
+        engine.submit([BOS, 200 + i], SamplingParams(3 + 5 * i, temperature=1.0, seed=i, ignore_eos=True))
         for i in range(4)
     ]
     requests = []
     for i in (3, 1, 0, 2):
         engine.step()
-        requests.append(engine.submit(prompts[i], SamplingParams(40, ignore_eos=True, **settings[i])))
+        requests.append(engine.submit(prompts[i], settings[i]))
     together = drain(engine, requests)
     drain(engine, others)
     assert together == [alone[i] for i in (3, 1, 0, 2)]
@@ -194,20 +191,20 @@ def test_results_are_batch_invariant_to_the_bit():
 def test_steps_per_call_and_slots_do_not_change_the_tokens(tiny, engine):
     small = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=1, capacity=33, steps_per_call=3)
     settings: dict[str, Any] = dict(n=4, max_tokens=30, top_k=50, seed=7)
-    assert samples(small, [511, 12, 13], **settings) == samples(engine, [511, 12, 13], **settings)
+    assert samples(small, [BOS, 12, 13], **settings) == samples(engine, [BOS, 12, 13], **settings)
 
 
 def test_every_row_samples_its_own_first_token(engine):
     """The reference's v1 shares it among all samples; that defect is not reproduced."""
     firsts = set()
     for seed in range(4):
-        firsts.add(len({c.tokens[0] for c in samples(engine, [511, 40], 4, max_tokens=3, seed=seed)}))
+        firsts.add(len({c.tokens[0] for c in samples(engine, [BOS, 40], 4, max_tokens=3, seed=seed)}))
     assert max(firsts) > 2
 
 
 def test_samples_do_not_depend_on_how_many_there_are(engine):
     def ask(n, seed):
-        return tokens_of(samples(engine, [511, 50, 51], n, 20, seed=seed))
+        return tokens_of(samples(engine, [BOS, 50, 51], n, 20, seed=seed))
 
     (one,), six = ask(1, 3), ask(6, 3)  # more than slots
     assert six[0] == one and len({tuple(r) for r in six}) > 1
@@ -216,7 +213,7 @@ def test_samples_do_not_depend_on_how_many_there_are(engine):
 
 
 def test_generate_gives_completions_in_order_and_says_when_each_ends(engine):
-    tokenizer, prompts = golden_tokenizer(), [[511, i] for i in range(9)]
+    tokenizer, prompts = golden_tokenizer(), [[BOS, i] for i in range(9)]
     params = [SamplingParams(20 - 2 * i, seed=i) for i in range(9)]
     seen = {}
     completions = engine.generate(prompts, params, on_finished=lambda i, c: seen.update({i: c}))
@@ -232,17 +229,17 @@ def test_generate_gives_completions_in_order_and_says_when_each_ends(engine):
     with pytest.raises(ZeroDivisionError):
         engine.generate(prompts, SamplingParams(20), on_finished=fails)
     with pytest.raises(ValueError, match="vocabulary"):
-        engine.generate([*prompts, [9999]])
+        engine.generate([*prompts, [V]])
     assert engine.live == 0 and engine.generate([]) == []
 
 
 def test_a_stop_string_ends_a_completion_at_its_last_token(engine):
-    settings: dict[str, Any] = dict(max_tokens=60, seed=2, ignore_eos=True)
-    (free,) = engine.generate([[511, 77]], SamplingParams(**settings))
-    text = free.text.split("<|")[0]  # before the first special token
-    assert len(text) > 6
+    params = [SamplingParams(60, seed=seed, ignore_eos=True) for seed in range(20)]
+    completions = engine.generate([[BOS, 77]] * 20, params)
+    texts = [completion.text.split("<|")[0] for completion in completions]  # before the first special token
+    free, own, text = next(found for found in zip(completions, params, texts, strict=True) if len(found[2]) > 6)
     stop = text[3:6]
-    (stopped,) = engine.generate([[511, 77]], SamplingParams(**settings, stop=("never said", stop)))
+    (stopped,) = engine.generate([[BOS, 77]], dataclasses.replace(own, stop=("never said", stop)))
     assert stopped.finish_reason == "stop" and stopped.text == text[: text.index(stop)]
     assert stopped.tokens == free.tokens[: len(stopped.tokens)]
     decode = golden_tokenizer().decode
@@ -253,7 +250,7 @@ def test_a_stop_string_ends_a_completion_at_its_last_token(engine):
 
 
 def test_requests_wait_join_and_leave(engine):
-    requests = [engine.submit([511, i], SamplingParams(4 + i, temperature=0.0, ignore_eos=True)) for i in range(9)]
+    requests = [engine.submit([BOS, i], SamplingParams(4 + i, temperature=0.0, ignore_eos=True)) for i in range(9)]
     assert engine.live == 9
     finished = []
     while engine.live:
@@ -267,8 +264,8 @@ def test_requests_wait_join_and_leave(engine):
 
 
 def test_cancel_frees_the_slot_and_the_queue(engine):
-    running = [engine.submit([511, i], SamplingParams(200, temperature=0.0, ignore_eos=True)) for i in range(4)]
-    waiting = [engine.submit([511, 9], SamplingParams(5, temperature=0.0, ignore_eos=True)) for _ in range(2)]
+    running = [engine.submit([BOS, i], SamplingParams(200, temperature=0.0, ignore_eos=True)) for i in range(4)]
+    waiting = [engine.submit([BOS, 9], SamplingParams(5, temperature=0.0, ignore_eos=True)) for _ in range(2)]
     engine.step()
     assert not waiting[1].tokens
     engine.cancel(running[2])
@@ -297,16 +294,15 @@ def test_a_slot_can_be_filled_to_its_last_position(tiny):
 def test_prompts_longer_than_a_chunk(tiny):
     config, params = dataclasses.replace(tiny[0], sequence_len=1200), tiny[1]
     long = Engine(config, params, None, slots=2, capacity=1200, steps_per_call=4)
-    prompt = np.random.default_rng(0).integers(0, 500, 1100).tolist()
+    prompt = np.random.default_rng(0).integers(0, 256, 1100).tolist()
     short = long.submit([5, 6], SamplingParams(12, temperature=0.0))
     request = long.submit(prompt, SamplingParams(4, temperature=0.0))
     copy = long.submit(prompt, SamplingParams(4, temperature=0.0))
     drain(long, [request, short, copy])
     expected = most_likely(config, params, prompt + request.tokens, length=1104)
     assert request.tokens == expected[1099:1103] == copy.tokens
-    assert (
-        short.tokens == most_likely(config, params, [5, 6, *short.tokens], length=1104)[1:-1]
-    )  # prefilling a neighbour in chunks did not disturb it
+    undisturbed = most_likely(config, params, [5, 6, *short.tokens], length=1104)  # by a neighbour's chunks
+    assert short.tokens == undisturbed[1:-1]
 
 
 def test_bad_requests_say_what_is_wrong(tiny, engine):
@@ -314,18 +310,19 @@ def test_bad_requests_say_what_is_wrong(tiny, engine):
         (dict(tokens=[]), "empty"),
         (dict(tokens=["a"]), "list of token ids"),
         (dict(tokens="ab"), "list of token ids"),
-        (dict(tokens=[520]), "vocabulary has 0 to 519"),
-        (dict(tokens=[1] * 257), "257 tokens.*256"),
-        (dict(tokens=[1] * 200, params=SamplingParams(58)), "200 tokens and max_tokens=58.*256.*at most 57"),
+        (dict(tokens=[V]), f"0 to {V - 1}"),
+        (dict(tokens=[1] * (CAPACITY + 1)), f"{CAPACITY + 1} tokens.*{CAPACITY}"),
+        (dict(tokens=[1] * 200, params=SamplingParams(CAPACITY)), f"max_tokens={CAPACITY}.*{CAPACITY - 199}"),
         (dict(tokens=[1], params=SamplingParams(logprobs=True)), "logprobs"),
     ]:
         with pytest.raises(ValueError, match=message):
             engine.submit(**arguments)
     with pytest.raises(ValueError, match="stop"):
         Engine(tiny[0], tiny[1], None, slots=1).submit([1], SamplingParams(stop=("a",)))
-    with pytest.raises(ValueError, match="capacity.*640"):
-        Engine(tiny[0], tiny[1], None, capacity=641)
-    assert samples(engine, [1], 1, 3, top_k=0) == samples(engine, [1], 1, 3, top_k=520)
+    most = 10 * tiny[0].sequence_len
+    with pytest.raises(ValueError, match=f"capacity.*{most}"):
+        Engine(tiny[0], tiny[1], None, capacity=most + 1)
+    assert samples(engine, [1], 1, 3, top_k=0) == samples(engine, [1], 1, 3, top_k=V)
     assert samples(engine, [1], 1, 3, top_k=10**12) == samples(engine, [1], 1, 3)
 
 
@@ -352,66 +349,42 @@ def test_settings_that_cannot_work_are_named(field, value):
 def test_parameters_can_be_swapped_between_requests(tiny, engine):
     config, params = tiny
     greedy = SamplingParams(10, temperature=0.0)
-    first = engine.generate([[511, 1]], greedy)
+    first = engine.generate([[BOS, 1]], greedy)
     before = compiled_programs()
     engine.params = {**params, "lm_head": jax.tree.map(lambda x: -x, params["lm_head"])}
-    second = engine.generate([[511, 1]], greedy)
-    request = engine.submit([511, 1], SamplingParams(10))
+    second = engine.generate([[BOS, 1]], greedy)
+    request = engine.submit([BOS, 1], SamplingParams(10))
     with pytest.raises(RuntimeError, match="while requests run"):
         engine.params = params
     engine.cancel(request)
     engine.step()
     engine.params = params
-    assert engine.generate([[511, 1]], greedy) == first != second
+    assert engine.generate([[BOS, 1]], greedy) == first != second
     assert compiled_programs() == before
 
 
-@pytest.mark.parametrize("model", ["scripted", pytest.param("real", marks=pytest.mark.slow)])
-def test_nothing_is_compiled_after_warm_up(tiny, model):
+def test_nothing_is_compiled_after_warm_up(tiny):
     """Which programs there are depends on lengths and rows only, so a model that compiles quickly shows it too."""
-    config, params = tiny
-    other: dict[str, Any] = {}
-    if model == "scripted":
-        params, other = script_of(CASES["scripted"][0]), {"model": FakeModel}
-    capacity = 100 if other else 300
-    warm = Engine(config, params, golden_tokenizer(), slots=3, capacity=capacity, steps_per_call=4, **other)
+    params, capacity = script_of(CASES["scripted"][0]), 100
+    warm = Engine(tiny[0], params, golden_tokenizer(), slots=3, capacity=capacity, steps_per_call=4, model=FakeModel)
     assert warm.warm_up() > 0
-    before = compiled_programs()
-    rng = np.random.default_rng(0)
-    requests = []
-    for _ in range(100):
-        length = int(rng.integers(1, capacity))
-        settings: dict[str, Any] = dict(
-            temperature=float(rng.choice([0.0, 0.7])), top_k=int(rng.integers(0, 600)), seed=int(rng.integers(1 << 30))
-        )
-        requests.append(
-            warm.submit(
-                rng.integers(0, 520, length).tolist(), SamplingParams(min(5, capacity + 1 - length), **settings)
-            )
-        )
+    before, rng, requests = compiled_programs(), np.random.default_rng(0), []
+    for seed in range(50):
+        prompt = rng.integers(0, V, rng.integers(1, capacity)).tolist()
+        length, temperature, top_k = min(5, capacity + 1 - len(prompt)), rng.choice([0.0, 0.7]), rng.integers(600)
+        own = SamplingParams(length, float(temperature), top_k=int(top_k), seed=seed)
+        requests.append(warm.submit(prompt, own))
     drain(warm, requests)
-    samples(warm, [511, 4], 5, 20)
+    samples(warm, [BOS, 4], 5, 20)
     assert compiled_programs() == before
 
 
-def test_the_storage_is_donated_and_never_copied(tiny):
-    engine = Engine(tiny[0], tiny[1], None, slots=4, capacity=256, steps_per_call=8)
+def test_the_storage_is_donated_and_never_copied(engine):
     old = engine._runner.storage
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(old)]
     samples(engine, [1, 2, 3], 2, 9)
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(engine._runner.storage)] == pointers
-
-
-@pytest.mark.slow  # that they can be swapped without compiling is tested above
-def test_parameters_are_arguments_of_the_programs(tiny):
-    """A closed-over parameter would be a constant in the program: with other parameters, the same program serves."""
-    engine = Engine(tiny[0], tiny[1], None, slots=1, capacity=64, steps_per_call=2)
-    before = compiled_programs()
-    drain(engine, [engine.submit([1, 2], SamplingParams(3))])
-    engine.params = jax.tree.map(lambda x: x * 2, tiny[1])
-    drain(engine, [engine.submit([1, 2], SamplingParams(3))])
-    assert compiled_programs() == before + 3  # the two halves of a prefill, and decode
 
 
 def test_log_probabilities_are_those_of_the_full_forward(tiny):

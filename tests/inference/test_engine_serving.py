@@ -21,7 +21,8 @@ SPECIAL = golden_tokenizer().encode_special
 
 
 def model(n_layer):
-    config = gpt.GPTConfig(sequence_len=256, vocab_size=520, n_layer=n_layer, n_head=4, n_kv_head=2, n_embd=32)
+    vocab_size = golden_tokenizer().vocab_size
+    config = gpt.GPTConfig(sequence_len=256, vocab_size=vocab_size, n_layer=n_layer, n_head=4, n_kv_head=2, n_embd=32)
     rng = np.random.default_rng(0)
     return config, jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32) * 0.2, gpt.abstract(config))
 
@@ -41,24 +42,29 @@ def drain(engine, *requests):
     return [r.tokens for r in requests]
 
 
+def alone(tiny, request, **settings):
+    """What a request is told by an engine of its own."""
+    fresh = make(tiny, **settings)
+    check = fresh.submit(request.prompt, request.params)
+    drain(fresh, check)
+    assert check.reused == 0
+    return check.tokens
+
+
 def prompt_of(seed, n):
-    return np.random.default_rng(seed).integers(0, 510, n).tolist()
+    return np.random.default_rng(seed).integers(0, 256, n).tolist()
 
 
 # --- shared prefixes ------------------------------------------------------------------------------
 
 
 def test_a_conversation_resumes_where_its_slot_stopped(tiny):
-    engine, fresh = make(tiny), make(tiny)
-    turns, seen = prompt_of(1, 35), []
+    engine, turns, seen = make(tiny), prompt_of(1, 35), []
     for turn in range(3):
         request = engine.submit(turns, SamplingParams(8, temperature=0.7, seed=turn))
         other = engine.submit(prompt_of(90 + turn, 40), SamplingParams(5))  # somebody else meanwhile
         drain(engine, request, other)
-        expected = fresh.submit(turns, SamplingParams(8, temperature=0.7, seed=turn))
-        drain(fresh, expected)
-        fresh.params = tiny[1]  # forgets
-        assert request.tokens == expected.tokens and expected.reused == 0
+        assert request.tokens == alone(tiny, request)
         seen.append(request.reused)
         turns = turns + request.tokens + prompt_of(50 + turn, 5)
     # all of prompt and answer but the answer's last token, which was never fed
@@ -88,15 +94,11 @@ def test_a_common_prefix_is_copied_and_the_conversation_it_came_from_kept():
     assert second.reused == 20 and second.slot != first.slot
     assert again.slot == first.slot and again.reused == len(first.prompt) + 7
     for request in (second, again):
-        fresh = make(tiny)
-        check = fresh.submit(request.prompt, SamplingParams(8, temperature=0.0))
-        assert drain(fresh, check)[0] == request.tokens
+        assert alone(tiny, request) == request.tokens
 
 
 def test_a_request_whose_prefix_donor_is_cancelled_prefills_for_itself(tiny):
-    config, params = tiny
-    engine = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
-    prompt = prompt_of(6, 1300)
+    engine, prompt = make(tiny, slots=3, capacity=1500), prompt_of(6, 1300)
     running = engine.submit([1, 2], SamplingParams(60, temperature=0.0))  # keeps prefilling down to a chunk a step
     engine.step()
     donor = engine.submit(prompt, SamplingParams(4, temperature=0.0))
@@ -105,8 +107,7 @@ def test_a_request_whose_prefix_donor_is_cancelled_prefills_for_itself(tiny):
     assert 0 < donor.prefilled < 1299 and request.prefilled == 0 and request.reused == 1299
     engine.cancel(donor)
     drain(engine, request, running)
-    fresh = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
-    assert drain(fresh, fresh.submit(prompt + [3], SamplingParams(4, temperature=0.0))) == [request.tokens]
+    assert alone(tiny, request, slots=3, capacity=1500) == request.tokens
 
 
 def test_new_parameters_forget_what_the_old_ones_computed(tiny):
@@ -120,9 +121,7 @@ def test_new_parameters_forget_what_the_old_ones_computed(tiny):
     drain(engine, *running, waiting)
     assert all(len(r.tokens) == 40 for r in running) and waiting.reused == 0
     for params, request in ((tiny[1], running[0]), (other, waiting)):
-        fresh = make((tiny[0], params))
-        check = fresh.submit(prompt, SamplingParams(len(request.tokens), temperature=0.0))
-        assert drain(fresh, check) == [request.tokens]
+        assert alone((tiny[0], params), request) == request.tokens
 
 
 def assign(scheduler, prompt):
@@ -249,8 +248,7 @@ def test_cancelling_while_a_tool_works_frees_the_slot(tiny):
 
 
 def test_a_long_prompt_does_not_stall_the_others(tiny):
-    config, params = tiny
-    engine = Engine(config, params, None, slots=3, capacity=1500, steps_per_call=4)
+    engine = make(tiny, slots=3, capacity=1500)
     running = engine.submit([1, 2, 3], SamplingParams(60, temperature=0.0))
     engine.step()
     long = [engine.submit(prompt_of(i, 1300), SamplingParams(4, temperature=0.0)) for i in (11, 12)]
@@ -265,13 +263,12 @@ def test_a_long_prompt_does_not_stall_the_others(tiny):
 @pytest.mark.slow
 def test_rows_that_stop_do_not_lose_or_change_tokens(tiny):
     """With 16 rows a call goes on after the first has stopped: what the stopped one computes then is dropped."""
-    many, one = make(tiny, slots=16, steps_per_call=8), make(tiny)
-    settings = [dict(max_tokens=3 + i % 7, temperature=0.9, seed=i) for i in range(24)]
-    requests = [many.submit([5, i], SamplingParams(**s)) for i, s in enumerate(settings)]
-    together = drain(many, *requests)
-    for i, s in enumerate(settings):
-        assert drain(one, one.submit([5, i], SamplingParams(**s)))[0] == together[i]
-        assert len(together[i]) == s["max_tokens"] == len(requests[i].masks)
+    many = make(tiny, slots=16, steps_per_call=8)
+    requests = [many.submit([5, i], SamplingParams(3 + i % 7, temperature=0.9, seed=i)) for i in range(24)]
+    drain(many, *requests)
+    for request in requests:
+        assert alone(tiny, request) == request.tokens
+        assert len(request.tokens) == request.params.max_tokens == len(request.masks)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -287,9 +284,7 @@ def test_short_prompts_are_prefilled_together(tiny, devices, monkeypatch):
         assert shapes == [(4, 16)] * 3 + [(1, 128), (4, 32)]
     else:  # six short ones on each
         assert shapes[:2] == [(8, 16)] * 2 and len(shapes) <= 4
-    one = make(tiny, slots=1)
-    for i, prompt in enumerate(prompts):
-        assert drain(one, one.submit(prompt, SamplingParams(6, temperature=0.9, seed=i))) == [together[i]]
+    assert [alone(tiny, request, slots=1) for request in requests] == together
 
 
 def test_only_prompts_of_one_program_are_prefilled_together(tiny):
@@ -340,22 +335,18 @@ def test_only_as_many_rows_are_decoded_as_there_are_requests(tiny, monkeypatch):
     again = engine.submit(goes_on[2].prompt + goes_on[2].tokens, SamplingParams(9, temperature=0.9, seed=2))
     drain(engine, again)
     assert again.reused > 40 and sizes[-1] == 1  # what an idle neighbour computed did not hurt
-    for i, n, prompt in [(4, 30, None), (5, 30, None), (2, 9, again.prompt)]:
-        fresh = make(tiny)
-        check = fresh.submit(prompt or goes_on[i].prompt, SamplingParams(n, temperature=0.9, seed=i))
-        assert drain(fresh, check) == [again.tokens if prompt else goes_on[i].tokens]
+    for request in (goes_on[4], goes_on[5], again):
+        assert alone(tiny, request) == request.tokens
 
 
 @pytest.fixture(scope="module")
 def spread(tiny):
-    return Engine(
-        tiny[0], tiny[1], None, slots=8, capacity=128, steps_per_call=4, devices=jax.devices()[:4], logprobs=True
-    )
+    return make(tiny, slots=8, capacity=128, devices=jax.devices()[:4], logprobs=True)
 
 
 @pytest.mark.slow  # programs for four devices; two are tested above
 def test_slots_over_devices_give_the_same_tokens(tiny, spread):
-    one = Engine(tiny[0], tiny[1], None, slots=1, capacity=128, steps_per_call=4, logprobs=True)
+    one = make(tiny, slots=1, capacity=128, logprobs=True)
     settings = [dict(max_tokens=5 + 3 * i, temperature=0.8, top_k=20 * i, seed=i, logprobs=True) for i in range(12)]
     prompts = [prompt_of(i, 34 + 2 * i) if i % 3 else prompt_of(0, 60) + [i] for i in range(12)]
     a = [spread.submit(p, SamplingParams(**s)) for p, s in zip(prompts, settings, strict=True)]
@@ -369,41 +360,31 @@ def test_slots_over_devices_give_the_same_tokens(tiny, spread):
 
 def test_devices_do_not_talk_to_each_other_and_nothing_is_copied(spread):
     zeros = np.zeros
-    B = spread.slots
-    row_slots = np.tile(np.arange(B // 4, dtype=np.int32), 4)
-    rows = zeros((B, model_runner.N_COLUMNS + 4), np.int32)
+    row_slots = np.tile(np.arange(spread.slots // 4, dtype=np.int32), 4)
+    rows = zeros((spread.slots, model_runner.N_COLUMNS + 4), np.int32)
     control = zeros((4, model_runner.N_CONTROL + 2), np.int32)
     ids, where = zeros((4, 16), np.int32), zeros((4, 3), np.int32)  # one row a device
     runner = spread._runner
     common = spread.model, spread.config, runner.params, runner.storage
     programs: Any = model_runner
-    texts = [
-        programs.decode.lower(
-            *common,
-            row_slots,
-            rows,
-            control,
-            visible=64,
-            max_new_steps=4,
-            logprobs=True,
-            in_place=runner._in_place,
-            mesh=runner.mesh,
-        ),
-        programs._compute.lower(*common, ids, where, visible=64, mesh=runner.mesh),
-    ]
-    texts = [lowered.compile().as_text() for lowered in texts]
-    for text in texts:
+    settings = dict(max_new_steps=4, logprobs=True, in_place=runner._in_place)
+    decode = programs.decode.lower(*common, row_slots, rows, control, visible=64, mesh=runner.mesh, **settings)
+    compute = programs._compute.lower(*common, ids, where, visible=64, mesh=runner.mesh)
+    for text in (decode.compile().as_text(), compute.compile().as_text()):
         for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
             assert collective not in text
-    pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(runner.storage) for s in x.addressable_shards]
+
+    def pointers():
+        return [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(runner.storage) for s in x.addressable_shards]
+
+    before = pointers()
     spread.generate([[1, 2, 3]] * 8, [SamplingParams(9, sample_index=i) for i in range(8)])
-    after = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(runner.storage) for s in x.addressable_shards]
-    assert after == pointers
+    assert pointers() == before
 
 
 @pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up_on_several_devices(tiny):
-    engine = Engine(tiny[0], tiny[1], None, slots=4, capacity=200, steps_per_call=4, devices=jax.devices()[:2])
+    engine = make(tiny, capacity=200, devices=jax.devices()[:2])
     counts = []
     assert engine.warm_up(lambda done, total: counts.append((done, total))) > 0
     assert counts[0][0] == 0 and counts[-1][0] == counts[-1][1]

@@ -1,21 +1,20 @@
 """Stages on meshes of data, fsdp and tensor as a user starts them: what one mesh saved, another goes on with. Eight
 simulated devices."""
 
+import dataclasses
 import shutil
 
 import pytest
 
-from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.evals.run import main as evaluate
+from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.stages import base, rl, supervised
-from nanochat_jax.stages.main import main
-from nanochat_jax.text.tokenizer import Tokenizer
 from tasks.demo_world import LongProblems
+from tests import toy_runs
 
-COMMON = dict(device="cpu", device_batch_size=1, eval_tokens=512, eval_every=0, sample_every=0, save_every=2, keep=0)
+COMMON = dict(device_batch_size=1, eval_tokens=512, eval_every=0, sample_every=0, save_every=2, keep=0)
 STAGES = {
-    "base": dict(depth=3, max_seq_len=192, total_batch_size=1536, num_iterations=4),  # two heads: they can be cut
+    "base": dict(depth=1, max_seq_len=192, total_batch_size=1536, num_iterations=4),
     "mid": dict(total_batch_size=1536, num_iterations=2),
     "rl": dict(num_iterations=4, examples_per_step=4, num_samples=4, max_new_tokens=8, slots=8, eval_examples=4)
     | dict(eval_samples=2),
@@ -24,18 +23,20 @@ STAGES = {
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    toy_runs.use(tmp_path, monkeypatch, samples=False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # `prepare` then leaves the cache of this process alone
     monkeypatch.setattr(LongProblems, "evaluate", lambda self, asked, answer: len(answer) % 2 == 0)  # some are right
-    for module in (base, supervised, rl):
-        monkeypatch.setattr(module, "greedy_sampler", lambda *args: lambda params: [])  # not what is tested here
-    Tokenizer.train(demo_documents("train", 200_000), 500).save(tmp_path / "tokenizer")
+    wide = GPTConfig.from_depth
+
+    def two_heads(*arguments) -> GPTConfig:
+        return dataclasses.replace(wide(*arguments), n_head=2, n_kv_head=2)
+
+    monkeypatch.setattr(GPTConfig, "from_depth", two_heads)  # so that they can be sharded
 
 
 def stage(name, **changes) -> list[tuple[float, float]]:
     """Runs a stage to its end; (loss, gradient norm) of every step."""
-    flags = {**COMMON, **STAGES[name], "run_name": name, **changes}
-    assert main([f"--stage={name}", "--demo", *(f"--{k}={v}" for k, v in flags.items())]) == 0
+    assert toy_runs.start(name, "--demo", **{**COMMON, **STAGES[name], "run_name": name, **changes}) == 0
     records = metrics.read(checkpoint.run_dir(name) / "metrics.jsonl")
     return [(r["loss"], r["grad_norm"]) for r in records if r["kind"] == "train"]
 
