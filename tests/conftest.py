@@ -18,9 +18,6 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Nearly all the time of these tests is compiling, and half of that LLVM's optimisations. The processes that tests start
-# have them, and tests with the fixture `optimized`; JAX_DISABLE_MOST_OPTIMIZATIONS=0 keeps them everywhere.
-jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0")
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and every child inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
