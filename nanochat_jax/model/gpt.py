@@ -148,7 +148,11 @@ class GPT(nnx.Module):
             if layer == config.n_layer // 2:
                 middle = x
         # 4. What the middle layer knew already is taken out again.
-        if config.backout:
+        if config.backout and middle is x:
+            # One or two layers: the norm undoes all of it but the sign. Its gradient would be rounding, of which AdamW
+            # makes full steps: the factor wanders past 1 at last, and the loss jumps from 5 to 8 (dev/LOG.md).
+            x = jnp.where(self.backout_lambda[0] > 1, -x, x)
+        elif config.backout:
             x = (x - self.backout_lambda[0] * middle).astype(config.dtype)
         return rms_norm(x), keys_values
 

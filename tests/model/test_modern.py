@@ -175,6 +175,22 @@ def test_smear_stops_at_documents(given):
     np.testing.assert_array_equal(a[0, 6:], b[0, 6:])  # no further than one token
 
 
+@pytest.mark.parametrize("factor", [0.3, 1.7])
+def test_backout_of_the_last_layer_is_never_trained(factor):
+    """With two layers the middle is the end: (1 - factor) x under a norm, and the factor's gradient rounding alone."""
+    config = dataclasses.replace(CONFIG, n_layer=2, window_pattern="L")
+    params = toy_params(config)
+    params["backout_lambda"] = jnp.array([factor])
+    ids = np.random.default_rng(0).integers(0, 90, (2, 20))
+    _, grads = loss_and_gradients(config, params, ids[:, :-1], ids[:, 1:])
+    assert grads["backout_lambda"] == 0
+    hidden_states = jax.jit(gpt.hidden_states, static_argnums=0)
+    got = hidden_states(config, params, ids)
+    del params["backout_lambda"]
+    expected = hidden_states(dataclasses.replace(config, backout=False), params, ids)
+    np.testing.assert_allclose(got, np.sign(1 - factor) * expected, atol=1e-5)
+
+
 def test_padded_entries_do_not_count():
     """The loss, its gradient and the logits ignore the columns beyond the vocabulary, whatever they hold."""
     rng = np.random.default_rng(0)
