@@ -21,7 +21,9 @@ HERE = Path(__file__).resolve().parent
 SHAPES = ["4,16,256,4096", "2,32,256,4096", "4,1,1024,65536"]  # depth, rows, tokens per row, vocabulary
 
 
-def time_ours(depth: int, rows: int, tokens: int, vocab: int, steps: int, warmup: int, grads_only: bool) -> list[float]:
+def time_ours(
+    depth: int, rows: int, tokens: int, vocab: int, steps: int, warmup: int, grads_only: bool, recipe: str = "v1"
+) -> list[float]:
     """Seconds of every timed step of this project in the present process."""
     from nanochat_jax.hardware import devices
 
@@ -33,10 +35,10 @@ def time_ours(depth: int, rows: int, tokens: int, vocab: int, steps: int, warmup
     from nanochat_jax.model.gpt import GPTConfig, init
     from nanochat_jax.model.loss import next_token_loss
     from nanochat_jax.parallel.sharding import make_mesh
-    from nanochat_jax.training.optim import OptimHyper, make_optimizer
+    from nanochat_jax.training.optim import GRAD_CLIP, OptimHyper, make_optimizer
     from nanochat_jax.training.step import init_state, make_train_step
 
-    config = GPTConfig.from_depth(depth, vocab, tokens, compute_dtype="float32")
+    config = GPTConfig.from_depth(depth, vocab, tokens, recipe, compute_dtype="float32")
     ids = np.random.default_rng(0).integers(0, vocab, (1, rows, tokens + 1)).astype(np.int32)
     x, y, weights = ids[..., :-1], ids[..., 1:], np.ones((1, rows, tokens), np.float32)
     if grads_only:
@@ -47,9 +49,9 @@ def time_ours(depth: int, rows: int, tokens: int, vocab: int, steps: int, warmup
             return gradient(params, x[0], y[0])
     else:
         mesh = make_mesh(jax.devices()[:1])
-        optimizer = make_optimizer(OptimHyper(), 1000, config.n_embd)
+        optimizer = make_optimizer(OptimHyper.of(recipe), 1000, config.n_embd)
         state = init_state(config, optimizer, mesh, jax.random.key(0))
-        train_step = make_train_step(config, optimizer, mesh)
+        train_step = make_train_step(config, optimizer, mesh, GRAD_CLIP[recipe])
 
         def step():
             nonlocal state
@@ -81,11 +83,12 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--grads_only", action="store_true")
+    parser.add_argument("--recipe", default="v1", choices=["v1", "modern"], help="of ours")
     parser.add_argument("--worker", action="store_true", help="time ours in this process and print JSON")
     args = parser.parse_args()
     if args.worker:
         depth, rows, tokens, vocab = map(int, args.shapes[0].split(","))
-        seconds = time_ours(depth, rows, tokens, vocab, args.steps, args.warmup, args.grads_only)
+        seconds = time_ours(depth, rows, tokens, vocab, args.steps, args.warmup, args.grads_only, args.recipe)
         print(json.dumps(dict(seconds=seconds)))
         return
     common = [f"--steps={args.steps}", f"--warmup={args.warmup}", *(["--grads_only"] if args.grads_only else [])]
@@ -95,7 +98,8 @@ def main():
         sizes = [f"--depth={depth}", f"--batch={rows}", f"--seq={tokens}", f"--vocab={vocab}"]
         ours, theirs = [], []
         for _ in range(args.rounds):
-            ours += run([sys.executable, "-m", "benchmarks.bench_train_step", "--worker", "--shapes", shape, *common])
+            own = ["--worker", "--shapes", shape, f"--recipe={args.recipe}"]
+            ours += run([sys.executable, "-m", "benchmarks.bench_train_step", *own, *common])
             theirs += run([args.torch_python, str(HERE / "torch_reference.py"), *sizes, *common])
         for name, seconds in (("nanochat_jax", ours), ("torch.compile", theirs)):
             if seconds:
