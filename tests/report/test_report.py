@@ -244,7 +244,7 @@ def test_only_base_in_the_middle_of_training_with_a_torn_line(base, capsys):
     for place in (printed, " ".join(page.text)):
         assert "newest checkpoint is step 30 of 120" in place
     assert list(summary_rows(page)) == ["bits per byte"]
-    assert len(collect.load_run("half").train) == 30 and "122,900" in pages(base)[1], "30 steps of 4,096 tokens"
+    assert len(collect.load_run("half").train) == 30 and "122,880" in pages(base)[1], "30 steps of 4,096 tokens"
 
 
 def test_a_run_without_any_metrics_or_session_still_has_a_card(base, capsys):
