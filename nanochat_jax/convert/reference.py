@@ -4,6 +4,7 @@ base_checkpoints/d20/model_021400.pt, meta_021400.json     likewise mid_, chatsf
 tokenizer/tokenizer.pkl, token_bytes.pt
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -89,9 +90,9 @@ def read_config(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path:
     recorded = meta.get("model_config", {})
     given: dict[str, Any] = dict(recorded) if isinstance(recorded, dict) else {CONFIG_FIELDS[0]: recorded}
     parts: dict[str, Any] = {}
-    modern = sorted(name for name in arrays if _MODERN_TENSORS.search(name))
-    if modern:
-        parts = {**MODERN, "smear_across_documents": True, "window_pattern": given.pop("window_pattern", "L").upper()}
+    if any(_MODERN_TENSORS.search(name) for name in arrays):
+        pattern = str(given.pop("window_pattern", "L")).upper()
+        parts = {**MODERN, "smear_across_documents": True, "window_pattern": pattern}
     elif "window_pattern" in given:
         raise InterchangeError(
             f"{path}: model_config has a window_pattern, as models of July 2026 have, but the tensors lack the parts "
@@ -164,7 +165,8 @@ def cannot_express(config: GPTConfig, tokenizer: Tokenizer) -> str | None:
         fixed |= {name: getattr(neutral, name) for name in ("rotary_base", "rotary_dtype", "window_pattern")}
     else:
         fixed |= {name: value for name, value in MODERN.items() if name not in free | {"window_pattern"}}
-        if config.padded_vocab_size != -(-config.vocab_size // MODERN["vocab_multiple"]) * MODERN["vocab_multiple"]:
+        padded = dataclasses.replace(config, vocab_multiple=MODERN["vocab_multiple"]).padded_vocab_size
+        if config.padded_vocab_size != padded:
             fixed["vocab_multiple"] = MODERN["vocab_multiple"]
     for name, value in fixed.items():
         if getattr(config, name) != value:

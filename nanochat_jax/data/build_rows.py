@@ -36,7 +36,6 @@ _BATCH_CHARS, _BATCH_DOCUMENTS = 4_000_000, 8192
 _REPORT_EVERY = 512  # documents or conversations
 
 PACKINGS = ("stream", "best_fit")
-PACKING_OF = {"v1": "stream", "modern": "best_fit"}  # of the recipes
 # Best fit chooses among so many documents; where there are fewer, so many are added (the reference's numbers).
 BUFFER, REFILL = 1000, 128
 
@@ -130,6 +129,12 @@ def _fill(
 
 
 # --- rows of documents ------------------------------------------------------------------------------------------------
+
+
+def packing_of(recipe: str, off: str = "") -> str:
+    """How a recipe makes rows of documents; off: its parts that are left out, comma-separated."""
+    left_out = {part.strip() for part in off.split(",")}
+    return "best_fit" if recipe == "modern" and "best_fit" not in left_out else "stream"
 
 
 def build_rows(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import tasks
-from nanochat_jax.data.build_rows import PACKING_OF, build_rows
+from nanochat_jax.data.build_rows import build_rows, packing_of
 from nanochat_jax.data.conversation_rows import build_conversation_rows
 from nanochat_jax.data.loader import val_batches
 from nanochat_jax.data.row_store import RowSet
@@ -97,7 +97,8 @@ class Evaluator:
                     data = s.data or ("" if self.demo else self.trained_with.get("data") or "")
                     recipe = self.trained_with.get("recipe") or "v1"
                     source = text_source(data, self.demo and not data, s.text_column, recipe=recipe)
-                    how: Any = dict(split="val", packing=PACKING_OF[recipe], max_rows=most, progress=progress)
+                    packing = packing_of(recipe, self.trained_with.get("off") or "")
+                    how: Any = dict(split="val", packing=packing, max_rows=most, progress=progress)
                     self._rows[name] = build_rows(source.val, self.tokenizer, T, **how)
                 else:
                     chats = (

@@ -45,7 +45,7 @@ class BasePlan:
     config: GPTConfig
     hyper: optim.OptimHyper
     tensor: int = 1  # devices that share the matrices and the rows of each of these
-    scaling: Scaling | None = None  # of the modern recipe; `hyper` is scaled
+    scaling: Scaling | None = None  # by which `hyper` is scaled, in the modern recipe
 
     @classmethod
     def derive(
@@ -96,7 +96,7 @@ class BasePlan:
         if scaled and scale_rates:
             hyper = scaled.applied(hyper)
         shape = depth, max_seq_len, device_batch_size, total_batch_size
-        return cls(*shape, steps, horizon, vocab_size, devices, config, hyper, tensor, scaled)
+        return cls(*shape, steps, horizon, vocab_size, devices, config, hyper, tensor, scaled if scale_rates else None)
 
     def with_rows(self, rows: int) -> "BasePlan":
         """The same plan with so many rows per device and micro-step. PlanError if they do not divide the batch."""
@@ -182,9 +182,11 @@ class BasePlan:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     def _weight_decay_and_scaling(self) -> list[tuple[str, str]]:
-        scaled = self.scaling
+        scaled, decay = self.scaling, self.hyper.weight_decay
+        if self.hyper.recipe != "modern":
+            return [("weight decay", f"{decay:g} (embeddings)")]
         if scaled is None:
-            return [("weight decay", f"{self.hyper.weight_decay:g} (embeddings)")]
+            return [("weight decay", f"{decay:g} (matrices, along a cosine to 0; not scaled)")]
         derived = f"rates x {scaled.rates:.4f}, weight decay x {scaled.weight_decay:.4g}"
         return [
             ("weight decay", f"{self.hyper.weight_decay:.5g} (matrices, along a cosine to 0)"),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_jax.data.build_rows import PACKING_OF, build_rows
+from nanochat_jax.data.build_rows import build_rows, packing_of
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
@@ -107,7 +107,7 @@ def run(settings: BaseSettings) -> Outcome:
     # 3. with a number of rows: text, rows, training
     def attempt(job: TrainJob) -> Outcome:
         print(plan.with_rows(job.settings.device_batch_size).describe())
-        tokens = plan.total_tokens * (_BEST_FIT_TEXT if packing_of(settings) == "best_fit" else 1)
+        tokens = plan.total_tokens * (_BEST_FIT_TEXT if packing_of(settings.recipe, settings.off) == "best_fit" else 1)
         source = text_source(settings.data, settings.demo, settings.text_column, tokens, settings.recipe)
         with checkpoint.exclusive(job.run):
             return _train(job, source, settings)
@@ -146,15 +146,10 @@ def _off(settings: BaseSettings) -> set[str]:
     return off
 
 
-def packing_of(settings: BaseSettings) -> str:
-    """How documents become rows."""
-    return "stream" if "best_fit" in _off(settings) else PACKING_OF[settings.recipe]
-
-
 def _train(job: TrainJob, source: TextSource, settings: BaseSettings) -> Outcome:
     """Everything that happens inside the run's folder, which this process has locked."""
     open_run(job)
-    train_rows, val_rows = make_rows(source, job, settings.eval_tokens, packing_of(settings))
+    train_rows, val_rows = make_rows(source, job, settings.eval_tokens, packing_of(settings.recipe, settings.off))
     loader = RowLoader(train_rows, job.rows_per_step, job.settings.seed)
     bits = held_out(job.config, val_rows, job.settings.device_batch_size, job.tokenizer, job.mesh)
     evaluation = Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, job.settings.eval_every)

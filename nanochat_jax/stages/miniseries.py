@@ -174,8 +174,8 @@ def _finished(folder: Path) -> Rung | None:
     tokens = meta["step"] * settings["total_batch_size"]
     return Rung(
         run=folder.name,
-        recipe=settings["recipe"],
-        off=",".join(sorted(filter(None, settings["off"].split(",")))),
+        recipe=settings.get("recipe", "v1"),
+        off=",".join(sorted(filter(None, settings.get("off", "").split(",")))),
         depth=settings["depth"],
         seed=settings["seed"],
         parameters=num_params(config),

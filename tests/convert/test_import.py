@@ -15,6 +15,7 @@ import pytest
 from nanochat_jax.convert import InterchangeError, import_run, pt_files, reference, tokenizer_json
 from nanochat_jax.convert.import_run import ImportSettings, import_checkpoint
 from nanochat_jax.convert.params_reference import params_to_reference
+from nanochat_jax.convert.reference import read_config
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
@@ -176,6 +177,11 @@ def test_models_that_cannot_run_here_are_refused_with_the_reason(theirs, hf, mon
     changed(theirs / "mid_checkpoints" / "d1" / "meta_000007.json", model_config={"window_pattern": "SSSL"})
     with pytest.raises(InterchangeError, match="window_pattern.*resid_lambdas"):
         run(theirs)
+    for pattern in ("SQL", 5):
+        meta = {"model_config": {"window_pattern": pattern, "n_head": 2}}
+        arrays = {"transformer.wte.weight": np.ones((64, 32)), "transformer.h.0.attn.c_k.weight": np.ones((32, 32))}
+        with pytest.raises(InterchangeError, match="window_pattern"):
+            read_config(meta, {**arrays, "resid_lambdas": np.ones(1)}, Path("meta.json"))
     assert not list((Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs").glob("[!.]*")), "a refused import leaves no run"
 
 

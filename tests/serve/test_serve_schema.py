@@ -71,4 +71,4 @@ def test_made_up_requests(described):
 
 @pytest.mark.slow
 def test_many_made_up_requests(described):
-    fuzz(described, 50)
+    fuzz(described, 150)

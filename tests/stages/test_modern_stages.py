@@ -90,7 +90,8 @@ def test_parts_can_be_left_out(home):
         left_out = {name for name in MODERN if name not in plan.config.parts}
         left_out |= {name for name in MUON_PARTS if not getattr(plan.hyper, name)}
         assert left_out == {part} - {"best_fit"}
-    assert base.packing_of(base.dataclasses.replace(settings, off="best_fit")) == "stream"
+    assert base.packing_of("modern", "smear, best_fit") == base.packing_of("v1") == "stream"
+    assert base.packing_of("modern", "smear") == "best_fit"
 
 
 def test_the_mixture_of_finetuning(monkeypatch):
