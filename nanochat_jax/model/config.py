@@ -40,25 +40,26 @@ class GPTConfig:
     The first six fields are the reference's `model_config`. The parts that follow are neutral by default, which is the
     reference of October 2025; `GPTConfig.modern` switches them all on.
 
-    rotary_base, rotary_dtype: of the rotary tables; what they are rounded to before the activations' dtype (bfloat16 as
-        the reference did at first; float32 as it does now, and transformers).
-    softcap: logits are softcap * tanh(logits / softcap), in float32.
-    window_pattern: tiled over the layers: "S" sees a window of a quarter of the context, rounded up to 128, "L" all of
-        it; the last layer is always "L".
-    qk_scale: factor on queries and keys after their norm.
-    resid_lambdas, x0_lambdas: learned factors, before each layer, on the residual stream and on the embedding x0 that
-        is added to it again.
-    value_embeds: on every other layer, the last one included, an embedding of each token is added to its values,
-        through a gate per head that looks at VALUE_GATE_CHANNELS channels.
-    smear: the embedding of the token before is added to each, through a gate that looks at SMEAR_CHANNELS channels. It
-        stops at the token `bos_id` (None: where this project's tokenizers have bos, SPECIAL_TOKENS before the end),
-        unless `smear_across_documents` (reference behaviour).
-    backout: a learned multiple of the residual stream after the middle layer is subtracted at the end.
-    vocab_multiple: parameters have rows for a vocabulary rounded up to it; logits do not.
-    initialisation: which reference's distributions fresh parameters are drawn from.
-    compute_dtype: "auto" is bfloat16 on accelerators and float32 on CPU.
-    attention: "auto" is cuDNN where it works and XLA elsewhere.
-    remat: what the backward pass recomputes (nothing, every MLP, every block).
+    Arguments:
+        rotary_base, rotary_dtype: of the rotary tables; what they are rounded to before the activations' dtype
+            (bfloat16 as the reference did at first; float32 as it does now, and transformers).
+        softcap: logits are softcap * tanh(logits / softcap), in float32.
+        window_pattern: tiled over the layers: "S" sees a window of a quarter of the context, rounded up to 128, "L"
+            all of it; the last layer is always "L".
+        qk_scale: factor on queries and keys after their norm.
+        resid_lambdas, x0_lambdas: learned factors, before each layer, on the residual stream and on the embedding x0
+            that is added to it again.
+        value_embeds: on every other layer, the last one included, an embedding of each token is added to its values,
+            through a gate per head that looks at VALUE_GATE_CHANNELS channels.
+        smear: the embedding of the token before is added to each, through a gate that looks at SMEAR_CHANNELS
+            channels. It stops at the token `bos_id` (None: where this project's tokenizers have bos, SPECIAL_TOKENS
+            before the end), unless `smear_across_documents` (reference behaviour).
+        backout: a learned multiple of the residual stream after the middle layer is subtracted at the end.
+        vocab_multiple: parameters have rows for a vocabulary rounded up to it; logits do not.
+        initialisation: which reference's distributions fresh parameters are drawn from.
+        compute_dtype: "auto" is bfloat16 on accelerators and float32 on CPU.
+        attention: "auto" is cuDNN where it works and XLA elsewhere.
+        remat: what the backward pass recomputes (nothing, every MLP, every block).
     """
 
     sequence_len: int = 1024

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Builds the book: bash dev/docs.sh [PAGE]. HTML in docs/_build/html, and a PDF where LaTeX is installed.
+#   PAGE: the cells of this page alone are executed, e.g. book/02-transformer
+# Every cell is executed; warnings, broken links inside the book and cells that fail are errors.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=dev/setup.sh
+source dev/setup.sh
+PY=${PY:-${VENV:-.venv}/bin/python}
+"$PY" -c "import myst_nb, sphinx_book_theme, sphinx_copybutton, sphinx_design" 2>/dev/null ||
+  die "the book's tools are not installed. Install them: $PY -m pip install -c constraints.txt '.[docs]'"
+
+build() { "$PY" -m sphinx -b "$1" -W --keep-going -q -j 2 docs "docs/_build/$1"; }
+
+if [ $# -gt 0 ]; then
+  page=${1#docs/}
+  page=${page%.md}
+  [ -f "docs/$page.md" ] || die "there is no page docs/$page.md"
+  export DOCS_ONLY=$page
+  touch "docs/$page.md"
+fi
+build html
+echo "the book: docs/_build/html/index.html"
+if [ -n "${DOCS_ONLY:-}" ]; then
+  exit
+elif command -v latexmk >/dev/null && command -v xelatex >/dev/null; then
+  build latex
+  make -s -C docs/_build/latex all-pdf
+  echo "as a PDF: docs/_build/latex/nanochat_jax.pdf"
+else
+  echo "no PDF: latexmk and xelatex were not found"
+fi

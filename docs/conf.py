@@ -1,0 +1,58 @@
+"""Sphinx builds the book by this file: bash dev/docs.sh."""
+
+import os
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(DOCS)]
+# the kernels that execute the cells inherit these
+os.environ["PYTHONPATH"] = os.pathsep.join([str(DOCS), str(ROOT), os.environ.get("PYTHONPATH", "")])
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NANOCHAT_BASE_DIR"] = str(DOCS / "_build" / "lab")
+
+import generated  # noqa: E402
+
+project = "nanochat_jax"
+author = "the nanochat_jax authors"
+copyright = "the nanochat_jax authors, MIT licence"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design"]
+root_doc = "index"
+exclude_patterns = ["_build", "README.md", "locale"]
+
+# Text and cells. A page is executed from its start, by itself, and a cell that fails or dawdles fails the build.
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache" if os.environ.get("DOCS_CACHE") else "force"
+nb_execution_timeout = 120
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_merge_streams = True
+nb_code_prompt_show = "Show the answer"
+nb_code_prompt_hide = "Hide the answer"
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+
+html_theme = "sphinx_book_theme"
+html_title = "nanochat_jax"
+html_static_path = ["static"]
+html_css_files = ["book.css"]
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_copy_source = False
+
+# Languages: gettext catalogues in locale/.
+locale_dirs = ["locale"]
+gettext_compact = False
+gettext_uuid = False
+
+latex_engine = "xelatex"
+
+# DOCS_ONLY=book/01-first-model: the cells of this page alone are executed, the others are shown without results.
+if only := os.environ.get("DOCS_ONLY"):
+    pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    nb_execution_excludepatterns = [page for page in pages if page.removesuffix(".md") != only]
+
+
+def setup(app) -> None:
+    app.connect("builder-inited", lambda _: generated.write(DOCS / "_build" / "made"))
