@@ -26,8 +26,8 @@ def _commands() -> str:
     commands = [(name,) for name in names if name != "train"] + [("train", f"--stage={stage}") for stage in STAGES]
     with ThreadPoolExecutor(2) as pool:
         helps = list(pool.map(_help, commands))
-    sections = [f"## {' '.join(command)}\n\n```text\n{text}```\n" for command, text in zip(commands, helps, strict=True)]
-    return "\n".join(sections)
+    titled = zip(commands, helps, strict=True)
+    return "\n".join(f"## {' '.join(command)}\n\n```text\n{text}```\n" for command, text in titled)
 
 
 def _help(command: tuple[str, ...]) -> str:

@@ -107,9 +107,8 @@ def command(*arguments: str) -> str:
     """Runs `python -m ARGUMENTS` in the repository, as a reader would in a terminal. Returns what it printed; a command
     that fails raises RuntimeError with all of it."""
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(BASE_DIR)}
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env, text=True, **pipes)
     if done.returncode:
         raise RuntimeError(f"python -m {' '.join(arguments)} ended with status {done.returncode}:\n{done.stdout}")
     return done.stdout
@@ -124,9 +123,8 @@ def tiny_run() -> str:
         if not (BASE_DIR / "tokenizer").exists():
             command("scripts.tok_train", "--demo", f"--vocab_size={VOCABULARY}")
         # complete: the same command ends at once
-        command(
-            "scripts.train", "--stage=base", *DEMO_FLAGS, "--run_name=tiny", "--num_iterations=200", "--eval_tokens=8192"
-        )
+        own = ("--run_name=tiny", "--num_iterations=200", "--eval_tokens=8192")
+        command("scripts.train", "--stage=base", *DEMO_FLAGS, *own)
     return "tiny"
 
 
