@@ -52,6 +52,7 @@ latex_engine = "xelatex"
 if only := os.environ.get("DOCS_ONLY"):
     pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
     nb_execution_excludepatterns = [page for page in pages if page.removesuffix(".md") != only]
+    suppress_warnings = ["myst-nb.lexer"]  # what is not executed does not tell its language
 
 
 def setup(app) -> None:
