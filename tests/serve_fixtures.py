@@ -92,10 +92,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, model: ServedModel = CHAT, queue: int = 64, key=None, origin=None, **options):
+def serving(
+    engine: Engine, model: ServedModel = CHAT, queue: int = 64, key=None, origin=None, strict: bool = False, **options
+):
     """A `Running` server; stopped at the end, which must be clean."""
     worker = Worker(engine, model, queue, **options)
-    app = create_app(worker, key, origin)
+    app = create_app(worker, key, origin, strict)
     server = make_server(app, worker)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -285,6 +285,7 @@ class PageServer(LocalServer):
         self.model: dict[str, Any] = {"stage": "sft", "step": 300, "chat": True, "context_length": 256, "defaults": {}}
         self.usage = {"prompt_tokens": 40, "completion_tokens": 20}
         self.finish_reason, self.health, self.cancelled = "stop", 200, 0
+        self.warmed_up = 1.0
         self.api_key: str | None = None
         self.requests: list[dict[str, Any]] = []
         self._scripts: deque[tuple[Step, ...]] = deque()
@@ -301,7 +302,9 @@ class PageServer(LocalServer):
             headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
             self._send(handler, 200, html, headers)
         elif handler.path == "/health":
-            self._json(handler, self.health, {"status": "ok", "model": "tiny-sft", "step": self.model["step"]})
+            status = "ok" if self.warmed_up == 1 else "warming up"
+            health = {"status": status, "model": "tiny-sft", "step": self.model["step"], "warmed_up": self.warmed_up}
+            self._json(handler, self.health if self.warmed_up == 1 else 503, health)
         elif handler.path == "/v1/models" and self._admits(handler):
             self._json(handler, 200, {"object": "list", "data": [{"id": "tiny-sft", "object": "model", **self.model}]})
         elif handler.path != "/v1/models":

@@ -352,10 +352,10 @@ class Engine:
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Compiles every program this engine can need, so that nothing is compiled while it serves; returns how many.
 
-        Call it while no request is live. Without it each program is compiled when it is first needed. progress is
-        called with (done, total).
+        Call it while no request runs; they may wait. Without it each program is compiled when it is first needed.
+        progress is called with (done, total).
         """
-        if self.live:
+        if self._scheduler.busy:
             raise RuntimeError("warm_up needs an idle engine")
         self._scheduler.forget()
         return self._runner.warm_up(progress)

@@ -12,23 +12,21 @@ from starlette.exceptions import HTTPException
 from nanochat_jax.serve import openai, page, schemas
 from nanochat_jax.serve import prometheus as exposition
 from nanochat_jax.serve.api_errors import ApiError
+from nanochat_jax.serve.explain import explain
+from nanochat_jax.serve.ignored import IgnoredFields
 from nanochat_jax.serve.security import TOO_LARGE, Guard
 from nanochat_jax.serve.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-# Fields of OpenAI's that this server has only in the sense of "not used".
-_UNSUPPORTED = frozenset(
-    "tools tool_choice functions function_call logprobs top_logprobs response_format modalities audio prediction "
-    "reasoning_effort verbosity web_search_options moderation service_tier store frequency_penalty presence_penalty "
-    "logit_bias echo suffix best_of prompt_cache_retention prompt_cache_options".split()
-)
 
-
-def create_app(worker: Worker, api_key: str | None = None, allow_origin: str | None = None) -> FastAPI:
+def create_app(
+    worker: Worker, api_key: str | None = None, allow_origin: str | None = None, strict: bool = False
+) -> FastAPI:
     """The application of one served model. Its lifespan starts and stops the worker.
 
-    api_key None: no key is needed, and requests must be addressed to this machine (see `security`).
+    api_key None: no key is needed, and requests must be addressed to this machine (see `security`). strict: fields that
+    the server knows nothing of are refused instead of ignored.
     """
 
     @contextlib.asynccontextmanager
@@ -45,7 +43,7 @@ def create_app(worker: Worker, api_key: str | None = None, allow_origin: str | N
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.worker = worker
+    app.state.worker, app.state.ignored = worker, IgnoredFields(strict)
     refused: dict[int | str, dict[str, Any]] = {
         status: {"model": schemas.Error, "description": text}
         for status, text in {401: "no or a wrong API key", 403: "another host or web site", 413: "too long"}.items()
@@ -60,14 +58,15 @@ def create_app(worker: Worker, api_key: str | None = None, allow_origin: str | N
     @app.get(
         "/health",
         response_model=schemas.Health,
-        responses={503: {"model": schemas.Health, "description": "the decode thread has failed or hangs"}, **refused},
+        responses={503: {"model": schemas.Health, "description": "warming up, or the decode thread failed"}, **refused},
     )
     async def health() -> Response:
         """Whether the server works; answered at once whatever the model is doing."""
-        slots, running, healthy = worker.engine.slots, worker.running, worker.healthy
+        slots, running, ready = worker.engine.slots, worker.running, worker.ready
         state = {
-            "status": "ok" if healthy else "error",
-            "ready": healthy,
+            "status": "ok" if ready else "warming up" if worker.healthy else "error",
+            "ready": ready,
+            "warmed_up": round(worker.warmed_up, 3),
             "num_gpus": len(worker.devices),
             "available_workers": slots - running,
             "model": worker.model.name,
@@ -75,7 +74,7 @@ def create_app(worker: Worker, api_key: str | None = None, allow_origin: str | N
             "running": running,
             "waiting": worker.waiting,
         }
-        return JSONResponse(state, 200 if healthy else 503)
+        return JSONResponse(state, 200 if ready else 503)
 
     @app.get("/stats", response_model=schemas.Stats, responses=refused)
     async def stats() -> dict:
@@ -104,7 +103,7 @@ def create_app(worker: Worker, api_key: str | None = None, allow_origin: str | N
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return _explain(error.errors()).response()
+        return explain(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -119,18 +118,3 @@ def create_app(worker: Worker, api_key: str | None = None, allow_origin: str | N
 
     app.add_middleware(Guard, key=api_key, allow_origin=allow_origin, count=worker.metrics.request)
     return app
-
-
-def _explain(found) -> ApiError:
-    """The first problem of a body, naming its field."""
-    problem = found[0]
-    where = [str(part) for part in problem["loc"][1:]]
-    if problem["type"] == "json_invalid" or not where:
-        return ApiError(400, f"the body must be a JSON object: {problem['msg']}")
-    field = where[0]
-    if problem["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {'.'.join(where)!r}", param=field, code="unknown_parameter")
-    if field in _UNSUPPORTED:
-        message = f"{field} is not supported by this server: leave it out"
-        return ApiError(400, message, param=field, code="unsupported_parameter")
-    return ApiError(400, f"{'.'.join(where)}: {problem['msg']}", param=field)

@@ -5,12 +5,13 @@ python -m scripts.serve --stage=base --watch  follow a run while it trains
 """
 
 import asyncio
+import functools
 import logging
 import os
 import secrets
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -47,7 +48,10 @@ class ServeSettings:
     top_k: int = flag(50, "where a request does not say: sample among the k most likely tokens, 0 = all", short="k")
     max_tokens: int = flag(512, "where a request does not say: the most tokens to generate", short="m")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
-    warm_up: bool = flag(True, "compile everything before the first request")
+    warm_up: bool = flag(True, "compile everything before the first request is answered")
+    strict: bool = flag(
+        False, "refuse requests with fields that this server knows nothing of, instead of ignoring them"
+    )
     log_prompts: bool = flag(False, "write what people ask and are answered to the log")
 
     def __post_init__(self):
@@ -109,6 +113,7 @@ def _serve(settings: ServeSettings) -> int:
     import jax  # takes a second
 
     from nanochat_jax.hardware import devices
+    from nanochat_jax.inference.engine import Engine
     from nanochat_jax.runs.checkpoint import chosen, find_run, load_model
     from nanochat_jax.serve.app import create_app
     from nanochat_jax.serve.watch import Watcher, saved_at
@@ -121,27 +126,45 @@ def _serve(settings: ServeSettings) -> int:
     config, params, tokenizer, meta = load_model(run.name, step=settings.step)
     chats = meta["stage"] != "base" and ASSISTANT_START in tokenizer.special_tokens
     model = ServedModel(run.name, meta["stage"], meta["step"], saved_at(run, meta["step"]), chats)
-    engine = _engine(settings, config, params, tokenizer)
+    engine = Engine(config, params, tokenizer, slots=settings.slots, devices=jax.devices())
     kinds = [device.device_kind for device in jax.devices()]
-    worker = Worker(engine, model, settings.queue, kinds, settings.sampling(), settings.log_prompts)
-    app = create_app(worker, key, settings.allow_origin)
-    watcher = Watcher(worker, run, meta) if settings.watch else None
-
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{listener.getsockname()[1]}"
+    ready = f"Server ready at {address} (chat page) and {address}/v1 (OpenAI API). Ctrl-C stops it."
+    warm_up = functools.partial(_warm_up, engine, ready) if settings.warm_up else None
+    worker = Worker(engine, model, settings.queue, kinds, settings.sampling(), settings.log_prompts, warm_up)
+    app = create_app(worker, key, settings.allow_origin, settings.strict)
+    watcher = Watcher(worker, run, meta) if settings.watch else None
+
     kind = "chat" if chats else "base model: completions only"
     shown, others = chosen(meta, settings.run or settings.model_tag, settings.stage)
     print(f"{shown} ({kind}), {engine.slots} slots of {engine.capacity}" + (f"; {others}" if others else ""))
     if key is not None and given is None:
         print(f"API key (made for this start; {API_KEY_VARIABLE} in the environment keeps one): {key}")
-    print(f"Server ready at {address} (chat page) and {address}/v1 (OpenAI API). Ctrl-C stops it.", flush=True)
+    print(f"Compiling; {address} takes requests already." if settings.warm_up else ready, flush=True)
     if watcher is not None:
         watcher.start()
     run_app(app, worker, listener)
     if watcher is not None:
         watcher.stop()
+    if worker.warmed_up < 1:
+        raise worker.failure or KeyboardInterrupt
     print("Server stopped.")
     return 0 if worker.failure is None else 1
+
+
+def _warm_up(engine, ready: str, told: Callable[[int, int], None]) -> None:
+    """Compiles all programs, with progress for the terminal and `told`; then says that the server is ready."""
+    from nanochat_jax.utils.progress import ShareProgress
+
+    with ShareProgress("compiling") as progress:
+
+        def both(done: int, total: int) -> None:
+            told(done, total)
+            progress(f"{done}/{total} programs", done / total)
+
+        engine.warm_up(both)
+    print(ready, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -153,22 +176,10 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port} ({why}): choose another --host or --port") from None
 
 
-def _engine(settings: ServeSettings, config, params, tokenizer):
-    import jax
-
-    from nanochat_jax.inference.engine import Engine
-    from nanochat_jax.utils.progress import ShareProgress
-
-    engine = Engine(config, params, tokenizer, slots=settings.slots, devices=jax.devices())
-    if settings.warm_up:
-        with ShareProgress("compiling") as progress:
-            engine.warm_up(lambda done, total: progress(f"{done}/{total} programs", done / total))
-    return engine
-
-
 def run_app(app, worker, listener: socket.socket) -> None:
     """Serves until SIGINT or SIGTERM (a second SIGINT does not wait), or until the server's `should_exit` is set."""
     server = make_server(app, worker)
+    worker.on_failed_start = functools.partial(setattr, server, "should_exit", True)
     server.run(sockets=[listener])
 
 

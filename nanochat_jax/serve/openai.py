@@ -4,7 +4,9 @@ What is ours, beyond OpenAI's documentation:
 
 - Request fields `top_k` (0 = all) and `truncate_history` (chat: drop the oldest exchanges of a conversation that does
   not fit, instead of a 400). A completion of `max_tokens` that does not fit the context ends with "length" where the
-  context does. `model` may be left out.
+  context does. `model` may be left out. `continue_final_message` and `add_generation_prompt` are vLLM's, but a last
+  message of the assistant is continued unless one of them says otherwise. Fields that the server does not know are
+  ignored; the header X-Ignored-Fields names them.
 - Calls of the calculator are part of the text, as ``<12+30=42>``. A stream also tells them apart: a chunk whose delta
   (completions: whose choice) has ``"tool": {"call": "12+30"}`` carries ``<12+30`` as its content, the one with
   ``"tool": {"result": "42"}`` carries ``=42>``; a call that got no result is closed by ``>`` at the head of whatever
@@ -55,6 +57,10 @@ def _worker(request: Request) -> Worker:
     return request.app.state.worker
 
 
+def _ignored(request: Request, body: schemas.Body) -> dict[str, str]:
+    return request.app.state.ignored.headers(body)
+
+
 @router.post(
     "/v1/chat/completions",
     response_model=None,
@@ -65,7 +71,7 @@ def _worker(request: Request) -> Worker:
 )
 async def chat_completions(body: schemas.ChatRequest, request: Request) -> Response:
     """The assistant's next message."""
-    worker = _worker(request)
+    worker, ignored = _worker(request), _ignored(request, body)
     _check_model(body.model, worker.model)
     if not worker.model.chats:
         raise ApiError(
@@ -77,7 +83,7 @@ async def chat_completions(body: schemas.ChatRequest, request: Request) -> Respo
         )
     params = body.sampling(worker.defaults)
     prompt = await prompts.of_conversation(worker, body, params.max_tokens or worker.engine.capacity)
-    return await _respond(ChatShape(), worker, body, request, [prompt], params)
+    return await _respond(ChatShape(), worker, body, request, [prompt], params, ignored)
 
 
 @router.post(
@@ -90,14 +96,14 @@ async def chat_completions(body: schemas.ChatRequest, request: Request) -> Respo
 )
 async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
     """The continuation of a text."""
-    worker = _worker(request)
+    worker, ignored = _worker(request), _ignored(request, body)
     _check_model(body.model, worker.model)
     params = body.sampling(worker.defaults)
     given = await prompts.of_texts(worker, body)
     if len(given) * (body.n or 1) > schemas.MAX_CHOICES:
         message = f"{len(given)} prompts with n={body.n} are more than {schemas.MAX_CHOICES} completions at once"
         raise ApiError(400, message, param="n")
-    return await _respond(TextShape(), worker, body, request, given, params)
+    return await _respond(TextShape(), worker, body, request, given, params, ignored)
 
 
 @router.get("/v1/models", response_model=schemas.ModelList)
@@ -195,13 +201,14 @@ async def _respond(
     request: Request,
     prompts: list[list[int]],
     params: SamplingParams,
+    headers: dict[str, str],
 ) -> Response:
     generation = worker.submit(prompts, body.n or 1, params)
     completions = [GrowingCompletion(worker.tokenizer, params.stop) for _ in generation.requests]
     model = worker.model
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(generation, _chunks(shape, model, generation, completions, with_usage))
+        return EventStream(generation, _chunks(shape, model, generation, completions, with_usage), headers)
 
     async def collect() -> None:
         nonlocal model
@@ -214,7 +221,8 @@ async def _respond(
     except ClientGone:
         return Response(status_code=499)
     choices = [shape.choice(i, completion) for i, completion in enumerate(completions)]
-    return JSONResponse(shape.envelope(shape.whole, model, choices, usage=_usage(generation, completions)))
+    envelope = shape.envelope(shape.whole, model, choices, usage=_usage(generation, completions))
+    return JSONResponse(envelope, headers=headers)
 
 
 async def _chunks(

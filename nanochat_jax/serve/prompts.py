@@ -1,13 +1,16 @@
 """From the text of a request to the ids of its prompts; what does not fit the model's context is refused here."""
 
 import asyncio
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from nanochat_jax.serve import schemas
 from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.worker import Worker
 from nanochat_jax.text.prompts import ContextOverflow, MessageError, chat_prompt, fit_history
+
+T = TypeVar("T")
 
 SHORT_TEXT = 4096  # characters that the event loop tokenizes itself: half a millisecond, ten times what a thread costs
 
@@ -23,20 +26,38 @@ async def of_conversation(worker: Worker, body: schemas.ChatRequest, max_tokens:
     newest = messages[-1:] if body.truncate_history else messages
     _check_length(worker, sum(_characters(m["content"]) for m in newest), "messages")
     characters = sum(_characters(m["content"]) for m in messages)
+    ending = _ending(body)
     try:
         if body.truncate_history:
             reserve = min(max_tokens, capacity // 2)
-            prompt, _ = await _tokenized(characters, fit_history, messages, tokenizer, capacity, reserve)
-            return prompt
-        prompt = await _tokenized(characters, chat_prompt, messages, tokenizer)
+            fit = functools.partial(fit_history, messages, tokenizer, capacity, reserve, **ending)
+            return (await _tokenized(characters, fit))[0]
+        prompt = await _tokenized(characters, functools.partial(chat_prompt, messages, tokenizer, **ending))
         if len(prompt) > capacity:
             raise ContextOverflow(len(prompt), capacity)
         return prompt
     except MessageError as error:
-        param = "messages" if error.index is None else f"messages.{error.index}"
-        raise ApiError(400, str(error), param=param) from None
+        if error.index is None:
+            raise ApiError(400, error.problem, param="messages") from None
+        place = f"messages.{error.index}"
+        field = f"{place}.{error.field}" if error.field else place
+        raise ApiError(400, f"{field}: {error.problem}", param=place) from None
     except ContextOverflow as error:
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
+
+
+def _ending(body: schemas.ChatRequest) -> dict[str, bool]:
+    """How the prompt is to end, as `chat_prompt` is told. Raises ApiError where the request contradicts itself."""
+    resume, prime = body.continue_final_message, body.add_generation_prompt
+    if resume and prime:
+        message = (
+            "continue_final_message and add_generation_prompt cannot both be true: either the last message goes on, "
+        )
+        raise ApiError(400, message + "or another one begins", param="continue_final_message")
+    if resume and body.messages[-1].role != "assistant":
+        message = "continue_final_message: the last message must be the assistant's to be continued"
+        raise ApiError(400, message, param="continue_final_message")
+    return {"resume": (not prime) if resume is None else resume, "prime": prime is not False}
 
 
 async def of_texts(worker: Worker, body: schemas.CompletionRequest) -> list[list[int]]:
@@ -47,7 +68,8 @@ async def of_texts(worker: Worker, body: schemas.CompletionRequest) -> list[list
     for text in [""] if given is None else [given] if isinstance(given, str) or _is_ids(given) else given:
         if isinstance(text, str):
             _check_length(worker, len(text), "prompt")
-            ids = [worker.tokenizer.bos_id, *await _tokenized(len(text), worker.tokenizer.encode_text, text)]
+            encoded = await _tokenized(len(text), functools.partial(worker.tokenizer.encode_text, text))
+            ids = [worker.tokenizer.bos_id, *encoded]
         else:
             ids = text
             if max(ids) >= vocab_size:
@@ -64,8 +86,10 @@ def _is_ids(prompt: Any) -> bool:
     return bool(prompt) and isinstance(prompt[0], int)
 
 
-def _characters(content: str | list[dict]) -> int:
-    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+def _characters(content: str | list[str | dict] | None) -> int:
+    if content is None or isinstance(content, str):
+        return len(content or "")
+    return sum(len(part if isinstance(part, str) else part["text"]) for part in content)
 
 
 def _check_length(worker: Worker, characters: int, param: str) -> None:
@@ -79,9 +103,9 @@ def _check_length(worker: Worker, characters: int, param: str) -> None:
         raise ApiError(400, f"the {param} have {characters} characters, more than {schemas.MAX_TEXT}", param=param)
 
 
-async def _tokenized(characters: int, function: Callable, *arguments):
+async def _tokenized(characters: int, function: Callable[[], T]) -> T:
     """What `function` makes of a text of so many characters; a long one on another thread, as it takes a tenth of a
     second."""
     if characters <= SHORT_TEXT:
-        return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)
+        return function()
+    return await asyncio.to_thread(function)

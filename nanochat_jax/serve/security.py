@@ -5,6 +5,7 @@
 - A browser says which site a request comes from: only the server's own pages may call it, or those of `allow_origin`.
 - With an API key, everything but the page and /health needs ``Authorization: Bearer KEY``, compared in constant time.
 - A body is read up to a limit, and no answer can be framed, sniffed or cached into something else.
+- Every body is JSON, whatever its Content-Type says: `curl -d` and many small clients send none, or that of a form.
 """
 
 import hmac
@@ -47,6 +48,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        scope = {**scope, "headers": _as_json(scope["headers"])}
         foreign = self._allowed is not None and headers.get("origin", "").lower() == self._allowed
         status, started = 0, False
 
@@ -101,6 +103,11 @@ class Guard:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
+
+
+def _as_json(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    others = [(name, value) for name, value in headers if name.lower() != b"content-type"]
+    return [*others, (b"content-type", b"application/json")]
 
 
 def _name(host: str) -> str:

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from types import MappingProxyType
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -11,6 +12,8 @@ from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.worker import Generation, Update
 from nanochat_jax.text.detokenizer import CompletionStream, Piece, PlainText, ToolCall, ToolResult, as_parts
 from nanochat_jax.text.tokenizer import Tokenizer
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class GrowingCompletion:
@@ -82,8 +85,8 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes]):
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes], headers: Mapping[str, str] = NO_HEADERS):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         self._generation, self._events = generation, events
 
     async def __call__(self, scope, receive, send) -> None:

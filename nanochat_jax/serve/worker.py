@@ -3,7 +3,7 @@
 One decode thread steps the engine while there is anything to do. The event loop never waits for it: submitting and
 cancelling only append to a queue or set a mark, and after every step the thread hands all new tokens to the loop in one
 call. If a step fails, every open generation ends with an error, the reason is logged and `healthy` turns false: the
-thread never dies in silence.
+thread never dies in silence. What has to be compiled is compiled on that thread first, while requests wait.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,12 +116,18 @@ class Generation:
         self._updates.put_nowait(update)
 
 
+class _Stopped(Exception):
+    """The server is stopped while it is warming up."""
+
+
 class Worker:
-    """Owns an engine (already warmed up; it must have a tokenizer).
+    """Owns an engine (it must have a tokenizer).
 
     queue: how many requests may wait beyond those that have a slot. devices: what the engine runs on, for /stats.
     defaults: sampling where a request does not say. log_prompts: write prompts and completions to the log, which
-    nothing else does. Everything but `replace` is to be called on the event loop that `start` was called on.
+    nothing else does. warm_up: what the thread does before its first step, such as `Engine.warm_up`; it is
+    given what to call with (done, total). Everything but `replace` is to be called on the event loop that `start` was
+    called on.
     """
 
     def __init__(
@@ -132,6 +138,7 @@ class Worker:
         devices: Sequence[str] = ("cpu",),
         defaults: SamplingParams = DEFAULTS,
         log_prompts: bool = False,
+        warm_up: Callable[[Callable[[int, int], None]], object] | None = None,
     ):
         assert engine.tokenizer is not None
         self.engine, self.model, self.queue, self.devices = engine, model, queue, list(devices)
@@ -141,6 +148,8 @@ class Worker:
         self.metrics = Metrics()
         self.metrics.watch(self)
         self.failure: BaseException | None = None
+        self.on_failed_start: Callable[[], None] = lambda: None  # called on the event loop
+        self._warm_up, self.warmed_up = warm_up, 1.0 if warm_up is None else 0.0  # how much of it is done
         self._running: dict[Request, tuple[Generation, int]] = {}
         self._seconds = 1.0  # how long a request takes, smoothed
         self._wake, self._stopping, self._draining = threading.Event(), False, False
@@ -164,8 +173,13 @@ class Worker:
     @property
     def healthy(self) -> bool:
         """False once a step has failed, or while one takes longer than `STALLED_S`."""
-        stalled = self.engine.live > 0 and time.monotonic() - self._beat > STALLED_S
+        stalled = self.warmed_up == 1 and self.engine.live > 0 and time.monotonic() - self._beat > STALLED_S
         return self.failure is None and self._thread.is_alive() and not stalled
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered now, and not only taken."""
+        return self.healthy and self.warmed_up == 1
 
     @property
     def swapping(self) -> bool:
@@ -259,8 +273,16 @@ class Worker:
 
     # --- the decode thread ------------------------------------------------------------------------------------------
 
+    def _warmed(self, done: int, total: int) -> None:
+        if self._stopping:
+            raise _Stopped
+        self.warmed_up = min(done / total, 0.99)  # all of it when the engine may be stepped
+
     def _run(self) -> None:
         try:
+            if self._warm_up is not None:
+                self._warm_up(self._warmed)
+                self._beat, self.warmed_up = time.monotonic(), 1.0
             while not self._stopping:
                 # 1. Sleep until a request comes, one is cancelled, or parameters are replaced.
                 self._wake.wait()
@@ -281,7 +303,14 @@ class Worker:
                         logger.info("now serving %s", self.model.fingerprint)
                 # 6. The last step's tokens.
                 self._hand_on(events, self.model)
+        except _Stopped:
+            return
         except BaseException as error:
+            if self.warmed_up < 1:
+                self.failure = error
+                self._on_loop(self._failed)
+                self._on_loop(self.on_failed_start)
+                return
             logger.critical("the decode thread failed; the server can answer no more requests", exc_info=error)
             self.failure = error
             self._on_loop(self._failed)

@@ -12,7 +12,7 @@ from typing import Any
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.text import chat_format
 from nanochat_jax.text.detokenizer import CompletionStream, Piece, as_text
-from nanochat_jax.text.prompts import ContextOverflow, MessageError, chat_prompt
+from nanochat_jax.text.prompts import ContextOverflow, MessageError, alternating, chat_prompt
 from nanochat_jax.utils import paths
 from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.flags import flag
@@ -208,27 +208,24 @@ class Chat:
         return path
 
     def _turns_of(self, messages: Any) -> list[Turn]:
-        if not isinstance(messages, list) or not messages:
+        if not isinstance(messages, list):
             raise MessageError("there are no messages")
-        nothing = {"role": "user", "content": ""}
-        chat_prompt([*messages, nothing], self.tokenizer)  # judges them all, so that an error has the right number
-        head = messages[:1] if messages[0]["role"] in ("system", "developer") else []
+        system, alternate = alternating(messages)
+        if len(alternate) % 2:
+            raise MessageError("the last message must be the assistant's", len(messages) - 1)
         turns = []
-        for at in range(len(head), len(messages), 2):
-            exchange = [*head, *messages[at : at + 2]]
-            opening = chat_prompt(exchange[:-1], self.tokenizer)[1:]
-            tokens = chat_prompt([*exchange, nothing], self.tokenizer)[1:-3]  # without bos and the empty question
+        for question, completion in zip(alternate[::2], alternate[1::2], strict=True):
+            head = [{"role": "system", "content": system}, question]
+            opening = chat_prompt(head, self.tokenizer)[1:]
+            end = self.tokenizer.encode_special(chat_format.ASSISTANT_END)
+            tokens = [*chat_prompt([*head, completion], self.tokenizer)[1:], end]
             stream = CompletionStream(self.tokenizer)
             stream.push(tokens[len(opening) :])
             stream.finish()
-            question = "\n\n".join(_text_of(message["content"]) for message in exchange[:-1])
-            turns.append(Turn(question, stream.pieces, tokens))
-            head = []
+            asked = "\n\n".join(filter(None, [system, question["content"]]))
+            turns.append(Turn(asked, stream.pieces, tokens))
+            system = ""
         return turns
-
-
-def _text_of(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def chats_dir() -> Path:
@@ -244,7 +241,7 @@ def chat_path(name: str) -> Path:
     if not name:
         raise InputError("give a name, such as: /save monday")
     if "/" in name or name.endswith(".json"):
-        return Path(name).expanduser().absolute()
+        return Path(os.path.expanduser(name)).absolute()
     return chats_dir() / f"{name}.json"
 
 

@@ -271,6 +271,42 @@ def test_on_a_phone(window, stub):
     assert phone.page.evaluate(width)[0] == 360
 
 
+WIDTHS = [1200, 390, 820, 840, 360, 1920, 600, 1200]
+FRAME = """() => {
+    const box = (id) => document.querySelector(id).getBoundingClientRect();
+    const covers = innerWidth <= 832; // the panels lie over the page there
+    const shown = (id) => getComputedStyle(document.querySelector(id)).display !== "none" && !covers;
+    const left = shown("#sidebar") ? box("#sidebar").right : 0;
+    const right = shown("#settings") ? box("#settings").left : innerWidth;
+    const column = box("#composer");
+    return [
+        Math.round(box("main").left - left), Math.round(right - box("main").right),
+        document.documentElement.scrollWidth - innerWidth, document.querySelector("#scroll").scrollWidth
+            - document.querySelector("#scroll").clientWidth,
+        Math.round(column.width - Math.min(736, right - left)),
+        Math.round((column.left - left) - (right - column.right)),
+        Math.round(innerHeight - column.bottom),
+    ];
+}"""
+
+
+@pytest.mark.parametrize("talked,theme", [(False, "light"), (True, "dark")])
+def test_the_page_fills_the_window_whatever_its_size(window, talked, theme):
+    """No blank column, nothing cut off, the message box in the middle: after every change of the window's size, with
+    and without a conversation, the panels open and closed."""
+    chat = window(viewport={"width": 1200, "height": 700}, color_scheme=theme).ready()
+    if talked:
+        chat.talk("Hi")
+    for sidebar in (True, False):
+        for settings in (False, True):
+            for width in WIDTHS:
+                chat.page.set_viewport_size({"width": width, "height": 700})
+                chat.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+                chat.page.evaluate("(shown) => showSidebar(shown)", sidebar)
+                chat.page.evaluate("(shown) => { document.querySelector('#settings').hidden = !shown; }", settings)
+                assert chat.page.evaluate(FRAME) == [0] * 7, (sidebar, settings, width)
+
+
 # --- keyboard and screen readers --------------------------------------------------------------------------------------
 
 

@@ -194,6 +194,26 @@ def test_looks_grow_rarer_while_the_server_is_away(window, stub):
     expect(chat.banner).to_contain_text(BACK)
 
 
+def test_a_server_that_warms_up_is_shown_and_asked(window, stub):
+    stub.warmed_up = 0.25
+    chat = window()
+    model = chat.page.locator("#model")
+    expect(model).to_have_text("warming up, 25 %")
+    expect(chat.banner).to_contain_text("The server is warming up.")
+    expect(chat.page.get_by_role("button", name="Who are you?")).to_be_visible()
+    gate = Gate()
+    stub.script(gate, "Here I am.")
+    chat.ask("Hello")
+    stub.warmed_up = 0.999
+    expect(model).to_have_text("warming up, 99 %")
+    stub.warmed_up = 1.0
+    chat.ready()
+    expect(chat.banner).to_be_hidden()
+    gate.open()
+    chat.done()
+    expect(chat.answer).to_have_text("Here I am.")
+
+
 def test_another_model_after_a_restart_is_noticed(chat, stub):
     stub.model |= {"step": 400, "context_length": 512}
     chat.page.evaluate("dispatchEvent(new Event('online'))")

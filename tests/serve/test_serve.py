@@ -135,6 +135,86 @@ def test_health_answers_while_a_step_takes_its_time():
         running.idle()
 
 
+def test_the_page_comes_and_requests_wait_while_programs_are_compiled():
+    gate = threading.Event()
+
+    def warm_up(told):
+        told(1, 4)
+        assert gate.wait(60)
+
+    with serving(toy_engine(), warm_up=warm_up) as running:
+        running.until(lambda: running.worker.warmed_up > 0)
+        assert running.http.get("/").status_code == 200 and running.http.get("/v1/models").status_code == 200
+        health = running.http.get("/health")
+        assert health.status_code == 503 and health.json()["status"] == "warming up"
+        assert health.json()["warmed_up"] == 0.25 and not health.json()["ready"]
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(running.post("/v1/completions", prompt="a", n=5)))
+        asking.start()
+        running.until(lambda: running.http.get("/health").json()["waiting"] == 5)
+        assert running.worker.healthy and not answers
+        gate.set()
+        asking.join()
+        assert answers[0].status_code == 200
+        health = running.http.get("/health")
+        assert health.status_code == 200 and health.json()["status"] == "ok" and health.json()["warmed_up"] == 1
+
+
+def test_an_engine_is_warmed_up_while_requests_wait():
+    engine = toy_engine()
+    engine._runner.warm_up = lambda progress: 7  # type: ignore[method-assign]
+    engine.submit([1, 2])
+    assert engine.warm_up() == 7 and engine.waiting == 1
+    engine._admit()
+    with pytest.raises(RuntimeError):
+        engine.warm_up()
+
+
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_a_server_that_cannot_warm_up_says_so_and_ends(asked_first):
+    gate, ended = threading.Event(), threading.Event()
+
+    def warm_up(told):
+        assert gate.wait(60)
+        raise MemoryError("too little")
+
+    with serving(toy_engine(), warm_up=warm_up) as running:
+        running.worker.on_failed_start = ended.set
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(running.post("/v1/completions", prompt="a")))
+        if asked_first:
+            asking.start()
+            running.until(lambda: running.worker.waiting == 1)
+        gate.set()
+        assert ended.wait(60)
+        if not asked_first:
+            asking.start()
+        asking.join()
+        assert answers[0].status_code == 500 and answers[0].json()["error"]["code"] == "worker_failed"
+        assert (
+            isinstance(running.worker.failure, MemoryError) and running.http.get("/health").json()["status"] == "error"
+        )
+
+
+def test_a_server_is_stopped_while_it_warms_up():
+    warming, stopped = threading.Event(), []
+
+    def warm_up(told):
+        warming.set()
+        while True:
+            try:
+                told(1, 1000)
+            except BaseException as error:
+                stopped.append(error)
+                raise
+            time.sleep(0.005)
+
+    with serving(toy_engine(), warm_up=warm_up) as running:
+        assert warming.wait(60)
+    assert stopped and running.worker.failure is None and running.worker.warmed_up < 1
+    assert not running.worker._thread.is_alive()
+
+
 # --- hanging up, swapping, stopping ---------------------------------------------------------------
 
 

@@ -280,9 +280,6 @@ UNSUPPORTED = {
     "logit_bias": {"5": 1},
     "frequency_penalty": 0.5,
     "presence_penalty": -1,
-    "modalities": ["audio"],
-    "reasoning_effort": "low",
-    "store": True,
 }
 
 
@@ -318,18 +315,94 @@ def test_unsupported_options_are_named_and_their_neutral_values_accepted(tiny):
         (dict(seed=1.5), "seed"),
         (dict(messages=[]), "messages"),
         (dict(messages="hello"), "messages"),
-        (dict(extra_body={"temprature": 1}), "temprature"),
         (dict(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]), "messages"),
         (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages"),
-        (dict(messages=[*HI, {"role": "assistant", "content": "x"}]), "messages.1"),
-        (dict(messages=[*HI, *HI]), "messages.1"),
-        (dict(messages=[*HI, {"role": "system", "content": "x"}]), "messages.1"),
+        (dict(messages=[*HI, {"role": "user", "content": None}]), "messages.1"),
+        (dict(messages=[{"role": "user", "content": [{"type": "python", "text": "1"}]}]), "messages.0"),
+        (dict(extra_body={"continue_final_message": True}), "continue_final_message"),
+        (dict(extra_body={"continue_final_message": True, "add_generation_prompt": True}), "continue_final_message"),
     ],
 )
 def test_wrong_values_are_named(tiny, changes, field):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(tiny, **changes)
     assert caught.value.param == field and caught.value.type == "invalid_request_error"
+
+
+def prompt_tokens(running, messages, **more) -> int:
+    return ask(running, messages=messages, max_tokens=1, extra_body=more).usage.prompt_tokens
+
+
+def test_messages_of_other_servers_clients(tiny):
+    u, a = HI[0], {"role": "assistant", "content": "Well, ", "id": "7", "reasoning_content": None, "refusal": "x"}
+    plain = prompt_tokens(tiny, HI)
+    assert prompt_tokens(tiny, [{**u, "id": 1, "metadata": {}, "name": "Ann", "cache_control": {}}]) == plain
+    for roles in (
+        "system system user",
+        "user system",
+        "assistant user",
+        "user user",
+        "system",
+        "developer user system",
+    ):
+        assert prompt_tokens(tiny, [{"role": role, "content": "x"} for role in roles.split()]) > 3
+    # a last message of the assistant is continued
+    begun = len(golden_tokenizer().encode_text("Well, "))
+    assert prompt_tokens(tiny, [u, a]) == plain + begun
+    assert prompt_tokens(tiny, [u, a], continue_final_message=True, add_generation_prompt=False) == plain + begun
+    assert prompt_tokens(tiny, [u, {**a, "content": None}]) == plain
+    assert prompt_tokens(tiny, [u, a], continue_final_message=False) == plain + begun + 2
+    assert prompt_tokens(tiny, [u, a], add_generation_prompt=True) == plain + begun + 2
+    assert prompt_tokens(tiny, HI, add_generation_prompt=False) == plain - 1
+    assert prompt_tokens(tiny, [u, a], truncate_history=True) == plain + begun
+
+
+def test_a_continued_message_is_continued(scripted):
+    messages = [*HI, {"role": "assistant", "content": "The sea "}]
+    scripted.tell([*b"is blue", SPECIAL("<|assistant_end|>")], messages)
+    assert ask(scripted, messages=messages).choices[0].message.content == "is blue"
+    assert text_of(ask(scripted, messages=messages, stream=True)) == "is blue"
+
+
+ODD_FIELDS = {
+    "ignored_by_all": 1, "thinking": {"type": "enabled"}, "reasoning_effort": "low", "store": True,
+    "modalities": ["audio"], "service_tier": "flex", "chat_template": None, "stream_options": {"chunk_size": 3},
+    "bad\r\nname: x": 1, "ö": 2,
+}  # fmt: skip
+
+
+def test_unknown_fields_are_ignored_and_named(tiny, caplog):
+    caplog.set_level("INFO")
+    for stream in (False, True):
+        answer = tiny.post("/v1/chat/completions", messages=HI, max_tokens=1, stream=stream, **ODD_FIELDS)
+        named = answer.headers["x-ignored-fields"].split(", ")
+        assert answer.status_code == 200 and {*named} == {
+            "ignored_by_all", "thinking", "reasoning_effort", "store", "modalities", "service_tier", "chat_template",
+            "stream_options.chunk_size", "?",
+        }  # fmt: skip
+    assert caplog.text.count("ignored_by_all") == 1
+    for quiet in (HI, [{**HI[0], "id": 3}]):
+        answer = tiny.post("/v1/chat/completions", messages=quiet, max_tokens=1, store=False, user="me", audio=None)
+        assert "x-ignored-fields" not in answer.headers
+    assert "top_words" in tiny.post("/v1/completions", max_tokens=1, top_words=3).headers["x-ignored-fields"]
+
+
+STRICTLY = [
+    ({"temprature": 1}, "temprature"), ({"store": True}, "store"), ({"stream_options": {"x": 1}}, "stream_options"),
+    ({"messages": [{**HI[0], "id": 1}]}, "messages"), ({"modalities": ["audio"]}, "modalities"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "id": 3}]}]}, "messages"),
+]  # fmt: skip
+
+
+def test_a_strict_server_refuses_them():
+    with serving(toy_engine(), strict=True) as running:
+        for changes, field in STRICTLY:
+            answer = running.post("/v1/chat/completions", **{"messages": HI, "max_tokens": 1, **changes})
+            assert answer.status_code == 400 and answer.json()["error"]["code"] == "unknown_parameter"
+            assert answer.json()["error"]["param"] == field
+        fine = {"store": False, "service_tier": "auto", "modalities": ["text"], "audio": None, "user": "me"}
+        answer = running.post("/v1/chat/completions", messages=[{**HI[0], "name": "Ann"}], max_tokens=1, **fine)
+        assert answer.status_code == 200
 
 
 def test_a_base_model_completes_only():

@@ -132,6 +132,37 @@ def test_the_longest_texts_are_weighed_quickly(tiny):
         assert answer.status_code == 400, character
 
 
+BODY = b'{"prompt": "a", "max_tokens": 1}'
+ENCODED = [
+    BODY,
+    b"\xef\xbb\xbf" + BODY,
+    BODY.decode().encode("utf-16"),
+    BODY.decode().encode("utf-32-le"),
+    b"\n " + BODY,
+]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,
+        "",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/json; charset=x",
+        "application/vnd.api+json",
+        "multipart/form-data",
+        "nonsense",
+        "APPLICATION/JSON",
+    ],
+)
+def test_a_body_is_json_whatever_its_content_type_says(tiny, kind):
+    for body in ENCODED[: 1 if kind else None]:
+        headers = {} if kind is None else {"Content-Type": kind}
+        answer = tiny.http.post("/v1/completions", content=body, headers=headers)
+        assert answer.status_code == 200 and answer.json()["object"] == "text_completion", answer.text
+
+
 # --- nonsense -------------------------------------------------------------------------------------
 
 PATHS = ("/v1/chat/completions", "/v1/completions")

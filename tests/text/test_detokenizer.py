@@ -206,16 +206,95 @@ def test_prompt_is_what_training_saw():
 U, A, S = ({"role": r, "content": "x"} for r in ("user", "assistant", "system"))
 
 
+def of(text: str) -> list[dict]:
+    """ "u:one a:two" as messages."""
+    roles = {"u": "user", "a": "assistant", "s": "system", "d": "developer"}
+    return [{"role": roles[r], "content": c.replace("_", "\n\n")} for r, c in (m.split(":") for m in text.split())]
+
+
+# messages in an order that training never saw -> the same as a conversation
+ORDERS = [
+    ("u:A u:B", "u:A_B"),
+    ("u:A u:B u:C a:D u:E u:F", "u:A_B_C a:D u:E_F"),
+    ("u:A a:B a:C u:D", "u:A a:B_C u:D"),
+    ("s:A s:B u:C", "u:A_B_C"),
+    ("s:A d:B s:C u:D", "u:A_B_C_D"),
+    ("s:A", "u:A"),
+    ("s:A s:B", "u:A_B"),
+    ("u:A s:B", "u:A_B"),
+    ("u:A s:B u:C", "u:A_B_C"),
+    ("u:A a:B s:C u:D", "u:A a:B u:C_D"),
+    ("u:A a:B u:C s:D", "u:A a:B u:C_D"),
+    ("u:A a:B s:C", "u:A a:B u:C"),
+    ("s:A u:B a:C d:D s:E u:F", "u:A_B a:C u:D_E_F"),
+    ("a:A u:B", "u: a:A u:B"),
+    ("s:A a:B u:C", "u:A a:B u:C"),
+    ("a:A a:B s:C u:D", "u: a:A_B u:C_D"),
+    ("s: u:A", "u:A"),
+    ("u:A u: u:B", "u:A_B"),
+    ("u:A a: a:B u:C", "u:A a:B u:C"),
+    ("u:A a: u:B", "u:A a: u:B"),
+]
+
+
+@pytest.mark.parametrize("messages,same", ORDERS)
+def test_messages_come_in_any_order(messages, same):
+    prompt = chat_prompt(of(messages), TOKENIZER)
+    assert prompt == TOKENIZER.render_for_completion({"messages": [*of(same), {"role": "assistant", "content": ""}]})
+    assert fit_history(of(messages), TOKENIZER, len(prompt), 1) == (prompt, 0)
+
+
+@pytest.mark.parametrize("messages,same", [(m, s) for m, s in ORDERS if len(s.split()) % 2])
+@pytest.mark.parametrize("last", ["a:X", "a:X a:Y", "a:", "a:x_"])
+def test_the_assistants_last_message_is_continued(messages, same, last):
+    joined = "_".join(m[2:] for m in last.split())
+    prompt = chat_prompt(of(f"{messages} {last}"), TOKENIZER)
+    assert prompt == [*chat_prompt(of(messages), TOKENIZER), *ids(joined.replace("_", "\n\n"))]
+    assert fit_history(of(f"{messages} {last}"), TOKENIZER, len(prompt), 1) == (prompt, 0)
+    another = chat_prompt(of(f"{messages} {last}"), TOKENIZER, resume=False)
+    assert another == [*prompt, END, SPECIAL[chat_format.ASSISTANT_START]]
+    assert chat_prompt(of(f"{messages} {last}"), TOKENIZER, resume=False, prime=False) == another[:-1]
+    assert same.split()[-1].startswith("u")
+
+
+def test_calls_are_continued_and_joined_as_calls():
+    parts = as_parts(run([*ids("a"), *CALL])[1])
+    for content in (parts, as_text(run([*ids("a"), *CALL])[1]), [*parts, {"type": "text", "text": ""}]):
+        answers = [{"role": "assistant", "content": content}]
+        assert chat_prompt([U, *answers], TOKENIZER) == [*chat_prompt([U], TOKENIZER), *ids("a"), *CALL]
+        joined = chat_prompt([U, *answers, *answers], TOKENIZER)
+        assert joined == [*chat_prompt([U, *answers], TOKENIZER), *ids("\n\na"), *CALL]
+    assert chat_prompt([U, {"role": "assistant", "content": None}], TOKENIZER) == chat_prompt([U], TOKENIZER)
+
+
+PARTS = [
+    ["a", "b"], [{"text": "a"}, "b"], [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}],
+    [{"type": "text", "text": "ab", "cache_control": {"type": "ephemeral"}}],
+    [{"type": None, "text": "a"}, {"type": "text", "text": "b"}, ""],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", PARTS)
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_parts_of_a_text(content, role):
+    message = {"role": role, "content": content, "name": "x", "unknown": {}}
+    assert chat_prompt([message], TOKENIZER) == chat_prompt(of("u:ab"), TOKENIZER)
+
+
+def test_what_is_continued_is_never_dropped():
+    messages = of("s:S u:A a:B u:C a:D u:E a:F")
+    whole = chat_prompt(messages, TOKENIZER)
+    for capacity in range(len(chat_prompt(of("s:S u:E a:F"), TOKENIZER)), len(whole) + 1):
+        prompt, dropped = fit_history(messages, TOKENIZER, capacity, 1)
+        assert len(prompt) <= capacity and prompt == chat_prompt([messages[0], *messages[1 + dropped :]], TOKENIZER)
+    with pytest.raises(ContextOverflow):
+        fit_history(messages, TOKENIZER, len(chat_prompt(of("s:S u:E a:F"), TOKENIZER)) - 1, 1)
+
+
 @pytest.mark.parametrize(
     "messages,index",
     [
         ([], None),
-        ([S], 0),
-        ([A], 0),
-        ([U, U], 1),
-        ([U, A], 1),
-        ([U, A, S, U], 2),
-        ([S, A, U], 1),
         ([{"role": "tool", "content": "x"}], 0),
         ([{"role": ["user"], "content": "x"}], 0),
         ([{"content": "x"}], 0),
@@ -223,7 +302,9 @@ U, A, S = ({"role": r, "content": "x"} for r in ("user", "assistant", "system"))
         ([{"role": "user"}], 0),
         ([{"role": "user", "content": 3}], 0),
         ([{"role": "user", "content": [{"type": "image_url"}]}], 0),
-        ([U, {"role": "assistant", "content": None}, U], 1),
+        ([{"role": "user", "content": None}], 0),
+        ([S, {"role": "user", "content": [{"type": "python", "text": "1+1"}]}], 1),
+        ([U, {"role": "assistant", "content": 3}, U], 1),
         ([U, {"role": "assistant", "content": [{"type": "python"}]}, U], 1),
         ([U, {"role": "assistant", "content": [{"type": "text", "text": "a"}, 3]}, U], 1),
     ],
