@@ -4,15 +4,15 @@ python -m scripts.chat                        talk (or pipe prompts in, one a li
 python -m scripts.chat -p "The sea is"        answer once and exit (-p - reads the prompt from standard input)
 """
 
-import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from nanochat_jax.terminal.commands import Leave
 from nanochat_jax.terminal.console import Message, Screen, ask, converse, line_editing, read_message
 from nanochat_jax.terminal.session import Chat, ChatSettings
 from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils.errors import UserError
 
 TRY_CHAT = """\
 Try:  Who are you?   What is 12 + 30?   How many r are in carrot?   What does a cow eat?
@@ -26,15 +26,17 @@ Try:  The sky is   |   Once upon a time   |   /temperature 1 for surprises, /reg
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status (0 fine, 1 no model or a prompt that does not fit, 2 bad flags,
     3 a GPU that JAX cannot use, 130 interrupted)."""
-    settings = _with_prompt(flags.parse(ChatSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False))
-    for stream in (sys.stdin, sys.stdout):
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    settings = flags.parse(ChatSettings, argv, (__doc__ or "").split("\n\n")[0], echo=False)
+    closed = [name for name in ("stdin", "stdout") if getattr(sys, name) is None]
     from nanochat_jax.hardware import devices
 
     def action() -> int:
+        if "stdout" in closed:
+            raise UserError("standard output is closed: there is nowhere to write an answer")
+        if "stdin" in closed and settings.prompt in (None, "-"):
+            raise UserError('standard input is closed: give a prompt with -p="some text"')
         try:
-            return _run(settings)
+            return _run(_with_prompt(settings))
         except Leave:
             return errors.INTERRUPTED
 
@@ -43,13 +45,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _with_prompt(settings: ChatSettings) -> ChatSettings:
-    if settings.prompt != "-":
-        return settings
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    """The settings with the prompt's text: what is read from standard input, bytes that are no text replaced."""
+    if settings.prompt == "-":
+        text = _read(sys.stdin.read).rstrip("\n")
+    else:
+        text = settings.prompt and settings.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     try:
-        return replace(settings, prompt=sys.stdin.read().rstrip("\n"))
+        return replace(settings, prompt=text)
     except ValueError as error:
         flags.fail(str(error))
+
+
+def _read(read: Callable[[], str]) -> str:
+    """What is read from standard input, a byte-order mark removed."""
+    try:
+        return read().removeprefix("\ufeff")
+    except OSError as error:
+        raise UserError(f"standard input cannot be read: {error.strerror}") from error
 
 
 def _run(settings: ChatSettings) -> int:
@@ -106,7 +118,8 @@ def talk(chat: Chat, screen: Screen, headline: str) -> None:
 
 
 def _next_line() -> Message:
-    line = sys.stdin.readline()
+    """A line of a file or a pipe is a prompt, whatever it says; one that a person types may be a command."""
+    line = _read(sys.stdin.readline)
     if not line:
         raise EOFError
-    return Message(line.strip())
+    return Message(line.strip()) if sys.stdin.isatty() else Message(line.removesuffix("\n"), verbatim=True)

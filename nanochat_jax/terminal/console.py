@@ -26,7 +26,7 @@ _HARMLESS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 @dataclass(frozen=True)
 class Message:
-    """What a person entered. verbatim: between triple quotes, so never a command."""
+    """What was entered. verbatim: between triple quotes or from a pipe, so never a command."""
 
     text: str
     verbatim: bool = False
@@ -176,7 +176,7 @@ def converse(chat: Chat, screen: Screen, read: Callable[[], Message]) -> bool:
         try:
             message = read()
             warned = False
-            said = "" if not message.text else None if message.verbatim else obey(chat, message.text)
+            said = "" if not message.text.strip() else None if message.verbatim else obey(chat, message.text)
             if said is not None:
                 screen.write(said + "\n" if said else "")
             else:

@@ -5,6 +5,7 @@ The class of an error decides. `UserError` and what derives from it is shown in 
 system says of a file, a disk or the network. Everything else, a plain ValueError above all, is a bug.
 """
 
+import contextlib
 import errno
 import os
 import select
@@ -53,6 +54,7 @@ def exit_status(
     (`is_users` is false) is raised on, which shows the traceback; so is SystemExit (a bad flag).
     """
     known = statuses or {}
+    _open_streams()
     try:
         status = action() or 0
         sys.stdout.flush()  # here, where it can be judged, and not at exit
@@ -67,7 +69,30 @@ def exit_status(
         if not is_users(error):
             raise
         print(f"error: {in_words(error)}", file=sys.stderr)
+        _drop_unwritable()
         return 1 if status is None else status
+
+
+def _open_streams() -> None:
+    """Makes the standard streams usable whatever the process was started with: one that is closed becomes the null
+    device (else the next file that is opened gets its number, and what is printed), and a character that the encoding
+    lacks is replaced."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+        elif name != "stderr":  # which shows such characters in another way
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # no such method, or already read from
+                stream.reconfigure(errors="replace")
+
+
+def _drop_unwritable() -> None:
+    """Forgets output that cannot be written: without this Python complains about it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_users(error: BaseException) -> bool:

@@ -16,7 +16,9 @@ Other defaults, as for `--demo`, are another instance: `parse(dataclasses.replac
 import dataclasses
 import difflib
 import math
+import os
 import re
+import shlex
 import sys
 import textwrap
 import types
@@ -45,6 +47,7 @@ def flag(
     decides: str = "",
     unused_by: Sequence[str] = (),
     reference: Mapping[str, str] | None = None,
+    path: bool = False,
 ) -> Any:
     """A dataclass field that is a flag, with everything that is known of it.
 
@@ -58,6 +61,7 @@ def flag(
         unused_by: stages that accept the flag, since scripts pass the same flags to all of them, and ignore it.
         reference: nanochat's flags that this one replaces, {name: what to write instead}. They are not accepted, since
             their meaning may differ a little.
+        path: a text flag whose value is a path. The shell expands no ~ behind a "=", so it is done here, as for a Path.
     """
     return dataclasses.field(
         default=default,
@@ -70,6 +74,7 @@ def flag(
             "decides": decides,
             "unused_by": tuple(unused_by),
             "reference": dict(reference or {}),
+            "path": path,
         },
     )
 
@@ -93,6 +98,7 @@ class _Flag:
     decides: str = ""
     unused_by: tuple[str, ...] = ()
     reference: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    path: bool = False
 
     @property
     def required(self) -> bool:
@@ -115,6 +121,8 @@ class _Flag:
             return None
         if text.lower() in self.words:
             return self.words[text.lower()]
+        if self.path or self.kind is Path:
+            text = os.path.expanduser(text)
         try:
             value = _convert(self.kind, text)
         except (ValueError, InvalidOperation):
@@ -211,13 +219,15 @@ def _values(flags: dict[str, _Flag], argv: Sequence[str]) -> Iterator[tuple[str,
     """(name, value) of every flag on the command line, in order."""
     rest = list(argv)
     while rest:
+        key = rest[0]
         spec, value = _lookup(flags, rest.pop(0))
         if value is None and rest and spec.takes(rest[0]):
             value = rest.pop(0)
         if value is None and spec.kind is bool:
             value = "True"
         if value is None:
-            fail(f"--{spec.name} needs a value: --{spec.name}={spec.hint()}")
+            meant = f"; a value that begins with -- is written {key}={shlex.quote(rest[0])}" if rest else ""
+            fail(f"--{spec.name} needs a value: --{spec.name}={spec.hint()}{meant}")
         try:
             yield spec.name, spec.convert(value)
         except _BadValue as expected:

@@ -23,6 +23,8 @@ class Settings:
     top_k: int | None = flag(None, "most likely tokens to draw from")
     remat: str = flag("none", "what to recompute", choices=("none", "mlp", "block"))
     out: Path = flag(Path("x"), "a folder")
+    data: str = flag("", "a file", path=True)
+    maybe: Path | None = flag(None, "a folder or none")
 
 
 def parse(*argv) -> Settings:
@@ -36,6 +38,36 @@ def fails(capsys, *argv, settings: type = Settings) -> str:
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
     return captured.err
+
+
+TILDES = [
+    ("~/x", "/home/ann/x"), ("~", "/home/ann"), ("~/", "/home/ann/"), ("a/~/x", "a/~/x"), ("./~x", "./~x"), ("", ""),
+    ("~no-such-user/x", "~no-such-user/x"), ("/~/x", "/~/x"), ("~/~/x", "/home/ann/~/x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given, meant", TILDES)
+def test_paths_are_expanded_once_and_nothing_else_is(given, meant, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    for argv in ([f"--data={given}"], ["--data", given]):
+        assert parse(*argv).data == meant
+    assert parse(f"--out={given}").out == parse(f"--maybe={given}").maybe == Path(meant)
+    assert parse(f"--run_name={given}", f"--prompt={given}").run_name == given
+    assert parse("--maybe=none").maybe is None
+
+
+@pytest.mark.parametrize(
+    "argv, written",
+    [
+        (["-p", "--- What"], "-p='--- What'"),
+        (["-p", "--", "--depth=3"], "-p=--"),
+        (["--prompt", "--x"], "--prompt=--x"),
+        (["--run-name", "--it's"], """--run-name='--it'"'"'s'"""),
+        (["--depth", "--demo"], "--depth=--demo"),
+    ],
+)
+def test_a_value_that_looks_like_a_flag_is_told_how_to_be_written(argv, written, capsys):
+    assert fails(capsys, *argv).endswith(f"is written {written}\n")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 import tasks
 from nanochat_jax.runs import checkpoint
-from nanochat_jax.utils import errors, flags
+from nanochat_jax.utils import errors, flags, paths
 from nanochat_jax.utils.errors import exit_status, in_words, is_users
 from tests import children
 
@@ -233,6 +233,88 @@ def test_a_base_directory_that_is_none(command, arguments, base, monkeypatch, ca
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     words = "nope" if command == "tok_train" else "is not a directory"  # whose text is looked for first
     assert words in the_line(command, arguments, base, capsys)
+
+
+def no_home(monkeypatch):
+    """As `env -i` with a user id that no file knows, the usual state of things in a container."""
+
+    def unknown(*_):
+        raise KeyError
+
+    for name in ("HOME", "NANOCHAT_BASE_DIR", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("pwd.getpwnam", unknown)
+
+
+OF_THE_BASE = [case[:2] for case in MISSING if case[0] not in ("plan", "tok_train", "import_checkpoint")]
+
+
+@pytest.mark.parametrize("command, arguments", OF_THE_BASE)
+def test_no_home_and_no_base_directory(command, arguments, base, monkeypatch, capsys):
+    no_home(monkeypatch)
+    assert "set NANOCHAT_BASE_DIR" in the_line(command, arguments, base, capsys)
+
+
+@pytest.mark.parametrize("chosen", ["", "~", "~/x", "~nobody-of-this-name/x"])
+def test_no_home(chosen, monkeypatch):
+    no_home(monkeypatch)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", chosen)
+    with pytest.raises(errors.StorageError, match="set NANOCHAT_BASE_DIR"):
+        paths.base_dir()
+
+
+@pytest.mark.parametrize("problem", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG])
+def test_a_base_directory_that_cannot_be_made(problem, base, monkeypatch):
+    def mkdir(path, *_, **__):
+        raise OSError(problem, os.strerror(problem), str(path))
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base / "new"))
+    monkeypatch.setattr("os.mkdir", mkdir)
+    for place in (paths.base_dir, paths.runs_dir, paths.data_dir):
+        with pytest.raises(errors.StorageError, match=f"{os.strerror(problem)}.*NANOCHAT_BASE_DIR"):
+            place()
+
+
+@pytest.mark.parametrize("chosen", ["here", "./here/", "a/../here", "~/here"])
+def test_a_base_directory_is_absolute_at_once(chosen, base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", chosen)
+    monkeypatch.setenv("HOME", str(base))
+    monkeypatch.chdir(base)
+    (base / "a").mkdir()
+    assert paths.runs_dir().is_absolute() and paths.runs_dir().samefile(base / "here" / "runs")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
+    assert paths.base_dir() == base / ".cache" / "nanochat_jax"
+
+
+# which stream is closed, what the program does -> (exit status, standard output, standard error)
+STREAMS = [
+    ("<&-", "print(input())", (1, "", "EOFError")),
+    ("<&-", "print(repr(sys.stdin.read()))", (0, "''\n", "")),
+    (">&-", "print('x')", (0, "", "")),
+    (">&-", "print('x'); print(os.readlink('/proc/self/fd/1'), file=sys.stderr)", (0, "", "/dev/null\n")),
+    ("2>&-", "print('x'); print('y', file=sys.stderr)", (0, "x\n", "")),
+    ("<&- >&- 2>&-", "print('x'); open('made', 'w').write('y')", (0, "", "")),
+    (">/dev/full", "print('x')", (1, "", "error: No space left on device: free some space")),
+    ("", "print('naïve 🚀')", (0, "na?ve ?\n", "")),
+    ("", "print('naïve', file=sys.stderr)", (0, "", "na\\xefve\n")),
+    ("<file", "print(ascii(sys.stdin.read()))", (0, "'a\\ufffd\\ufffdb'\n", "")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("streams, program, expected", STREAMS)
+def test_closed_streams_and_an_encoding_without_letters(streams, program, expected, base):
+    """Each program is run by `exit_status`, with ASCII for an encoding."""
+    (base / "file").write_bytes("aöb".encode())
+    text = f"import os, sys; from nanochat_jax.utils.errors import exit_status as e; exit(e(lambda: exec({program!r})))"
+    command = f'exec "$0" -c "$1" {streams}'
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PATH": os.environ["PATH"]}
+    done = children.run(
+        ["/bin/sh", "-c", command, sys.executable, text], cwd=base, env=environment, capture_output=True, text=True
+    )
+    status, out, err = expected
+    assert (done.returncode, done.stdout) == (status, out) and (err in done.stderr if err else not done.stderr)
+    assert err == "EOFError" or "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
