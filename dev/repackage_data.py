@@ -13,8 +13,8 @@ from nanochat_jax.utils.progress import ShareProgress
 class RepackageSettings:
     """Flags."""
 
-    data: str = flag("", "file or folder of text (parquet, jsonl, txt, md)")
-    out: str = flag("", "folder for the shards; train on them with --data=FOLDER")
+    data: str = flag("", "file or folder of text (parquet, jsonl, txt, md)", path=True)
+    out: str = flag("", "folder for the shards; train on them with --data=FOLDER", path=True)
     text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
     seed: int = flag(42, "decides the order of the documents, together with the input alone")
     shard_chars: int = flag(SHARD_CHARS, "characters of a shard, about")

@@ -71,7 +71,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     model = ExportedModel(*checkpoint.load_model(settings.run, settings.stage, settings.step))
     if reason := cannot_express(settings.to, model.config, model.tokenizer):
         raise InterchangeError(f"{model.meta['run']} cannot be exported to {settings.to}: {reason}")
-    with folders.new_folder(settings.out.expanduser(), settings.overwrite) as folder:
+    with folders.new_folder(settings.out, settings.overwrite) as folder:
         write(folder, settings.to, model)
         found = check(folder, settings.to, model) if settings.check else {"missing": ""}
         _judge(found, settings.to, folder)

@@ -5,6 +5,7 @@ python -m scripts.import_checkpoint PATH     a model_*.pt of the reference, its 
 """
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,6 @@ def read(settings: ImportSettings) -> Found:
     path = settings.path
     if path is None:
         raise InterchangeError("say what to import: python -m scripts.import_checkpoint PATH")
-    path = path.expanduser()
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if path.is_dir():
@@ -197,9 +197,11 @@ def _params(found: Found) -> Params:
 
 
 def _run_name(path: Path, found: Found) -> str:
-    name = path.resolve().parent.name if path.is_file() else path.resolve().name
-    if found.kind == "reference":
-        name = found.files[0].resolve().parent.name
+    folder = found.files[0].parent if found.kind == "reference" or path.is_file() else path
+    folder = Path(os.path.abspath(folder))  # links stay: in the hub's cache they lead to folders that mean nothing
+    if folder.parent.name == "snapshots":
+        folder = folder.parents[1]
+    name = folder.name.removeprefix("models--")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "imported"
     return name if name.endswith(f"-{found.stage}") else f"{name}-{found.stage}"
 

@@ -7,6 +7,7 @@ tokenizer/tokenizer.pkl, token_bytes.pt
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,9 +69,14 @@ def _checkpoint_at(model: Path) -> ReferenceCheckpoint | None:
     match = _MODEL.fullmatch(model.name)
     if match is None:
         return None
-    folder = model.resolve().parent.parent.name
-    stage = next((s for s, name in STAGE_FOLDERS.items() if name == folder), None)
+    folders = [place.parent.parent.name for place in _places(model)]
+    stage = next((s for s, name in STAGE_FOLDERS.items() if name in folders), None)
     return ReferenceCheckpoint(model, int(match[1]), stage)
+
+
+def _places(file: Path) -> list[Path]:
+    """Where a file is: as it is named, and where the links lead (in the hub's cache to a folder that means nothing)."""
+    return [Path(os.path.abspath(file)), file.resolve()]
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -134,11 +140,11 @@ def _infer(arrays: Mapping[str, np.ndarray], given: Mapping[str, int]) -> dict[s
 
 def find_tokenizer(near: Path) -> Path | None:
     """The tokenizer that belongs to a model file: in its folder, or in `tokenizer/` of the base directory above it."""
-    near = near.resolve()
-    for folder in (near.parent, near.parent / "tokenizer", near.parent.parent.parent / "tokenizer"):
-        for name in ("tokenizer.pkl", "tokenizer.json"):
-            if (folder / name).is_file():
-                return folder / name
+    for model in _places(near):
+        for folder in (model.parent, model.parent / "tokenizer", model.parent.parent.parent / "tokenizer"):
+            for name in ("tokenizer.pkl", "tokenizer.json"):
+                if (folder / name).is_file():
+                    return folder / name
     return None
 
 

@@ -15,8 +15,10 @@ How text is held out (``val``) of files, the first rule that applies:
 import hashlib
 import json
 import logging
+import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
@@ -267,14 +269,11 @@ def find_files(roots: Sequence[Path]) -> dict[str, Path]:
     for root in roots:
         if not root.exists():
             raise FileNotFoundError(f"there is no {root}; --data takes a file or folder of text")
-        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
-        for path in files:
+        for path in [root] if root.is_file() else _files_below(root):
             name = path.name if root.is_file() else path.relative_to(root).as_posix()
             if path.suffix.lower() not in READERS:
                 if root.is_file():
                     raise DataError(f"{path}: cannot read this kind of file; use one of {', '.join(READERS)}")
-                continue
-            if any(part.startswith(".") for part in Path(name).parts):
                 continue
             found[name if name not in found else path.as_posix()] = path
     if not found:
@@ -283,6 +282,28 @@ def find_files(roots: Sequence[Path]) -> dict[str, Path]:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty; remove it or put text into it")
     return dict(sorted(found.items()))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """All files in a folder and its folders but hidden ones. Links to folders are followed, after the folders proper; a
+    folder that can be reached in several ways, or that holds itself, is read once."""
+    folders, links, seen = [root], deque[Path](), set[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        place = os.path.realpath(folder)
+        if place in seen:
+            continue
+        seen.add(place)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif entry.is_file():
+                yield path
+            elif entry.is_symlink() and path.suffix.lower() in READERS:
+                logger.warning("left out %s: it is a link to nothing", path)
 
 
 def file_identity(path: Path) -> dict[str, Any]:

@@ -153,13 +153,15 @@ class DownloadSettings:
     folder: str = flag("", "folder in it that holds the parquet files")
     revision: str = flag("main", "branch, tag or commit of it")
     list: str = flag("", "instead of repo: address of a shards.json, the files being beside it")
-    out: str = flag("", "where to; default: fineweb_edu (or the data set's name) in the base directory's data/")
+    out: str = flag(
+        "", "where to; default: fineweb_edu (or the data set's name) in the base directory's data/", path=True
+    )
     verify: bool = flag(False, "read what is there and download damaged files again")
 
     def directory(self) -> Path:
         """Where the files go."""
         if self.out:
-            return Path(self.out).expanduser()
+            return Path(self.out)
         if self.list:
             return data_dir() / (self.list.rstrip("/").rsplit("/", 2)[-2].partition(":")[0] or "list")
         for name, repo in DATASETS.items():

@@ -83,23 +83,43 @@ def _check_column(path: Path, file: pq.ParquetFile, column: str) -> None:
     if column not in schema.names:
         raise DataError(f"{path} has no column {column!r}; its columns are {', '.join(schema.names)}: name one of them")
     kind = schema.field(column).type
-    text_kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    if not any(is_kind(kind) for is_kind in text_kinds):
+    if _stored(kind) not in (*_TEXT, *_BYTES, pa.null()):
         raise DataError(f"{path}: column {column!r} holds {kind}, not text")
+
+
+_TEXT = (pa.string(), pa.large_string(), pa.string_view())
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
+
+
+def _stored(kind: pa.DataType) -> pa.DataType:
+    """What a column's values are: those of its dictionary, or what an extension type is stored as."""
+    while isinstance(kind, pa.DictionaryType | pa.BaseExtensionType):
+        kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind.storage_type
+    return kind
 
 
 def row_group_texts(path: Path, file: pq.ParquetFile, group: int, column: str) -> list[Document]:
     """The documents of one row group. A null becomes an empty document, so that row numbers stay document numbers."""
     try:
-        values = file.read_row_group(group, columns=[column]).column(0)
+        values = _plain(file.read_row_group(group, columns=[column]).column(0))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: row group {group} is damaged ({error}); fetch the file again") from error
-    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+    if values.type not in _BYTES:
         try:
             return [Document(text or "") for text in values.to_pylist()]
         except UnicodeDecodeError:  # the file promises UTF-8 and does not keep it
-            values = values.cast(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
+            values = values.cast(pa.large_binary())
     return [Document(*decode_utf8(raw or b"")) for raw in values.to_pylist()]
+
+
+def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text or bytes as themselves, however the file encodes them."""
+    while isinstance(values.type, pa.DictionaryType | pa.BaseExtensionType):
+        if isinstance(values.type, pa.DictionaryType):
+            values = values.cast(values.type.value_type)
+        else:
+            values = pa.chunked_array([chunk.storage for chunk in values.chunks], values.type.storage_type)
+    return values
 
 
 def _read_parquet(path: Path, column: str, start: int) -> Iterator[Document]:

@@ -28,7 +28,9 @@ TEXTS: dict[str, str] = tomllib.loads(Path(__file__).with_suffix(".toml").read_t
 class TokEvalSettings:
     """Flags of scripts.tok_eval."""
 
-    data: str = flag("", "also measure on this file or folder of text; default: the downloaded shards if there are any")
+    data: str = flag(
+        "", "also measure on this file or folder of text; default: the downloaded shards if there are any", path=True
+    )
     text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
     demo: bool = flag(False, "also measure on the embedded demo data")
     encodings: str = flag("gpt2,cl100k_base", "tiktoken encodings to compare with, comma-separated")

@@ -15,8 +15,8 @@ from nanochat_jax.evals import results
 from nanochat_jax.evals.results import Result
 from nanochat_jax.evals.settings import BUILT_IN, EvalSettings
 from nanochat_jax.hardware import devices
-from nanochat_jax.utils import errors, flags
-from nanochat_jax.utils.errors import InputError
+from nanochat_jax.utils import errors, flags, paths
+from nanochat_jax.utils.errors import InputError, StorageError
 from nanochat_jax.utils.progress import duration
 from tasks import demo_world
 
@@ -52,11 +52,15 @@ def evaluate_tasks(
     """Evaluates the names one after the other and saves each result in the run's folder as soon as there is one.
 
     A saved result of the same step and settings is not computed again (unless `again`). All data are opened before
-    anything is computed. Returns name -> result.
+    anything is computed. Where results cannot be saved, that is said first, and each is printed all the same. Returns
+    name -> result; raises StorageError at the end if one of them was not saved.
     """
     settings = {name: evaluator.settings_of(name) for name in names}
     saved = {} if again else {n: r for n in names if (r := results.find(folder, step, n, settings[n]))}
     evaluator.prepare([name for name in names if name not in saved])
+    keeper = _Keeper(folder, step, evaluator.stage)
+    if len(saved) < len(names):
+        keeper.check()
     found = {}
     for name in names:
         if name in saved:
@@ -64,14 +68,43 @@ def evaluate_tasks(
             found[name] = saved[name]
             continue
 
-        def save(result: Result) -> None:
-            results.save(folder, step, {"stage": evaluator.stage, **result})
-
         partial = None if again or name != "CORE" else results.load(folder, step).get("CORE")
-        found[name] = evaluator.evaluate(name, partial=partial if partial and "tasks" in partial else None, save=save)
-        save(found[name])
-        print(_line(found[name]), flush=True)
+        partial = partial if partial and "tasks" in partial else None
+        found[name] = evaluator.evaluate(name, partial=partial, save=keeper.save)
+        print(_line(found[name]), flush=True)  # before the write, which may fail
+        keeper.save(found[name])
+    print(f"\n{results.table({evaluator.stage: {**results.load(folder, step), **found}})}\n")
+    keeper.finish()
     return found
+
+
+class _Keeper:
+    """Saves results in the run's folder, and remembers why it could not."""
+
+    def __init__(self, folder: Path, step: int, stage: str):
+        self._run, self._step, self._stage = folder, step, stage
+        self._problem: OSError | None = None
+
+    def check(self) -> None:
+        """Says so where nothing can be saved."""
+        try:
+            paths.check_writable(results.folder_of(self._run, self._step))
+        except StorageError as error:
+            self._problem = error
+            print(f"results will be printed only: {error}", flush=True)
+
+    def save(self, result: Result) -> None:
+        try:
+            results.save(self._run, self._step, {"stage": self._stage, **result})
+        except OSError as error:
+            if self._problem is None:
+                print(f"results are printed only from here on: {errors.in_words(error)}", flush=True)
+            self._problem = error
+
+    def finish(self) -> None:
+        if self._problem is not None:
+            raise StorageError(f"not all results were saved: {errors.in_words(self._problem)}") from self._problem
+        print(f"saved in {results.folder_of(self._run, self._step)}")
 
 
 def _line(result: Result) -> str:
@@ -106,9 +139,7 @@ def run(settings: EvalSettings) -> dict[str, Result]:
     names = names or list(default_tasks(stage, bool(trained_with.get("demo"))))
     print(f"evaluating {meta['run']}, stage {stage}, step {step}: {', '.join(names)}")
     evaluator = Evaluator(config, params, tokenizer, stage, settings, trained_with)
-    found = evaluate_tasks(names, evaluator, folder, step, again=settings.again)
-    print(f"\n{results.table({stage: results.load(folder, step)})}\n\nsaved in {results.folder_of(folder, step)}")
-    return found
+    return evaluate_tasks(names, evaluator, folder, step, again=settings.again)
 
 
 def main(argv: Sequence[str]) -> int:

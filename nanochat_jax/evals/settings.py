@@ -27,7 +27,7 @@ class EvalSettings:
     max_new_tokens: int | None = flag(None, "the longest answer; default 512, in the demo 128", short="m")
     seed: int = flag(42, "the same seed gives the same answers")
     eval_tokens: int = flag(20 * 524288, "tokens of held-out text for bits per byte, at most")
-    data: str = flag("", "text for bits per byte; default: the downloaded shards, or the demo's text")
+    data: str = flag("", "text for bits per byte; default: the downloaded shards, or the demo's text", path=True)
     text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
     task_data: Path | None = flag(None, "folder with the data sets, instead of downloading them (see tasks/hub.py)")
     eval_bundle: Path | None = flag(None, "the CORE bundle, a zip file or folder, instead of downloading it")

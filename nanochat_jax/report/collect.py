@@ -177,7 +177,7 @@ def _order(stage: str) -> int:
 
 
 def _run_folders() -> list[Path]:
-    return sorted(p for p in paths.runs_dir().glob("*") if not p.name.startswith(".") and checkpoint.steps(p))
+    return checkpoint.run_folders()
 
 
 def _newest_meta(folder: Path) -> tuple[dict, datetime.datetime]:

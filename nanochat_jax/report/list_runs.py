@@ -51,7 +51,7 @@ class ListedRun:
 
 def models(run: str = "", stage: str = "") -> list[ListedRun]:
     """All runs with a checkpoint, the newest last. A damaged one is listed with its problem."""
-    found = [p for p in paths.runs_dir().glob(run or "*") if not p.name.startswith(".") and checkpoint.steps(p)]
+    found = [p for p in checkpoint.run_folders() if run in ("", p.name)]
     found.sort(key=lambda p: (checkpoint.step_dir(p, checkpoint.steps(p)[-1]) / "meta.json").stat().st_mtime)
     listed = [_model(folder) for folder in found]
     return [model for model in listed if not stage or model.stage == stage]

@@ -8,7 +8,9 @@ A checkpoint is written under a temporary name and renamed when all of it is on 
 complete. Arrays are stored in device-independent form: a run resumes on any number of devices.
 """
 
+import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,6 +34,8 @@ from nanochat_jax.utils.errors import InputError, UserError
 
 FORMAT = 1
 _STEP = re.compile(r"\d{8}")
+_RUN = re.compile(r"(?!\.)[A-Za-z0-9._-]+")
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -40,7 +44,7 @@ class CheckpointError(UserError, RuntimeError):
 
 def run_dir(run: str) -> Path:
     """The directory of a run name (not created)."""
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", run) or run.startswith("."):
+    if not _RUN.fullmatch(run):
         raise InputError(f"run name {run!r} may hold only letters, digits, dots, dashes and underscores")
     return paths.runs_dir() / run
 
@@ -265,7 +269,7 @@ def find_run(run: str | None = None, stage: str | None = None) -> Path:
     """The directory of the named run, or of the most recently saved one (of `stage`, if given)."""
     if run is not None:
         if not steps(run_dir(run)):
-            known = sorted(p.name for p in paths.runs_dir().glob("*") if steps(p)) or ["none"]
+            known = [p.name for p in run_folders()] or ["none"]
             raise CheckpointError(
                 f"no checkpoint of a run named {run!r} in {paths.runs_dir()}; runs there: {', '.join(known)}"
             )
@@ -282,8 +286,25 @@ def find_run(run: str | None = None, stage: str | None = None) -> Path:
 
 def _runs_of(stage: str | None) -> list[Path]:
     """All runs that have a checkpoint, or those of one stage."""
-    found = [p for p in paths.runs_dir().glob("*") if steps(p)]
-    return [p for p in found if not stage or load_meta(p)["stage"] == stage]
+    return [p for p in run_folders() if not stage or load_meta(p)["stage"] == stage]
+
+
+def run_folders() -> list[Path]:
+    """The directories of all runs that have a checkpoint, by name. One whose name no run can have (a copy that a file
+    manager has made) is left out, which is said once."""
+    found = sorted(p for p in paths.runs_dir().glob("*") if not p.name.startswith(".") and steps(p))
+    for folder in found:
+        if not _RUN.fullmatch(folder.name):
+            _leave_out(folder)
+    return [p for p in found if _RUN.fullmatch(p.name)]
+
+
+@functools.cache
+def _leave_out(folder: Path) -> None:
+    logger.warning(
+        "%s is left out: a run's name holds only letters, digits, dots, dashes and underscores; rename it to use it",
+        folder,
+    )
 
 
 def find_first(stages: tuple[str, ...]) -> Path:

@@ -48,8 +48,9 @@ class BaseSettings(StageSettings):
         True, "multiply learning rates and weight decay as the batch and the horizon want it (modern recipe)"
     )
     data: str = flag(
-        "", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards", decides="rows"
-    )
+        "", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards", path=True,
+        decides="rows",
+    )  # fmt: skip
     text_column: str = flag("text", "name of the text column or key in parquet and jsonl files", decides="rows")
 
 

@@ -17,7 +17,7 @@ from nanochat_jax.model.config import RECIPES
 from nanochat_jax.text.tokenizer import FILE_NAME, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, TokenizerError
 from nanochat_jax.utils import errors, flags
 from nanochat_jax.utils.flags import flag
-from nanochat_jax.utils.paths import sha256_hex, tokenizer_dir, write_atomic
+from nanochat_jax.utils.paths import check_writable, sha256_hex, tokenizer_dir, write_atomic
 from nanochat_jax.utils.progress import Live
 
 # Text the finished tokenizer must give back exactly: scripts, numbers, spaces, joined emoji, and special strings.
@@ -31,7 +31,9 @@ ROUND_TRIP = (
 class TokTrainSettings:
     """Flags of scripts.tok_train. Names and defaults are the reference's where it has them."""
 
-    data: str = flag("", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards")
+    data: str = flag(
+        "", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards", path=True
+    )
     text_column: str = flag("text", "name of the text column or key in parquet and jsonl files")
     recipe: str = flag(
         "v1", "the reference's of October 2025, or its modern one of July 2026 (they change with this flag)",
@@ -82,6 +84,7 @@ def train_tokenizer(settings: TokTrainSettings) -> Tokenizer:
     if existing is not None and existing.training.get("inputs") == key and not settings.force:
         print(f"{path} is already trained on this text with these settings; keeping it")
         return existing
+    check_writable(path.parent)
     print(f"training a tokenizer of {settings.vocab_size:,} tokens on {source.description}")
     counts = {"documents": 0, "characters": 0}
     began = time.monotonic()

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TypeGuard
@@ -24,22 +25,42 @@ OFFLINE_VARIABLE = "NANOCHAT_OFFLINE"
 
 
 def base_dir() -> Path:
-    """The directory that holds everything the project makes, created if it is missing.
+    """The directory that holds everything the project makes (an absolute path), created if it is missing.
 
-    Raises StorageError when the chosen place exists and is not a directory.
+    Raises StorageError, naming the variable, where there is no home directory, or the place cannot be made or used.
     """
-    chosen = os.environ.get(BASE_DIR_VARIABLE) or ""
-    path = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nanochat_jax"
-    if path.exists() and not path.is_dir():
-        raise StorageError(f"{BASE_DIR_VARIABLE}={path} is not a directory; set it to one")
-    path.mkdir(parents=True, exist_ok=True)
+    chosen = os.environ.get(BASE_DIR_VARIABLE) or "~/.cache/nanochat_jax"
+    path = Path(os.path.expanduser(chosen))
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        what = "this user has no home directory" if path.parts[0] == "~" else f"there is no home of {path.parts[0]}"
+        raise StorageError(f"{what}: set {BASE_DIR_VARIABLE} to a folder that everything may be kept in")
+    return _made(path.absolute())
+
+
+def _made(path: Path) -> Path:
+    """A folder of the base directory, created if it is missing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise StorageError(f"{path} cannot be used ({why}): set {BASE_DIR_VARIABLE} to a folder of yours") from error
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Makes sure that files can be written into a folder, which is created if it is missing: to be called before what
+    takes long. Raises StorageError where they cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        remedy = f"change its permissions, or set {BASE_DIR_VARIABLE} to another folder"
+        raise StorageError(f"{folder} cannot be written to ({error.strerror}): {remedy}") from error
 
 
 def _sub(name: str) -> Path:
-    path = base_dir() / name
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    return _made(base_dir() / name)
 
 
 def tokenizer_dir() -> Path:

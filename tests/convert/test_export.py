@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pickle
 import shutil
 
@@ -21,6 +22,7 @@ from nanochat_jax.model.config import MODERN
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_jax.utils import paths
 from tests.toy_params import toy_params
 from tests.toy_runs import saved_run, toy_tokenizer
 
@@ -111,6 +113,29 @@ def test_round_trips_are_exact_to_the_bit(base, tokenizer, to):
     jax.tree.map(np.testing.assert_array_equal, back, params)
     if to != "reference":
         assert meta["settings"] == {"depth": 2, "model_name": "Ada"}
+
+
+@pytest.mark.parametrize("to", exporting.TARGETS)
+def test_an_export_in_the_layout_of_the_hubs_cache(base, tokenizer, to):
+    """What is downloaded from the hub lies there as links to files that are named by their hashes."""
+    make_run(tokenizer)
+    out, _ = write(base, to)
+    place = base / "hub" / "models--ann--small-sft"
+    snapshot = place / "snapshots" / ("c0ffee" * 6)
+    (place / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(p for p in out.rglob("*") if p.is_file())):
+        link = snapshot / file.relative_to(out)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(place / "blobs" / str(number))
+        link.symlink_to(os.path.relpath(place / "blobs" / str(number), link.parent))
+    folder = import_checkpoint(ImportSettings(path=snapshot))
+    assert folder.name == ("d2-sft" if to == "reference" else "ann--small-sft")
+    for name in ("../outside", "/etc/passwd", "a/../../outside", "nowhere"):
+        (base / "hub" / "outside").write_text("x")
+        (snapshot / "SHA256SUMS").unlink()
+        (snapshot / "SHA256SUMS").write_text(f"{paths.sha256_hex(b'x')}  {name}\n")
+        with pytest.raises(InterchangeError, match="SHA256SUMS"):
+            import_checkpoint(ImportSettings(path=snapshot, run_name="other"))
 
 
 def test_a_modern_model_goes_to_the_reference_and_back(base, tokenizer):

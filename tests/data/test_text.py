@@ -103,6 +103,60 @@ def test_what_cannot_be_read_is_named(folder):
     assert texts(folder / "keys.jsonl", column="body") == ["x", "y"]
 
 
+WORDS = ["one", None, "two", "one", "", "naïve"]
+KINDS = [
+    pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(),
+    pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
+    pa.dictionary(pa.int32(), pa.binary()), pa.json_(), pa.json_(pa.large_string()), pa.null(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_text_in_every_form_that_parquet_has(folder, kind):
+    plain = pa.array(WORDS, pa.string())
+    if isinstance(kind, pa.DictionaryType):
+        values = plain.cast(kind.value_type).dictionary_encode().cast(kind)
+    elif isinstance(kind, pa.BaseExtensionType):
+        values = kind.wrap_array(plain.cast(kind.storage_type))
+    else:
+        values = pa.nulls(len(WORDS)) if kind == pa.null() else plain.cast(kind)
+    pq.write_table(pa.table({"text": values, "id": list(range(6))}), folder / "a.parquet", row_group_size=4)
+    assert texts(folder / "a.parquet") == ([""] * 6 if kind == pa.null() else [word or "" for word in WORDS])
+    assert texts(folder / "a.parquet", start=5) == ["" if kind == pa.null() else "naïve"]
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 2], [1.5], [True], [["a"]], [{"a": "b"}], pa.array([1, 2]).dictionary_encode()], ids=str
+)
+def test_what_is_no_text(folder, values):
+    pq.write_table(pa.table({"text": values}), folder / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet"):
+        texts(folder / "a.parquet")
+
+
+def test_folders_behind_links_are_read_once(tmp_path, folder, caplog):
+    elsewhere = tmp_path / "elsewhere"
+    for place in (folder / "in", elsewhere / "deep", elsewhere / ".hidden"):
+        place.mkdir(parents=True)
+    for name in ("data/a.txt", "data/in/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "elsewhere/.hidden/e.txt"):
+        (tmp_path / name).write_text(name)
+    assert [*find_files([folder])] == ["a.txt", "in/b.txt"]
+    links = {
+        "far": elsewhere, "also": elsewhere, "self": folder, "aa": folder / "in", "in/up": tmp_path / "data" / "in",
+        ".secret": elsewhere, "dead": tmp_path / "nowhere", "dead.txt": tmp_path / "nowhere.txt",
+        "one.txt": elsewhere / "c.txt",
+    }  # fmt: skip
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    (elsewhere / "back").symlink_to(tmp_path)  # a loop through the parent, which also holds both folders
+    names = [*find_files([folder])]
+    assert names == ["a.txt", "also/c.txt", "also/deep/d.txt", "in/b.txt", "one.txt"]
+    assert "dead.txt" in caplog.text
+    whole = tmp_path / "whole"
+    whole.symlink_to(folder)
+    assert [*find_files([whole])] == names and len(FileDocuments(whole, "all").files) == 5
+
+
 def test_invalid_utf8_in_parquet_is_replaced_and_counted(folder):
     values = pa.array([b"good", b"b\xffd", b"\xc3"], pa.binary())
     pq.write_table(pa.table({"text": values}), folder / "binary.parquet")

@@ -1,5 +1,6 @@
 """scripts.eval: which model, which tasks, what is kept, what is made again, and going on after an interruption."""
 
+import errno
 import json
 
 import jax
@@ -77,6 +78,30 @@ def test_chat_tasks_are_kept_and_made_again_only_when_asked(make_run, monkeypatc
         with pytest.raises(AssertionError, match="not made again"):
             run.main(["--tasks=world/spelling", *QUICK, "--temperature=1"])
     assert results.load(folder) == kept
+
+
+def test_where_nothing_can_be_saved_that_is_said_first_and_the_score_is_shown(make_run, monkeypatch, capsys):
+    make_run("d2-sft", "sft")
+    flags = ["--source=sft", "--tasks=world/choice", *QUICK]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for target, error in [("paths.tempfile.TemporaryFile", None), ("results.paths.write_atomic", full)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"nanochat_jax.evals.run.{target}", lambda *a, e=error, **k: raise_(e or READ_ONLY))
+            if error is None:
+                patch.setattr("nanochat_jax.evals.results.paths.write_atomic", lambda *a: raise_(READ_ONLY))
+            assert run.main(flags) == 1
+        out, err = capsys.readouterr()
+        said, score, table = (out.find(words) for words in ("printed only", "world/choice: 0.", "| world/choice"))
+        assert min(said, score, table) > 0 and max(said, score) < table and (said < score) == (error is None)
+        assert "not all results were saved" in err and (error or READ_ONLY).strerror in err
+    assert results.load(checkpoint.run_dir("d2-sft")) == {}
+
+
+READ_ONLY = OSError(errno.EROFS, "Read-only file system")
+
+
+def raise_(error):
+    raise error
 
 
 def slow_bits(stage, name, eval_tokens):

@@ -1,6 +1,7 @@
 """Checkpoints: round trips, atomicity, damage, foreign tokenizers, full disks."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.model.gpt import GPTConfig, abstract
+from nanochat_jax.report import list_runs
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.runs.checkpoint import CheckpointError
 from nanochat_jax.text.tokenizer import Tokenizer
@@ -121,6 +123,21 @@ def test_missing_runs_say_what_to_do(base):
         checkpoint.load_model(stage="sft")
     with pytest.raises(ValueError, match="evil"):
         checkpoint.run_dir("../evil")
+
+
+@pytest.mark.parametrize("name", ["a copy", "a (1)", "ä", "a+b", "-", "..."])
+def test_a_folder_that_can_be_no_run_is_left_out_and_named_once(base, name, caplog):
+    run = saved_run("mine", small_tokenizer(), CONFIG)
+    shutil.copytree(run, run.with_name(name))
+    os.utime(checkpoint.step_dir(run.with_name(name), 1) / "meta.json", (4e9, 4e9))
+    usable = name in ("-",)
+    for _ in range(2):
+        assert [p.name for p in checkpoint.run_folders()] == (["-"] if usable else []) + ["mine"]
+    assert checkpoint.find_run().name == checkpoint.find_run(stage="base").name == ("-" if usable else "mine")
+    _, _, _, meta = checkpoint.load_model()
+    assert checkpoint.chosen(meta, None, None)[1] == "" or usable
+    assert [m.run for m in list_runs.models()] == (["mine", "-"] if usable else ["mine"])
+    assert caplog.text.count("left out") == (0 if usable or name.startswith(".") else 1)
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(base):
