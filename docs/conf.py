@@ -56,4 +56,10 @@ if only := os.environ.get("DOCS_ONLY"):
 
 
 def setup(app) -> None:
-    app.connect("builder-inited", lambda _: generated.write(DOCS / "_build" / "made"))
+    app.connect("builder-inited", write_generated)
+
+
+def write_generated(app) -> None:
+    made = DOCS / "_build" / "made"
+    if not (os.environ.get("DOCS_ONLY") and (made / "commands.md").exists()):  # which a single page can do without
+        generated.write(made)
