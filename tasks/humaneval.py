@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 from tasks.hub import HubTask, Source
+from tasks.programs import assembled, find_program, prelude
 from tasks.records import Row
-from tasks.task import Conversation
+from tasks.task import STRICT, Conversation
 
 _FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
@@ -17,7 +18,8 @@ _FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 class HumanEval(HubTask):
     """164 problems, all in the split "test".
 
-    ``allow_unsafe_code`` lets ``evaluate`` run completions where the host cannot isolate them.
+    ``allow_unsafe_code`` lets ``evaluate`` run completions where the host cannot isolate them. ``strict`` takes the
+    program from the completion as the reference does; else it is found in any wrapping (``tasks/programs.py``).
     """
 
     name = "HumanEval"
@@ -25,10 +27,16 @@ class HumanEval(HubTask):
     splits = ("test",)
 
     def __init__(
-        self, split: str = "test", task_data: str | Path | None = None, allow_unsafe_code: bool = False, **slicing
+        self,
+        split: str = "test",
+        task_data: str | Path | None = None,
+        allow_unsafe_code: bool = False,
+        strict: bool = False,
+        **slicing,
     ):
         self.check_split(split)
-        self.allow_unsafe_code = allow_unsafe_code
+        self.allow_unsafe_code, self.strict = allow_unsafe_code, strict
+        self.judge = STRICT if strict else "code in any wrapping"
         columns = ("prompt", "canonical_solution", "entry_point", "test")
         source = Source("openai/openai_humaneval", "openai_humaneval", columns, ("humaneval", "openai_humaneval"))
         super().__init__(source, split, task_data, **slicing)
@@ -47,17 +55,22 @@ class HumanEval(HubTask):
         """
         from tasks.sandbox import execute_code
 
-        return execute_code(program(conversation, completion), allow_unsafe=self.allow_unsafe_code).success
+        code = program(conversation, completion, self.strict)
+        return execute_code(code, allow_unsafe=self.allow_unsafe_code).success
 
 
-def program(conversation: Conversation, completion: str) -> str:
-    """The program that succeeds exactly if the completion is right.
-
-    The prompt lends only its leading imports: a completion must be a complete function, not the rest of one.
+def program(conversation: Conversation, completion: str, strict: bool = False) -> str:
+    """The program that succeeds exactly if the completion is right, which must be a complete function, not the rest of
+    one. The prompt lends what comes before its function; strict: as in the reference its leading imports only.
     """
-    imports = extract_imports(conversation["messages"][0]["content"])
-    code = extract_program(completion)
-    return f"{imports}\n\n{code}\n\n{conversation['test']}\ncheck({conversation['entry_point']})"
+    prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
+    test = f"{conversation['test']}\ncheck({entry_point})"
+    if strict:
+        return f"{extract_imports(prompt)}\n\n{extract_program(completion)}\n\n{test}"
+    lent = prelude(prompt, entry_point)
+    code = find_program(completion, entry_point)
+    lent = extract_imports(prompt) if lent is None else lent
+    return assembled(lent, extract_program(completion) if code is None else code, test)
 
 
 def extract_imports(prompt: str) -> str:
@@ -72,6 +85,7 @@ def extract_imports(prompt: str) -> str:
 
 
 def extract_program(completion: str) -> str:
-    """The contents of the first closed Markdown fence (plain or python), else the full completion; stripped."""
+    """The reference's: the contents of the first closed Markdown fence (plain or python), else the full completion;
+    stripped."""
     found = _FENCED.search(completion)
     return (found.group(1) if found else completion).strip()

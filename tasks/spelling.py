@@ -14,8 +14,8 @@ from nanochat_jax.data.fetch import FetchError, fetch_url
 from nanochat_jax.data.readers import DataError
 from nanochat_jax.demo_world.tables import read_table
 from nanochat_jax.utils.paths import base_dir, sha256_hex
-from tasks.gsm8k import evaluate_answer
-from tasks.task import SEED, Conversation, Task, TaskError
+from tasks.gsm8k import NUMBERS, evaluate_answer
+from tasks.task import SEED, STRICT, Conversation, Task, TaskError
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,17 @@ class _WordTask(Task):
 
 
 class SpellingBee(_WordTask):
-    """How many times is a letter in a word: spelled out, counted, checked with Python, answered after ``####``."""
+    """How many times is a letter in a word: spelled out, counted, checked with Python, answered after ``####``.
+
+    ``strict`` compares final numbers as strings, as the reference does; else they are compared as numbers.
+    """
 
     name = "SpellingBee"
     eval_type = "generative"
+
+    def __init__(self, *args, strict: bool = False, **options):
+        super().__init__(*args, **options)
+        self.strict, self.judge = strict, STRICT if strict else NUMBERS
 
     def get_example(self, index: int) -> Conversation:
         rng = self._random(index)
@@ -93,7 +100,7 @@ class SpellingBee(_WordTask):
         return {"messages": messages}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return evaluate_answer(conversation, completion)
+        return evaluate_answer(conversation, completion, self.strict)
 
 
 def _counting(word: str, letter: str) -> list[dict[str, str]]:

@@ -20,6 +20,8 @@ from nanochat_jax.utils.errors import UserError
 
 SEED = 42
 
+STRICT = "strict, as the reference"  # a task's `judge` where its option `strict` is on
+
 Conversation = dict[str, Any]
 EvalType = Literal["generative", "categorical"]
 
@@ -44,6 +46,7 @@ class Task:
     name: str = "task"
     eval_type: ClassVar[EvalType | None] = None
     baseline: ClassVar[float] = 0.0  # the accuracy of guessing
+    judge: str | None = None  # how answers are judged, where that can be chosen; results name it
     version: ClassVar[int] = 1  # part of the fingerprint: raise it when the same data give other conversations
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):

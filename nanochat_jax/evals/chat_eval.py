@@ -165,8 +165,10 @@ def evaluate_generative(
 
 
 def generative_settings(task: Any, **settings) -> dict[str, Any]:
-    """What decides a generative result besides the model: the keyword arguments, and the data."""
-    return {**settings, "data": _fingerprint(task)}
+    """What decides a generative result besides the model: the keyword arguments, the data, and where that can be chosen
+    how answers are judged."""
+    judge = getattr(task, "judge", None)
+    return {**settings, "data": _fingerprint(task), **({"judge": judge} if judge else {})}
 
 
 @dataclass(frozen=True)

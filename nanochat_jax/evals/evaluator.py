@@ -75,7 +75,8 @@ class Evaluator:
                 options: dict[str, Any] = {"model_name": self._model_name} if name == "world/identity" else {}
                 self._loaded[name] = demo_world.load(name, "val", **options)
             else:
-                options = {"allow_unsafe_code": s.allow_unsafe_code} if name == "HumanEval" else {}
+                options = {"strict": s.strict} if name in ("GSM8K", "HumanEval", "SpellingBee") else {}
+                options |= {"allow_unsafe_code": s.allow_unsafe_code} if name == "HumanEval" else {}
                 self._loaded[name] = tasks.load(name, "test", s.task_data, **options)
         return self._loaded[name]
 

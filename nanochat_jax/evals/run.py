@@ -115,6 +115,8 @@ def _line(result: Result) -> str:
     parts = [f"{result['task']}: {results.shown(result)}", f"{result['n']:,} items, {duration(result['seconds'])}"]
     if passes := result.get("pass_at_k"):
         parts += [f"pass@{k} {value:.4f}" for k, value in passes.items() if len(passes) > 1]
+    if judge := result["settings"].get("judge"):
+        parts.append(judge)
     if result.get("unfinished"):
         parts.append(f"{100 * result['unfinished']:.1f}% of completions cut off")
     if result.get("cut_prompts"):

@@ -34,4 +34,8 @@ class EvalSettings:
     batch_size: int = flag(0, "answers decoded side by side; 0: what memory and speed suggest", short="b")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
     allow_unsafe_code: bool = flag(False, "run generated programs even where this host cannot isolate them")
+    strict: bool = flag(
+        False,
+        "judge GSM8K, SpellingBee and HumanEval as the reference does: numbers as strings, code in its fences only",
+    )
     again: bool = flag(False, "evaluate again what has been evaluated with the same settings")

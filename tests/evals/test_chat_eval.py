@@ -274,6 +274,13 @@ def test_a_failing_judge_ends_the_evaluation_and_frees_the_engine(engine):
     assert engine.live == 0
 
 
+def test_how_answers_are_judged_is_among_the_settings():
+    task = ListTask(asked("a"))
+    assert "judge" not in chat_eval.generative_settings(task)
+    task.judge = "somehow"  # pyright: ignore[reportAttributeAccessIssue]
+    assert chat_eval.generative_settings(task)["judge"] == "somehow"
+
+
 def test_settings_that_cannot_work(engine):
     task = ListTask(asked("a"))
     cases: list[tuple[dict[str, Any], str]] = [

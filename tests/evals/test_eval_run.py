@@ -199,6 +199,18 @@ def test_parameters_can_be_swapped_in_the_middle_of_training():
     assert [mine.evaluate(name)["items"] for name in names] == first
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_answers_are_judged_strictly_where_asked_for(strict, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "6 * 7?", "answer": "#### 42"}) + "\n")
+    config, params = golden_model()
+    settings = EvalSettings(task_data=tmp_path, strict=strict)
+    mine = evaluator.Evaluator(config, params, golden_tokenizer(), "sft", settings)
+    task = mine.task("GSM8K")
+    assert task.evaluate(task[0], "#### 42") and task.evaluate(task[0], "#### $42.") is not strict
+    assert ("strict" in mine.settings_of("GSM8K")["judge"]) is strict
+
+
 def test_errors_name_the_remedy(make_run, tmp_path, capsys):
     assert run.main(["--device=cpu"]) == 1
     assert "no trained model" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from tasks.humaneval import HumanEval, extract_imports, extract_program
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import TEMPLATES, SimpleSpelling, SpellingBee
-from tasks.task import Task, TaskError, TaskIndexError, TaskMixture, TaskSequence, render_mc, shuffled_order
+from tasks.task import STRICT, Task, TaskError, TaskIndexError, TaskMixture, TaskSequence, render_mc, shuffled_order
 from tests.tokenizer_fixtures import golden, golden_tokenizer
 
 GOLDEN = golden("tasks_v1")
@@ -251,7 +251,7 @@ def test_errors_have_the_reference_types(tmp_path):
 
 def test_gsm8k(tmp_path):
     case = GOLDEN["gsm8k"]
-    task = tasks.load("GSM8K", "train", folder(tmp_path, gsm8k__train=case["rows"]))
+    task = tasks.load("GSM8K", "train", folder(tmp_path, gsm8k__train=case["rows"]), strict=True)
     order = shuffled_order(len(case["rows"])).tolist()
     assert order == case["order_after_shuffle"]
     by_row = {row: task[position] for position, row in enumerate(order)}
@@ -263,7 +263,9 @@ def test_gsm8k(tmp_path):
         assert extract_answer(completion) == judged["extracted"]
         assert task.evaluate(conversation, completion) is bool(judged["evaluate"])
         assert task.reward(conversation, completion) == judged["reward"]
-    assert (task.eval_type, task.baseline) == ("generative", 0.0)
+    assert (task.eval_type, task.baseline, task.judge) == ("generative", 0.0, STRICT)
+    assert GSM8K("train", tmp_path / "data").judge not in (None, STRICT)
+    assert GSM8K("train", tmp_path / "data").fingerprint() == task.fingerprint()  # the questions are the same
 
 
 def test_no_answer_is_never_right(tmp_path):
@@ -287,7 +289,7 @@ def test_humaneval(tmp_path):
 
     data = folder(tmp_path, humaneval__test=EXECUTION["rows"])
     # The programs below are harmless; where the host cannot isolate them they may run all the same.
-    task = HumanEval("test", data, allow_unsafe_code=isolation_available()[0] == "none")
+    task = HumanEval("test", data, allow_unsafe_code=isolation_available()[0] == "none", strict=True)
     order = shuffled_order(len(EXECUTION["rows"])).tolist()
     by_row = {row: task[position] for position, row in enumerate(order)}
     assert [by_row[row] for row in range(len(order))] == EXECUTION["conversations"]
@@ -296,7 +298,7 @@ def test_humaneval(tmp_path):
     for case in EXECUTION["cases"]:
         assert task.evaluate(by_row[case["row"]], case["completion"]) is case["success"], case["completion"]
     right = next(case for case in EXECUTION["cases"] if case["success"])
-    assert task.reward(by_row[right["row"]], right["completion"]) == 1.0
+    assert task.reward(by_row[right["row"]], right["completion"]) == 1.0 and task.judge == STRICT
 
 
 def test_smoltalk(tmp_path):
@@ -338,7 +340,7 @@ def test_spelling_equals_the_reference(split):
 
 
 def test_spelling_judgements():
-    task = SpellingBee(words=WORDS)
+    task = SpellingBee(words=WORDS, strict=True)
     for case in GOLDEN["spelling"]["evaluate"]:
         assert task.evaluate(task[case["index"]], case["completion"]) is bool(case["evaluate"])
         assert task.reward(task[case["index"]], case["completion"]) == case["reward"]
