@@ -4,11 +4,11 @@ Accepted (``.jsonl``, ``.json``, and either with ``.gz``), one conversation a li
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
-    {"prompt": "...", "completion": "..."}        also instruction (+ input) / output, question / answer
+    {"prompt": "...", "completion": "..."}        also instruction (+ input) / output, question (+ context) / answer
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
 
-Files may be larger than memory: only the place and a hash of each conversation are kept, and a line is parsed again
-when it is asked for.
+What a value means, and which keys are obeyed or refused: ``data/chat_shapes.py``. Files may be larger than memory: only
+the place and a hash of each conversation are kept, and a line is parsed again when it is asked for.
 """
 
 import codecs
@@ -23,108 +23,21 @@ import sys
 import tempfile
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat_jax.data.conversation_rows import check_contents
+import numpy as np
+
+from nanochat_jax.data.chat_shapes import SHAPES, to_conversation
 from nanochat_jax.data.readers import decode_utf8
-from nanochat_jax.text import chat_format as rendering
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils.errors import InputError
 from nanochat_jax.utils.paths import data_dir
 
 KEPT_PROBLEMS = 10_000
 _SHOWN_TOKENS, _SHOWN_CHARS = 400, 400
-SHAPES = """\
-  {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-  [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
-  {"prompt": "...", "completion": "..."}  (or instruction, input / output; or question / answer)
-  {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}"""
-
-_ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
-}
-_LISTS = ("messages", "conversations", "conversation")
-# Where one question and one answer may stand, in order of preference.
-_QUESTIONS, _ANSWERS = ("prompt", "instruction", "question"), ("completion", "output", "response", "answer")
-_SYSTEMS = ("system", "system_prompt")
-
-
-# --- one value -> one conversation ------------------------------------------------------------------------------------
-
-
-def to_conversation(value: Any) -> dict[str, Any]:
-    """``{"messages": [...]}`` from a JSON value of any accepted shape: roles translated, an empty system left out.
-
-    Raises ValueError with the reason when the value has none of the shapes, or roles or contents that cannot be used.
-    """
-    conversation = {"messages": [_message(number, message) for number, message in enumerate(_messages(value))]}
-    messages = conversation["messages"]
-    if messages and messages[0]["role"] == "system" and messages[0]["content"] in ("", None):
-        del messages[0]
-
-    def encode(text: Any) -> list[int]:
-        if not isinstance(text, str):
-            raise TypeError(f"a part's text is a {_kind(text)}, not a string")
-        return []
-
-    try:
-        check_contents(conversation)
-        rendering.render_conversation(conversation, encode, lambda name: 0)
-    except (AssertionError, LookupError, TypeError) as error:
-        raise InputError(f"no key {error}" if isinstance(error, KeyError) else str(error)) from error
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError("there is no message of the assistant, so nothing to learn")
-    return conversation
-
-
-def _messages(value: Any) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        raise InputError(f"a JSON {_kind(value)} is no conversation")
-    system = [{"role": "system", "content": value[key]} for key in _SYSTEMS if value.get(key)][:1]
-    for key in _LISTS:
-        if key in value:
-            if not isinstance(value[key], list):
-                raise InputError(f"{key!r} holds a {_kind(value[key])}, not a list of messages")
-            return system + value[key]
-    question = next((key for key in _QUESTIONS if key in value), None)
-    answer = next((key for key in _ANSWERS if key in value), None)
-    if question is None and answer is not None and "input" in value:
-        question = "input"
-    if question is None or answer is None:
-        keys = ", ".join(list(value)[:8])
-        raise InputError(f"unknown keys ({keys}); known are messages, conversations, or a pair as prompt, completion")
-    asked, answered = value[question], value[answer]
-    if isinstance(asked, list) and isinstance(answered, list):  # both as messages
-        return system + asked + answered
-    if question == "instruction" and isinstance(asked, str) and isinstance(value.get("input"), str) and value["input"]:
-        asked = f"{asked}\n\n{value['input']}"
-    return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-
-
-def _message(number: int, message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise InputError(f"message {number} is a JSON {_kind(message)}, not an object with role and content")
-    role = next((message[key] for key in ("role", "from") if key in message), None)
-    content = next((message[key] for key in ("content", "value", "text") if key in message), None)
-    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    if known is None:
-        raise InputError(f"message {number} has role {role!r}; known are {', '.join(_ROLES)}")
-    if isinstance(content, list) and known != "assistant":  # text in parts, as some interfaces give it
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise InputError(f"message {number} ({known}) has parts other than text")
-        content = "".join(str(part.get("text", "")) for part in content)
-    return {"role": known, "content": content}
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
 
 
 # --- a file -----------------------------------------------------------------------------------------------------------
@@ -134,13 +47,15 @@ class ChatFile:
     """Conversations of a file, read on access: ``len(file)``, ``file[i]``, safe to share between threads.
 
     ``problems`` holds (line number, reason) of the lines left out (the first 10,000; all are counted in ``bad_lines``);
-    in a file that is one JSON array the number is the item's. ``invalid_utf8`` counts the byte sequences replaced.
+    in a file that is one JSON array the number is the item's. ``invalid_utf8`` counts the byte sequences replaced,
+    ``ignored`` the conversations with a key that is not read, by its name.
     """
 
     def __init__(self, path: Path, lines: "_Lines", offsets: array, hashes: array):
         self.path, self._lines, self._offsets, self._hashes = path, lines, offsets, hashes
         self.problems: list[tuple[int, str]] = []
         self.bad_lines = self.invalid_utf8 = 0
+        self.ignored: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -151,7 +66,7 @@ class ChatFile:
             raise IndexError(f"conversation {index} of {len(self._offsets)}")
         conversation = None
         with contextlib.suppress(ValueError, RecursionError):
-            conversation = to_conversation(json.loads(decode_utf8(self._lines.read(self._offsets[index]))[0]))
+            conversation = to_conversation(_parsed(decode_utf8(self._lines.read(self._offsets[index]))[0]))
         if conversation is None or _hash(conversation) != self._hashes[index]:
             raise InputError(f"{self.path} was changed while it was in use; start again")
         return conversation
@@ -177,7 +92,14 @@ class ChatFile:
         return self._some(lambda value: value not in held), self._some(lambda value: value in held)
 
     def _some(self, wanted: Callable[[int], bool]) -> "ChatFile":
-        chosen = [i for i, value in enumerate(self._hashes) if wanted(value)]
+        return self._chosen([i for i, value in enumerate(self._hashes) if wanted(value)])
+
+    def shuffled(self, seed: int) -> "ChatFile":
+        """The same conversations in an order that the seed decides, the same on every machine and in every version."""
+        order = np.random.RandomState(seed & 0xFFFFFFFF).permutation(len(self))
+        return self._chosen(order.tolist())
+
+    def _chosen(self, chosen: list[int]) -> "ChatFile":
         offsets = array("q", (self._offsets[i] for i in chosen))
         return ChatFile(self.path, self._lines, offsets, array("Q", (self._hashes[i] for i in chosen)))
 
@@ -208,7 +130,7 @@ def load_chat_file(path: str | Path) -> ChatFile:
     for number, place, raw in lines:
         text, invalid = decode_utf8(raw)
         try:
-            conversation = to_conversation(json.loads(text))
+            conversation = to_conversation(_parsed(text), file.ignored)
         except (ValueError, RecursionError) as error:
             file.bad_lines += 1
             if len(file.problems) < KEPT_PROBLEMS:
@@ -222,6 +144,11 @@ def load_chat_file(path: str | Path) -> ChatFile:
         why = f"all {file.bad_lines} {unit}s are bad:{shown}" if file.bad_lines else "it is empty"
         raise InputError(f"{path} holds no conversation, {why}\nEach line must be one of\n{SHAPES}")
     return file
+
+
+def _parsed(text: str) -> Any:
+    """A JSON value. NaN, which is no JSON but what data frames write for what is missing, is null."""
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 def _reason(error: Exception) -> str:
@@ -278,7 +205,7 @@ def _whole_file(lines: _Lines) -> list[Any] | None:
     if not head:
         return None
     try:
-        value = json.loads(decode_utf8(head[0])[0])
+        value = _parsed(decode_utf8(head[0])[0])
         if len(head) > 1 or not isinstance(value, list) or _is_message_list(value):
             return None
     except (ValueError, RecursionError) as error:
@@ -286,7 +213,7 @@ def _whole_file(lines: _Lines) -> list[Any] | None:
         if len(head) < 2 or not isinstance(error, json.JSONDecodeError) or error.pos < len(text):
             return None
         try:
-            value = json.loads(decode_utf8(lines.everything())[0])
+            value = _parsed(decode_utf8(lines.everything())[0])
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, list) and not _is_message_list(value) else [value]

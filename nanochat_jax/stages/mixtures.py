@@ -43,7 +43,7 @@ def sft(settings: ChatStageSettings, parent: Parent, data: Path | None) -> tuple
     """(training, held-out) conversations of finetuning: the user's own (`data`) or the usual mixture. Beside the user's
     own, the name is trained on only if it is given: what they contain is the user's choice."""
     if data is not None:
-        train, val = own(data, parent.tokenizer)
+        train, val = own(data, parent.tokenizer, settings.seed)
         if not settings.model_name:
             return train, val
         identity = identity_task(settings.model_name, stop=len(train))  # no more of them than of the user's
@@ -84,22 +84,28 @@ def _chat_val(folder: Path | None) -> list[Task]:
 
 
 def rl(settings: ChatStageSettings) -> tuple[Task, Task]:
-    """(training, held-out) questions whose answers can be rewarded."""
+    """(training, held-out) questions whose answers can be rewarded; strictly, so that their form is learnt, too."""
     if settings.demo:
         return demo_world.rl_task("train"), demo_world.rl_task("val")
-    return tasks.load("GSM8K", "train", settings.task_data), tasks.load("GSM8K", "test", settings.task_data)
+    train, val = (tasks.load("GSM8K", split, settings.task_data, strict=True) for split in ("train", "test"))
+    return train, val
 
 
-def own(path: Path, tokenizer) -> tuple[Conversations, Conversations]:
-    """The user's conversations, one in twenty held out; shows what was read and what will be trained on."""
+def own(path: Path, tokenizer, seed: int) -> tuple[Conversations, Conversations]:
+    """The user's conversations, one in twenty held out, the others shuffled: people sort their files by topic. Shows
+    what was read, what was not, and what will be trained on."""
     file = load_chat_file(path)
     for line, reason in file.problems[:10]:
         print(f"{path}, line {line}: left out: {reason}")
     if file.bad_lines > 10:
         print(f"{path}: {file.bad_lines - 10} more lines left out")
+    if file.ignored:
+        names = ", ".join(f"{name} ({count:,})" for name, count in file.ignored.most_common(20))
+        print(f"{path}: keys that are not used, and in how many conversations: {names}")
     print(f"{path}: {len(file):,} conversations; the first ones, with the tokens that are trained on marked:")
     print(describe_samples(file, tokenizer))
-    return file.held_out()
+    train, val = file.held_out()
+    return train.shuffled(seed), val
 
 
 class _Rows(Task):

@@ -97,7 +97,8 @@ def run(settings: SftSettings) -> Outcome:
             hyper = settings.hyper(momentum_warmup=0)  # v1 ramps Muon's momentum in base and mid only
             job = make_job("sft", settings, folder, parent, mesh, rows, hyper, linear_to_zero, ROWS)
         measure = _accuracies(settings, parent, multihost.local_mesh(mesh))
-        return train_on(job, rows, (Evaluation(measure, settings.metrics_every, at_start=False),) if measure else ())
+        evaluations = (Evaluation(measure, settings.metrics_every, at_start=False),) if measure else ()
+        return train_on(job, rows, evaluations, shuffle=settings.data is not None)
 
 
 def _accuracies(settings: SftSettings, parent: Parent, mesh):

@@ -97,12 +97,12 @@ def make_job(
     )
 
 
-def train_on(job: TrainJob, rows: Rows, evaluations: tuple[Evaluation, ...] = ()) -> Outcome:
-    """Trains a job on rows, in their order; `evaluations` come beside the held-out loss."""
+def train_on(job: TrainJob, rows: Rows, evaluations: tuple[Evaluation, ...] = (), *, shuffle: bool = False) -> Outcome:
+    """Trains a job on rows; `evaluations` come beside the held-out loss. shuffle: the rows anew in every pass, by the
+    job's seed; else in their order, which is that of a mixture, shuffled once (as in the reference)."""
     train_rows, val_rows = rows
     epochs = job.num_iterations * job.rows_per_step / len(train_rows)
-    # in the order of the conversations, which a mixture has shuffled (as the reference)
-    loader = RowLoader(train_rows, job.rows_per_step, shuffle=False)
+    loader = RowLoader(train_rows, job.rows_per_step, job.settings.seed, shuffle)
 
     def attempt(job: TrainJob) -> Outcome:
         size, shards = job.settings.device_batch_size, sharding.row_shards(job.mesh)

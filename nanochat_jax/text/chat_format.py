@@ -3,7 +3,8 @@
 Pure functions: they take the conversation, a function that encodes ordinary text, and a function that gives the
 id of a special token. A conversation is ``{"messages": [{"role": ..., "content": ...}, ...]}`` with roles that
 alternate user, assistant, user, ...; a system message may come first and is joined to the first user message.
-An assistant's content is a string or a list of parts ``{"type": "text" | "python" | "python_output", "text": ...}``.
+An assistant's content is a string or a list of parts ``{"type": "text" | "python" | "python_output", "text": ...}``;
+with ``"weight": 0`` beside it (OpenAI's key) the message is read, but not trained on.
 
 Ids, masks and the *types* of the exceptions equal those of the reference (golden ``render_v1.json``).
 """
@@ -65,10 +66,11 @@ def render_conversation(
                 )
             add([special(USER_START), *encode(content), special(USER_END)], 0)
             continue
+        trained_on = 0 if message.get("weight") == 0 else 1
         add([special(ASSISTANT_START)], 0)
         for tokens, learn in _assistant_pieces(content, index, encode, special):
-            add(tokens, learn)
-        add([special(ASSISTANT_END)], 1)
+            add(tokens, learn * trained_on)
+        add([special(ASSISTANT_END)], trained_on)
     return ids[:max_tokens], mask[:max_tokens]
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from nanochat_jax.data.chat_files import SHAPES, describe_samples, load_chat_file, to_conversation
+from nanochat_jax.data.chat_files import describe_samples, load_chat_file
+from nanochat_jax.data.chat_shapes import SHAPES, to_conversation
 from nanochat_jax.data.conversation_rows import build_conversation_rows
 from nanochat_jax.utils.errors import InputError
 from tests.tokenizer_fixtures import golden_tokenizer
@@ -211,6 +212,14 @@ def test_fingerprint_follows_the_content(tmp_path):
     assert first.fingerprint() == same.fingerprint() and everything(first) == everything(same)
     others = [load_chat_file(numbered(tmp_path, 49, "b.jsonl")), *first.held_out(3)]
     assert len({file.fingerprint() for file in [first, *others]}) == 4
+
+
+def test_shuffled_by_the_seed(tmp_path):
+    file = load_chat_file(numbered(tmp_path, 300))
+    orders = [everything(file.shuffled(seed)) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2] and everything(file) not in orders
+    assert all(sorted(map(str, order)) == sorted(map(str, everything(file))) for order in orders)
+    assert file.shuffled(1).fingerprint() != file.shuffled(2).fingerprint()
 
 
 # --- large files ----------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.evals import results, stats
 from nanochat_jax.runs import checkpoint, metrics
-from nanochat_jax.stages import mixtures, sft
+from nanochat_jax.stages import mixtures, sft, supervised
 from nanochat_jax.stages.pipeline import find_parent
 from nanochat_jax.stages.settings import ChatStageSettings
 from tests import toy_runs
@@ -190,3 +191,33 @@ def test_the_given_name_is_taught_beside_own_conversations_and_else_the_parents(
     assert "Robin" not in texts(taught()[0]), "the user's own conversations alone"
     assert "Robin" in texts(mixtures.mid(ChatStageSettings(demo=True), parent)[1])
     assert "Robin" not in texts(mixtures.mid(ChatStageSettings(demo=True, model_name="Ada"), parent)[1])
+
+
+def test_own_conversations_are_shuffled_by_the_seed(home, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in LINES))
+    parent = find_parent("toy-base", ("base",))
+
+    def order(seed):
+        train, _ = mixtures.sft(sft.SftSettings(seed=seed), parent, path)
+        return [train[i]["messages"][0]["content"] for i in range(len(train))]
+
+    first, other = order(1), order(2)
+    assert first == order(1) != other and sorted(first) == sorted(other)
+    numbers = [int(question.split()[-1][:-1]) for question in first]
+    assert min(numbers[:10]) < 20 and max(numbers[:10]) > 40, "the beginning is not the file's"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_rows_come_anew_in_every_pass_where_they_are_shuffled(shuffle, monkeypatch):
+    loaders = []
+    monkeypatch.setattr(supervised, "RowLoader", lambda *a: loaders.append(RowLoader(*a)) or loaders[-1])
+    monkeypatch.setattr(supervised, "with_batch_size", lambda job, attempt: None)
+    job: Any = SimpleNamespace(num_iterations=6, rows_per_step=4, settings=SimpleNamespace(seed=3))
+    rows: Any = ([0] * 12, [])
+    for _ in range(2):
+        supervised.train_on(job, rows, shuffle=shuffle)
+    first, again = ([loader.indices_for(step) for step in range(6)] for loader in loaders)
+    passes = [sum(first[at : at + 3], []) for at in (0, 3)]
+    assert first == again and [sorted(one) for one in passes] == [list(range(12))] * 2
+    assert (passes[0] != passes[1] != list(range(12))) is shuffle
