@@ -1,19 +1,24 @@
-"""The tokenizer: byte-level BPE, trained by ``rustbpe``, encoding through tiktoken, saved as JSON. No JAX here.
+"""The tokenizer: byte-level BPE, training and encoding by ``rustbpe``, saved as JSON. No JAX here.
 
 Ids are 0..255 for the single bytes, then the merges in the order they were trained, then the nine special tokens.
 Special strings inside ordinary text are never recognised: they are encoded as the plain text they are.
+
+tiktoken gives the same ids and stands in where ``rustbpe`` is not built. Its splitter gives up on a million characters
+of white space with a Rust panic (a BaseException), and one long word takes it minutes: so there is one encoder for all
+text.
 """
 
 import base64
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import numpy as np
 import tiktoken
@@ -71,6 +76,16 @@ def _no_socket_if_offline() -> Iterator[None]:
         yield
     finally:
         tiktoken.load.read_file = original
+
+
+def _raise(error: BaseException) -> NoReturn:
+    """Raises on, or as a TokenizerError what a regex engine cannot split: a ValueError of `rustbpe`, a panic of
+    tiktoken."""
+    if isinstance(error, ValueError) and "split pattern" in str(error):
+        raise TokenizerError(f"{error}: cut the text, or use a tokenizer of this project") from error
+    if type(error).__name__ == "PanicException":
+        raise TokenizerError("a text is too long for tiktoken's splitter: cut it, or build rustbpe") from error
+    raise error
 
 
 class Tokenizer:
@@ -262,19 +277,26 @@ class Tokenizer:
         """Ids of a text, or a list of ids for a list of texts (in ``num_threads`` threads).
 
         ``prepend`` and ``append`` are ids or names of special tokens, put around every text. Raises ValueError for any
-        other type, KeyError for an unknown special token.
+        other type, KeyError for an unknown special token, otherwise as ``encode_text``.
         """
         if not isinstance(text, str | list):
             raise ValueError(f"encode takes a str or a list of str, not {type(text)}")
         before = [] if prepend is None else [self._as_id(prepend)]
         after = [] if append is None else [self._as_id(append)]
         if isinstance(text, str):
-            return before + self._encoding.encode_ordinary(text) + after
-        return [before + ids + after for ids in self._encoding.encode_ordinary_batch(text, num_threads=num_threads)]
+            return before + self.encode_text(text) + after
+        try:
+            return [before + ids + after for ids in self._encode_batch(text, num_threads)]
+        except BaseException as error:
+            _raise(error)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of one text, nothing around it."""
-        return self._encoding.encode_ordinary(text)
+        """Ids of one text, nothing around it. Raises TokenizerError for a text that the split pattern of a foreign
+        tokenizer cannot handle."""
+        try:
+            return self._encode_one(text)
+        except BaseException as error:
+            _raise(error)
 
     def encode_to_numpy(self, texts: list[str], num_threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """All texts in one 1-D array, bos before each, and int64 offsets (len(texts) + 1); ids equal ``encode``'s.
@@ -282,13 +304,30 @@ class Tokenizer:
         uint16 where the vocabulary fits, uint32 above 65,536. Threaded in Rust without the GIL; 0 = all cores.
         """
         dtype = "uint16" if self.vocab_size <= 65536 else "uint32"
-        return self._row_encoder.encode_to_numpy(texts, bos=self.bos_id, dtype=dtype, num_threads=num_threads)
+        try:
+            return self._encoder.encode_to_numpy(texts, bos=self.bos_id, dtype=dtype, num_threads=num_threads)
+        except ValueError as error:
+            _raise(error)
 
     @cached_property
-    def _row_encoder(self) -> Any:
+    def _encoder(self) -> Any:
         import rustbpe
 
         return rustbpe.Tokenizer.from_ranks([(token, i) for i, token in enumerate(self.ranks)], self.pattern)
+
+    @cached_property
+    def _encode_one(self) -> Callable[[str], list[int]]:
+        try:
+            return self._encoder.encode
+        except ModuleNotFoundError:
+            return self._encoding.encode_ordinary
+
+    def _encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        try:
+            ids, ends = self._encoder.encode_to_numpy(texts, dtype="uint32", num_threads=num_threads)
+        except ModuleNotFoundError:
+            return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+        return [ids[a:b].tolist() for a, b in itertools.pairwise(ends.tolist())]
 
     def encode_special(self, name: str) -> int:
         """Id of exactly one token given by its text, special or ordinary (looked up, not split). Raises KeyError."""

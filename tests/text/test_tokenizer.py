@@ -1,5 +1,6 @@
 import builtins
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -98,6 +99,35 @@ def test_token_bytes_are_raw_lengths_and_the_v1_ones_on_request():
     assert raw.tolist() != MAIN["token_bytes_v1"]
     text = "Où est-il? 你好 🌍"  # the lengths of a text's tokens add up to its bytes
     assert raw[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+LONG = {"white space": " " * 1_100_000 + "x", "one word": "a" * 200_000, "symbols": "-" * 200_000}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_texts_that_other_splitters_give_up_on_are_encoded(name):
+    """tiktoken panics (a BaseException that is no Exception), or takes minutes."""
+    tokenizer, text = golden_tokenizer(), LONG[name]
+    ids = tokenizer.encode_text(text)
+    assert tokenizer.decode(ids) == text and tokenizer.encode([text])[0] == ids
+
+
+def test_a_foreign_pattern_that_gives_up_is_one_line():
+    base = golden_tokenizer()
+    foreign = Tokenizer(base.ranks, base.special_tokens, pattern=r"(?:\s|\s\s)*(?=x)|\S+|\s+")
+    for call in (foreign.encode_text, foreign.encode, lambda text: foreign.encode([text]),
+                 lambda text: foreign.encode_to_numpy([text])):  # fmt: skip
+        with pytest.raises(TokenizerError, match="split pattern"):
+            call("a" + " " * 1000 + "b")
+
+
+def test_without_rust_tiktoken_encodes_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rustbpe", None)
+    tokenizer = Tokenizer(golden_tokenizer().ranks, golden_tokenizer().special_tokens)
+    for case in MAIN["encodings"]:
+        assert tokenizer.encode(case["text"]) == tokenizer.encode([case["text"]])[0] == case["ids"]
+    with pytest.raises(TokenizerError, match="rustbpe"):
+        tokenizer.encode_text(LONG["white space"])
 
 
 def test_save_and_load(tmp_path, monkeypatch):
