@@ -3,10 +3,14 @@
 python -m nanochat_jax.evals.lm_harness --model_args run=d20-base --tasks arc_easy
 python -m nanochat_jax.evals.lm_harness --model_args run=d20-sft --tasks mine --include_path DIR --apply_chat_template
 
-Needs `pip install lm-eval`; flags are the harness's own. Prompts begin with bos, as documents do in training.
+Needs `pip install lm-eval`; flags are the harness's own. Prompts begin with bos, as documents do in training. What does
+not fit the context is counted: the log says so, and the harness's results have it beside the model.
 """
 
+import logging
+import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +25,19 @@ from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.text import chat_format
+from nanochat_jax.text.detokenizer import CompletionStream
 from nanochat_jax.text.tokenizer import Tokenizer
 from nanochat_jax.utils import errors
 from nanochat_jax.utils.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 NAME = "nanochat_jax"
 SLOTS = 8
+# Comes before each control token of a rendered chat, which the harness carries about as text: a code point that Unicode
+# keeps out of texts. So the name of a control token in a question stays the text that it is.
+_MARK = "\ufdd0"
+_LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in the harness's order
 
 
 @register_model(NAME)
@@ -34,7 +45,8 @@ class NanochatLM(LM):
     """A run as the harness sees it. Build it with `run=...` (as --model_args does) or with `of`.
 
     max_length: context in tokens, default the model's; longer prompts lose their first tokens. max_gen_toks: the
-    longest completion where a task does not say.
+    longest completion where a task does not say; a prompt that fits the context stays as it is, and its completion ends
+    where the context does. `cuts` counts what was lost by both.
     """
 
     def __init__(
@@ -70,24 +82,42 @@ class NanochatLM(LM):
         self._params = params
         self._scorer = Scorer(config, params, max_length=self.max_length)
         self._engine: Engine | None = None
-        special = tokenizer.special_tokens
-        self._opening = chat_format.BOS + chat_format.USER_START if chat_format.USER_START in special else None
+        self.cuts: Counter[str] = Counter()
+        self._names = {token: name for name, token in tokenizer.special_tokens.items()}
+        self._marked = re.compile(f"{_MARK}({'|'.join(map(re.escape, tokenizer.special_tokens))}|{_MARK})")
 
     # --- text to ids ------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, bos first. Special tokens are read as such only in what `apply_chat_template` made."""
-        if self._opening and text.startswith(self._opening):
-            return self.tokenizer._encoding.encode(text, allowed_special="all")
-        return [self.tokenizer.bos_id, *self.tokenizer.encode_text(text)]
+        """Ids of a prompt, bos first. Only what `apply_chat_template` put there is a control token."""
+        if not text.startswith(_MARK + chat_format.BOS):
+            return [self.tokenizer.bos_id, *self.tokenizer.encode_text(text)]
+        ids: list[int] = []
+        plain, *rest = self._marked.split(text)
+        for name, following in zip(rest[::2], rest[1::2], strict=True):
+            if name == _MARK:  # one that was in a message
+                plain += _MARK + following
+                continue
+            ids += [*self.tokenizer.encode_text(plain), self.tokenizer.special_tokens[name]]
+            plain = following
+        return [*ids, *self.tokenizer.encode_text(plain)]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Context and continuation; encoded together, so that a token may not straddle them unseen; spaces between
-        them belong to the continuation (the harness's convention)."""
+        """Context and continuation: encoded together where a token boundary lies between them, else each alone, so that
+        no token straddles them. Spaces between them belong to the continuation (the harness's convention).
+
+        Raises ValueError for an empty continuation, which would be likelier than any other.
+        """
         kept = context.rstrip()
-        whole = self.encode(context + continuation)
+        continuation = context[len(kept) :] + continuation
         before = self.encode(kept) if kept else [self.tokenizer.bos_id]
-        return before, whole[len(before) :]
+        chat = kept.startswith(_MARK)
+        whole = self.encode(kept + (continuation.replace(_MARK, 2 * _MARK) if chat else continuation))
+        joint = whole[: len(before)] == before
+        after = whole[len(before) :] if joint else self.tokenizer.encode_text(continuation)
+        if not after:
+            raise InputError(f"an empty continuation of {context[-60:]!r} cannot be scored: look at the task's choices")
+        return before, after
 
     # --- what the harness calls -------------------------------------------------------------------------------------
 
@@ -112,46 +142,96 @@ class NanochatLM(LM):
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         items = [([*before, *after], len(before), len(before) + len(after)) for before, after in pairs]
+        self._count({"contexts": sum(end > self.max_length for _, _, end in items)}, len(items))
         return [(-float(nll.sum(dtype="float64")), greedy) for _, greedy, nll in self._scorer.spans(items)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Continuations up to the first stop string (left out), an end token, or the length; several at a time."""
+        """Continuations up to the first stop string (left out), an end token, or the length; several at a time.
+
+        As a reader sees them: tool calls are <expression=result>, no names of control tokens.
+        """
         if self._engine is None:
             self._engine = Engine(self.config, self._params, self.tokenizer, slots=SLOTS, capacity=self.max_length)
-        prompts, params = [], []
+        prompts, params, cuts = [], [], Counter({"prompts": 0, "completions": 0})
+        capped: list[bool] = []
+        asked_before: Counter[tuple[int, ...]] = Counter()
         for request in requests:
             arguments: Any = request.args
-            prompt, wanted = arguments[0], dict(arguments[1])
-            longest = max(1, min(int(wanted.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1))
-            stops = wanted.get("until") or []
-            prompts.append(self.encode(prompt)[-(self.max_length - longest + 1) :])
+            wanted = {key: value for key, value in dict(arguments[1]).items() if value is not None}
+            longest = max(1, int(next((wanted[key] for key in _LENGTH_KEYS if key in wanted), self.max_gen_toks)))
+            ids = self.encode(arguments[0])
+            prompt = self._fitting(ids, longest)
+            space = self.max_length - len(prompt) + 1  # a completion's last token needs no position
+            cuts["prompts"] += len(prompt) < len(ids)
+            capped.append(space < longest)
+            stops = wanted.get("until", [])
             params.append(
                 SamplingParams(
-                    max_tokens=longest,
+                    max_tokens=min(longest, space),
                     temperature=float(wanted.get("temperature", 0.0)) if wanted.get("do_sample", True) else 0.0,
                     top_k=int(wanted.get("top_k", 0)),
                     top_p=float(wanted.get("top_p", 1.0)),
                     stop=tuple(stop for stop in ([stops] if isinstance(stops, str) else stops) if stop),
+                    sample_index=asked_before[tuple(ids)],  # a task that repeats its questions wants other samples
                 )
             )
-        return [completion.text for completion in self._engine.generate(prompts, params)]
+            asked_before[tuple(ids)] += 1
+            prompts.append(prompt)
+        completions = self._engine.generate(prompts, params)
+        cuts["completions"] = sum(
+            c.finish_reason == "length" and cut for c, cut in zip(completions, capped, strict=True)
+        )
+        self._count(cuts, len(requests))
+        return [self._shown(c.tokens, p.stop) for c, p in zip(completions, params, strict=True)]
+
+    def _fitting(self, ids: list[int], longest: int) -> list[int]:
+        """The prompt, or where it does not fit the context bos and the end of it, which leave up to half for more."""
+        if len(ids) <= self.max_length:
+            return ids
+        most = self.max_length + 1 - min(longest, self.max_length // 2)
+        return [ids[0], *ids[len(ids) - most + 1 :]]
+
+    def _shown(self, tokens: list[int], stops: tuple[str, ...]) -> str:
+        stream = CompletionStream(self.tokenizer, stops)
+        stream.push(tokens)
+        stream.finish()
+        return stream.text
+
+    def _count(self, cuts: dict[str, int], requests: int) -> None:
+        self.cuts.update(cuts)
+        for what, count in cuts.items():
+            if count:
+                logger.warning(
+                    "%d of %d %s were cut: they do not fit a context of %d tokens",
+                    count,
+                    requests,
+                    what,
+                    self.max_length,
+                )
 
     # --- chat -------------------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text. Without a generation prompt the last message is left open, to be continued."""
-        if not self._opening:
+        """A conversation as text, control tokens marked. Without a generation prompt the last message is left open."""
+        if chat_format.USER_START not in self.tokenizer.special_tokens:
             raise InputError(f"the tokenizer of {self.name} has no chat tokens: leave --apply_chat_template out")
-        ids, _ = self.tokenizer.render_conversation({"messages": chat_history}, max_tokens=1 << 40)
+        texts: list[str] = []
+
+        def note(text: str) -> list[int]:
+            texts.append(text.replace(_MARK, 2 * _MARK))
+            return [-len(texts)]
+
+        conversation = {"messages": chat_history}
+        ids, _ = chat_format.render_conversation(conversation, note, self.tokenizer.encode_special, sys.maxsize)
         if add_generation_prompt:
             ids.append(self.tokenizer.encode_special(chat_format.ASSISTANT_START))
         elif chat_history[-1]["role"] == "assistant":
             ids.pop()
-        return self.tokenizer.decode(ids)
+        return "".join(texts[-1 - token] if token < 0 else _MARK + self._names[token] for token in ids)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What identifies the rendering in the harness's records."""
-        return "nanochat_jax.conversation"
+        """What identifies the rendering in the harness's records and in its cache of rendered prompts."""
+        return "nanochat_jax.conversation.2"
 
     @property
     def tokenizer_name(self) -> str:
@@ -159,8 +239,8 @@ class NanochatLM(LM):
         return f"nanochat_jax-{self.tokenizer.hash[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
-        return {"model": self.name, "tokenizer": self.tokenizer.hash}
+        """What the harness writes beside its results; "cut": how many contexts, prompts and completions."""
+        return {"model": self.name, "tokenizer": self.tokenizer.hash, "cut": dict(self.cuts)}
 
 
 def main() -> int:
