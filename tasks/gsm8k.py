@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tasks.hub import HubTask, Source
 from tasks.records import Row
-from tasks.task import STRICT, Conversation, TaskError
+from tasks.task import STRICT, Conversation, TaskError, check_texts
 
 SUBSETS = ("main", "socratic")
 NUMBERS = "numbers compared as numbers"
@@ -55,6 +55,7 @@ class GSM8K(HubTask):
         super().__init__(source, split, task_data, **slicing)
 
     def conversation(self, row: Row) -> Conversation:
+        check_texts(question=row["question"], answer=row["answer"])
         messages = [
             {"role": "user", "content": row["question"]},
             {"role": "assistant", "content": answer_parts(row["answer"])},

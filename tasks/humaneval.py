@@ -10,7 +10,9 @@ from pathlib import Path
 from tasks.hub import HubTask, Source
 from tasks.programs import assembled, find_program, prelude
 from tasks.records import Row
-from tasks.task import STRICT, Conversation
+from tasks.task import STRICT, Conversation, check_texts
+
+COLUMNS = ("prompt", "canonical_solution", "entry_point", "test")
 
 _FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
@@ -37,11 +39,11 @@ class HumanEval(HubTask):
         self.check_split(split)
         self.allow_unsafe_code, self.strict = allow_unsafe_code, strict
         self.judge = STRICT if strict else "code in any wrapping"
-        columns = ("prompt", "canonical_solution", "entry_point", "test")
-        source = Source("openai/openai_humaneval", "openai_humaneval", columns, ("humaneval", "openai_humaneval"))
+        source = Source("openai/openai_humaneval", "openai_humaneval", COLUMNS, ("humaneval", "openai_humaneval"))
         super().__init__(source, split, task_data, **slicing)
 
     def conversation(self, row: Row) -> Conversation:
+        check_texts(**{name: row[name] for name in COLUMNS})
         messages = [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": f"{row['prompt']}\n{row['canonical_solution']}"},

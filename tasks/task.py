@@ -174,6 +174,13 @@ class TaskSequence(_Combined):
     name = "sequence"
 
 
+def check_texts(**fields: Any) -> None:
+    """Raises TaskError, naming the first field that is no string: text made of a null would be "None"."""
+    for name, value in fields.items():
+        if not isinstance(value, str):
+            raise TaskError(f"{name} is {type(value).__name__}, not a string")
+
+
 def shuffled_order(count: int) -> np.ndarray:
     """Order of a data set of ``count`` rows: position i holds row ``shuffled_order(count)[i]``."""
     return np.random.default_rng(SEED).permutation(count)
@@ -195,6 +202,7 @@ def mc_conversation(question: str, letters: Sequence[str], choices: Sequence[str
     """User asks a multiple choice question, assistant answers with nothing but the letter."""
     if len(letters) != len(choices) or answer not in letters:
         raise TaskError(f"{len(choices)} choices, letters {list(letters)} and answer {answer!r} do not go together")
+    check_texts(question=question, **{f"choice {letter}": c for letter, c in zip(letters, choices, strict=True)})
     messages = [
         {"role": "user", "content": render_mc(question, letters, choices)},
         {"role": "assistant", "content": answer},

@@ -235,12 +235,13 @@ def test_samples_and_pass_at_k(engine):
 
 def test_long_prompts_lose_their_beginning_and_are_counted(engine):
     tokenizer = golden_tokenizer()
-    prompts = [tokenizer.render_for_completion(c) for c in asked("x " * 300, "short")]
+    long = "x " * max(300, CAPACITY)
+    prompts = [tokenizer.render_for_completion(c) for c in asked(long, "short")]
     cut = chat_eval._fitting(prompts[0], 64, 512)
     assert len(cut) == 33 and cut[0] == tokenizer.bos_id and cut[1:] == prompts[0][-32:]
     assert chat_eval._fitting(prompts[0], 64, 10) == [prompts[0][0], *prompts[0][-54:]]
     assert chat_eval._fitting(prompts[1], 64, 512) == prompts[1]
-    result = generated(engine, ListTask(asked("x " * 300, "short")), max_new_tokens=512)
+    result = generated(engine, ListTask(asked(long, "short")), max_new_tokens=512)
     assert result["cut_prompts"] == 1 and result["n"] == 2
 
 

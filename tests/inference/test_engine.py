@@ -19,7 +19,8 @@ from tests.tokenizer_fixtures import golden, golden_tokenizer
 CASES = golden("engine_v1")
 BOS, V = golden_tokenizer().bos_id, golden_tokenizer().vocab_size
 ENDS = {BOS, golden_tokenizer().encode_special("<|assistant_end|>")}
-CAPACITY = max(256, *(len(case["prompt_tokens"]) + case["max_tokens"] for case in CASES["greedy"]))
+BOTH = [*CASES["greedy"], *CASES["scripted"]]
+CAPACITY = max(256, *(len(case["prompt_tokens"]) + case["max_tokens"] for case in BOTH))
 SCRIPTS = max(case["num_samples"] for case in CASES["scripted"])
 
 
@@ -121,7 +122,9 @@ def test_golden_tool_machine(tiny, case, steps):
 
     def scripted():
         """Scripts go by row, so row, slot and request must be one: a new engine, all of whose slots are decoded."""
-        made = Engine(config, params, tokenizer, slots=SCRIPTS, capacity=128, steps_per_call=steps, model=FakeModel)
+        made = Engine(
+            config, params, tokenizer, slots=SCRIPTS, capacity=CAPACITY, steps_per_call=steps, model=FakeModel
+        )
         made._runner.batch_sizes = lambda: [SCRIPTS]
         return made
 

@@ -28,8 +28,10 @@ def test_golden_greedy_streams():
         model = gpt.GPTConfig.modern(**sizes, window_pattern=pattern, smear_across_documents=True)
         names = [k for k in arrays if k.startswith("param/")]
         params = params_from_reference(model, {k.removeprefix("param/"): arrays[k] for k in names})
-    engine = Engine(model, params, golden_tokenizer(), slots=4, capacity=256, steps_per_call=8)
-    for case in golden("engine_modern")["greedy"]:
+    cases = golden("engine_modern")["greedy"]
+    capacity = max(256, *(len(case["prompt_tokens"]) + case["max_tokens"] for case in cases))
+    engine = Engine(model, params, golden_tokenizer(), slots=4, capacity=capacity, steps_per_call=8)
+    for case in cases:
         rows = greedy(engine, [case["prompt_tokens"]] * case["num_samples"], case["max_tokens"])
         n = len(case["token_columns"])
         assert [list(column) for column in zip(*rows, strict=True)][:n] == case["token_columns"]

@@ -15,6 +15,7 @@ from nanochat_jax.model.config import MODERN, GPTConfig
 from nanochat_jax.model.kv_cache import KVCache
 from nanochat_jax.model.loss import fused_weighted_nll, next_token_loss, token_nll, token_statistics
 from nanochat_jax.model.parameters import num_params, num_params_by_group, num_scaling_params
+from tests.golden_models import golden_arrays
 from tests.toy_params import toy_params
 
 SIX = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -24,7 +25,10 @@ forward_cached = jax.jit(gpt.forward_cached, static_argnums=0)
 loss_and_gradients = jax.jit(jax.value_and_grad(next_token_loss, 1), static_argnums=0)
 
 
-@pytest.fixture(scope="module", params=["A", "B"])
+NAMES = sorted({name.split("/")[0] for name in golden_arrays("model_modern")})
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def case(request, golden):
     """(config, params, arrays) of one golden model: grouped heads and a padded vocabulary, or neither."""
     with np.load(golden / "model_modern.npz") as archive:
@@ -79,7 +83,8 @@ def test_cached(case):
     config, params, arrays = case
     ids, expected = arrays["ids"], arrays["kv/logits_from_last_prefill_position"]
     first = int(arrays["kv/prefill_len"])
-    for chunks in ([first], [first - 7, 4, 3]):
+    for chunks in ([first], [first - first // 2, first // 2 - first // 4, first // 4]):
+        chunks = [n for n in chunks if n]
         chunks = chunks + [1] * (ids.shape[1] - first)
         cache = KVCache.create(config.n_layer, len(ids), config.n_kv_head, ids.shape[1], config.head_dim, jnp.float32)
         at, logits = 0, []

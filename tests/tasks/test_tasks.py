@@ -226,6 +226,23 @@ def test_rows_that_are_no_question(tmp_path, row, reason):
         MMLU("test", data)[0]
 
 
+@pytest.mark.parametrize("odd", [None, 5, True, ["a"], {"a": 1}])
+@pytest.mark.parametrize(
+    "name, row, fields",
+    [
+        ("GSM8K", {"question": "q", "answer": "#### 1"}, ("question", "answer")),
+        ("HumanEval", {"prompt": "p", "canonical_solution": "s", "entry_point": "e", "test": "t"}, ("prompt", "test")),
+        ("MMLU", {"question": "q", "choices": list("abcd"), "answer": 1, "subject": "s"}, ("question", "choices")),
+    ],
+)
+def test_no_text_is_made_of_what_is_none(tmp_path, name, row, fields, odd):
+    for field in fields:
+        bad = {**row, field: ["a", odd, "c", "d"] if field == "choices" else odd}
+        data = folder(tmp_path / field, **{f"{name.lower()}__test": [bad]})
+        with pytest.raises(TaskError, match="test.jsonl:1: .*not a string"):
+            tasks.load(name, "test", data)[0]
+
+
 def test_errors_have_the_reference_types(tmp_path):
     data = folder(tmp_path, gsm8k__train=GOLDEN["gsm8k"]["rows"], ARC_Easy__train=GOLDEN["arc"]["rows"])
     arc, gsm8k = ARC("ARC-Easy", "train", data), GSM8K("train", data)
