@@ -71,6 +71,8 @@ def read(settings: ImportSettings) -> Found:
         raise InterchangeError("say what to import: python -m scripts.import_checkpoint PATH")
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
+    if (path / "snapshots").is_dir():
+        path = _snapshot(path)
     if path.is_dir():
         folders.verify(path)
         manifest = folders.manifest(path)
@@ -85,6 +87,14 @@ def read(settings: ImportSettings) -> Found:
             "with a config.json"
         )
     return _reference(found, settings)
+
+
+def _snapshot(path: Path) -> Path:
+    """The newest of the versions of a repository in the hub's cache: the one of main, where that is there."""
+    main = path / "refs" / "main"
+    if main.is_file() and (named := path / "snapshots" / main.read_text().strip()).is_dir():
+        return named
+    return max((p for p in (path / "snapshots").iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, default=path)
 
 
 def _reference(found: reference_files.ReferenceCheckpoint, settings: ImportSettings) -> Found:

@@ -107,7 +107,11 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        message = {404: "there is nothing at this address", 405: "this address does not take this method"}
+        message = {
+            400: "the body is no JSON that can be read: it is not UTF-8, too deep, or holds too long a number",
+            404: "there is nothing at this address",
+            405: "this address does not take this method",
+        }
         text = message.get(error.status_code, str(error.detail))
         code = TOO_LARGE if error.status_code == 413 else None
         return ApiError(error.status_code, text, code=code, headers=error.headers).response()

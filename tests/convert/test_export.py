@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.convert import InterchangeError, folders, huggingface, pt_files
+from nanochat_jax.convert import InterchangeError, folders, huggingface, import_run, pt_files
 from nanochat_jax.convert import export as exporting
 from nanochat_jax.convert.chat_template import chat_template
 from nanochat_jax.convert.export import ExportSettings, export
@@ -128,8 +128,14 @@ def test_an_export_in_the_layout_of_the_hubs_cache(base, tokenizer, to):
         link.parent.mkdir(parents=True, exist_ok=True)
         file.rename(place / "blobs" / str(number))
         link.symlink_to(os.path.relpath(place / "blobs" / str(number), link.parent))
+    (place / "snapshots" / "older").mkdir()
     folder = import_checkpoint(ImportSettings(path=snapshot))
     assert folder.name == ("d2-sft" if to == "reference" else "ann--small-sft")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(snapshot.name)
+    found = import_run.read(ImportSettings(path=place))
+    assert all(snapshot in file.parents for file in found.files)
+    assert import_run._run_name(place, found) == folder.name
     for name in ("../outside", "/etc/passwd", "a/../../outside", "nowhere"):
         (base / "hub" / "outside").write_text("x")
         (snapshot / "SHA256SUMS").unlink()

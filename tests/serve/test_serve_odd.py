@@ -159,6 +159,11 @@ def stopped(running, count: int, seed: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, asked)) == idle, "under load"
     assert sum(reason == "stop" for _, reason, _ in idle) > count / 3
+    for body, (text, _, tokens) in list(zip(asked, idle, strict=True))[:8]:
+        answer = running.post("/v1/completions", **body, stream=True, stream_options={"include_usage": True}).text
+        chunks = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
+        assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"]) == text
+        assert chunks[-1]["usage"]["completion_tokens"] == tokens
     for body, (text, reason, tokens) in list(zip(asked, idle, strict=True))[:20]:
         if reason == "stop":
             one_less = ask({**body, "max_tokens": tokens - 1}) if tokens > 1 else ("", "length", 0)
