@@ -56,7 +56,14 @@ if only := os.environ.get("DOCS_ONLY"):
 
 
 def setup(app) -> None:
+    app.connect("config-inited", translate_prompts)
     app.connect("builder-inited", write_generated)
+
+
+def translate_prompts(app, config) -> None:
+    """The words over hidden answers, which no catalogue holds."""
+    if config.language == "ja":
+        config.nb_code_prompt_show, config.nb_code_prompt_hide = "答えを表示する", "答えを隠す"
 
 
 def write_generated(app) -> None:
