@@ -119,12 +119,15 @@ def tiny_run() -> str:
     before has asked for it. Runs lie in the build folder, where `nanochat_jax.load` finds them."""
     os.environ["NANOCHAT_BASE_DIR"] = str(BASE_DIR)
     BASE_DIR.mkdir(parents=True, exist_ok=True)
+    flags = (*DEMO_FLAGS, "--run_name=tiny", "--num_iterations=200", "--eval_tokens=8192")
+    done = BASE_DIR / "tiny.done"  # asking the command itself would cost every page the start of JAX
     with FileLock(BASE_DIR / "lab.lock"):
+        if done.exists() and done.read_text() == " ".join(flags):
+            return "tiny"
         if not (BASE_DIR / "tokenizer").exists():
             command("scripts.tok_train", "--demo", f"--vocab_size={VOCABULARY}")
-        # complete: the same command ends at once
-        own = ("--run_name=tiny", "--num_iterations=200", "--eval_tokens=8192")
-        command("scripts.train", "--stage=base", *DEMO_FLAGS, *own)
+        command("scripts.train", "--stage=base", *flags)
+        done.write_text(" ".join(flags))
     return "tiny"
 
 
