@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NANOCHAT_BASE_DIR"] = str(DOCS / "_build" / "lab")
 
 import generated  # noqa: E402
+from docutils import nodes  # noqa: E402
 
 project = "nanochat_jax"
 author = "the nanochat_jax authors"
@@ -58,12 +59,21 @@ if only := os.environ.get("DOCS_ONLY"):
 def setup(app) -> None:
     app.connect("config-inited", translate_prompts)
     app.connect("builder-inited", write_generated)
+    app.connect("doctree-read", name_hidden_code)
 
 
 def translate_prompts(app, config) -> None:
     """The words over hidden answers, which no catalogue holds."""
     if config.language == "ja":
         config.nb_code_prompt_show, config.nb_code_prompt_hide = "答えを表示する", "答えを隠す"
+
+
+def name_hidden_code(app, doctree) -> None:
+    """A figure's code is hidden as an answer is, but it is none."""
+    words = ("コードを表示する", "コードを隠す") if app.config.language == "ja" else ("Show the code", "Hide the code")
+    for cell in doctree.findall(nodes.container):
+        if cell.get("hide_mode") == "input":
+            cell["prompt_show"], cell["prompt_hide"] = words
 
 
 def write_generated(app) -> None:
