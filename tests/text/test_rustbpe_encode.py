@@ -21,6 +21,7 @@ rustbpe = pytest.importorskip("rustbpe", reason=NOT_BUILT)
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer_v1.json").read_text(encoding="utf-8"))
 BYTES = [(bytes([b]), b) for b in range(256)]
 MAIN = BYTES + [(bytes.fromhex(token), rank) for token, rank in GOLDEN["main"]["merged_ranks"]]
+FREE = 1 + max(rank for _, rank in MAIN)
 
 # Everything that the split pattern tells apart: white space of all kinds, line ends, contractions in every case and
 # with the long s, digits and numbers of many scripts, combining marks, letters of one to four bytes.
@@ -164,7 +165,7 @@ def test_bad_arguments():
         (TypeError, lambda: OURS.encode(b"bytes")),
         *((TypeError, partial(OURS.batch_encode, texts)) for texts in (["a", 1], "text")),
         *((TypeError, partial(OURS.encode_to_numpy, texts)) for texts in (["a", 1], "text")),
-        *((ValueError, partial(OURS.decode, [97, unknown])) for unknown in (-1, 511, 1 << 40)),
+        *((ValueError, partial(OURS.decode, [97, unknown])) for unknown in (-1, OURS.vocab_size, 1 << 40)),
         (ValueError, lambda: rustbpe.Tokenizer.from_ranks(BYTES, "[")),
     ]
     for error, call in wrong:
@@ -176,13 +177,13 @@ def test_bad_arguments():
     ("ranks", "error"),
     [
         (MAIN[:65] + MAIN[66:], ValueError),  # a byte is missing
-        ([*MAIN, (b"he", 900)], ValueError),  # there already
-        ([*MAIN, (b"zq", 300)], ValueError),  # of another token
+        ([*MAIN, (MAIN[-1][0], FREE)], ValueError),  # there already
+        ([*MAIN, (b"zq", MAIN[-1][1])], ValueError),  # of another token
         ([*MAIN, (b"zq", -1)], ValueError),
         ([*MAIN, (b"zq", 1 << 30)], ValueError),
-        ([*MAIN, (b"", 900)], ValueError),
-        ([*MAIN, ("zq", 900)], TypeError),
-        ([*MAIN, 900], TypeError),
+        ([*MAIN, (b"", FREE)], ValueError),
+        ([*MAIN, ("zq", FREE)], TypeError),
+        ([*MAIN, FREE], TypeError),
     ],
 )
 def test_bad_ranks(ranks, error):
