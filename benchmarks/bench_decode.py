@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import random_params
-from nanochat_jax.inference import model_runner
+from nanochat_jax.inference import programs
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
@@ -60,18 +60,18 @@ def through_engine(engine: Engine, rows: int, s: BenchDecodeSettings) -> float:
 def bare(engine: Engine, rows: int, s: BenchDecodeSettings) -> float:
     """Tokens per second of the compiled decode program, called again on the same inputs."""
     steps = engine.steps_per_call
-    per_row = np.zeros((rows, model_runner.N_COLUMNS + steps), np.int32)
-    per_row[:, model_runner.POSITION] = 16
-    per_row[:, model_runner.TEMPERATURE] = model_runner.float_bits(s.temperature)
-    per_row[:, model_runner.TOP_K] = s.top_k
-    per_row[:, model_runner.TOP_P] = model_runner.float_bits(1.0)
-    per_row[:, model_runner.REMAINING] = model_runner.ENDLESS
-    per_row, control = jnp.asarray(per_row), jnp.array([[steps, rows, -1, -1, -1]], jnp.int32)
+    per_row = np.zeros((rows, programs.N_COLUMNS + steps), np.int32)
+    per_row[:, programs.POSITION] = 16
+    params = SamplingParams(temperature=s.temperature, top_k=s.top_k)
+    per_row[:, programs.TOP_K] = s.top_k
+    per_row[:, programs.TEMPERATURE : programs.STOPS] = programs.fractions(params)
+    per_row[:, programs.REMAINING] = programs.ENDLESS
+    per_row, control = jnp.asarray(per_row), jnp.array([[steps, rows, -1, 0, -1, -1, -1]], jnp.int32)
     row_slots, runner = jnp.arange(rows, dtype=jnp.int32), engine._runner
     begin = time.perf_counter()
     calls = max(1, s.tokens // steps)
     for _ in range(calls):
-        out, runner.storage = model_runner.decode(
+        out, _, runner.storage = programs.decode(
             engine.model,
             engine.config,
             runner.params,
@@ -79,6 +79,7 @@ def bare(engine: Engine, rows: int, s: BenchDecodeSettings) -> float:
             row_slots,
             per_row,
             control,
+            *runner.nothing_adjusted(rows),
             visible=128,
             max_new_steps=steps,
         )

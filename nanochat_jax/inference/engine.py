@@ -4,7 +4,7 @@ A fixed number of slots share one KV cache. Requests wait in a queue, take a fre
 chunks while other slots decode, then all live slots decode together, several tokens per call of one compiled loop, each
 row with its own position and `SamplingParams`. They may join, end and be cancelled between any two calls. What a slot
 holds of an earlier request is used again where a prompt begins with it (`scheduler`). The programs that run on the
-device are `model_runner`'s.
+device are in `programs`.
 
 The prompt's last token is not prefilled: it is the first token the decode loop is fed. So every row samples its own
 first token (the reference shares one among all samples of a request), and there is one place where tokens are sampled.
@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax.inference import model_runner
-from nanochat_jax.inference.model_runner import PREFILL_CHUNK, ModelRunner
+from nanochat_jax.inference import alternatives, programs
+from nanochat_jax.inference.adjustments import Adjustments
+from nanochat_jax.inference.model_runner import PREFILL_CHUNK, PROMPTS, ModelRunner
 from nanochat_jax.inference.request import (
     DEFAULT_PARAMS,
     Completion,
@@ -61,7 +62,6 @@ class Engine:
         slots: int = 8,
         capacity: int | None = None,
         steps_per_call: int | None = None,
-        logprobs: bool = False,
         devices: Sequence[Any] | None = None,
         tool: Callable[[str], Any] = use_calculator,
         wait_for_tools: bool = False,
@@ -69,10 +69,10 @@ class Engine:
     ):
         """capacity: positions per slot, default sequence_len, at most the rotary range 10 * sequence_len.
         steps_per_call: tokens per compiled call (default: fewer the larger the model, so that streaming stays smooth).
-        logprobs: requests may ask for the log-probabilities of their tokens. devices: what the slots are sharded over,
-        a multiple of their number (rounded up); default the first device alone. tool: what a tool call runs, from text
-        to an answer or None, on a thread of its own. wait_for_tools: no row is decoded before every tool is done, so
-        that which rows are decoded together depends on no clock: rollouts and evaluations are to repeat to the bit.
+        devices: what the slots are sharded over, a multiple of their number (rounded up); default the first alone.
+        tool: what a tool call runs, from text to an answer or None, on a thread of its own. wait_for_tools: no row is
+        decoded before every tool is done, so that which rows are decoded together depends on no clock: rollouts and
+        evaluations are to repeat to the bit.
         """
         limit = 10 * config.sequence_len
         self.capacity = config.sequence_len if capacity is None else capacity
@@ -82,8 +82,7 @@ class Engine:
             raise InputError(f"slots must be at least 1, got {slots}")
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.steps_per_call = steps_per_call or _default_steps(config)
-        self._logprobs = logprobs
-        self._runner = ModelRunner(model, config, slots, self.capacity, self.steps_per_call, logprobs, devices)
+        self._runner = ModelRunner(model, config, slots, self.capacity, self.steps_per_call, devices)
         self._scheduler = Scheduler(self._runner.slots, self._runner.devices)
         self._queue: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
@@ -130,8 +129,6 @@ class Engine:
         Results are batch-invariant: they depend on the prompt and `params`, not on what else runs. Raises ValueError
         for a prompt that cannot work, or `params` that this engine cannot serve, naming the numbers.
         """
-        if params.logprobs and not self._logprobs:
-            raise InputError("logprobs: this engine was built without them")
         request = new_request(
             tokens, params, next(self._numbers), self.config.vocab_size, self.capacity, self.tokenizer
         )
@@ -249,10 +246,11 @@ class Engine:
         decoding = any(r.ready for r in self._scheduler.busy)
         spent = 0
         while self._prefilling and not (decoding and spent >= PREFILL_CHUNK):
+            spent += self._score()
             turn: list[Request] = []
             waiting: list[Request] = []
             for request in self._prefilling:
-                if self._must_wait(request):
+                if self._must_wait(request) or request.params.prompt_logprobs is not None and not request.ready:
                     waiting.append(request)
                 elif not request.ready:
                     others = [(r.slot, r.prefilled, r.left) for r in turn]
@@ -265,6 +263,24 @@ class Engine:
                     request.prefilled += n
                 spent += cost
             self._prefilling = deque([*waiting, *(r for r in turn if not r.ready)])
+
+    def _score(self) -> int:
+        """A chunk of each of some prompts whose log-probabilities are wanted; returns what it cost."""
+        wanted = [r for r in self._prefilling if r.params.prompt_logprobs is not None and not r.ready]
+        turn: list[Request] = []
+        for request in wanted:
+            same = [r for r in turn if r.slot // self._runner.per_device == request.slot // self._runner.per_device]
+            if len(same) < PROMPTS:
+                turn.append(request)
+        if not turn:
+            return 0
+        rows = [(r.slot, r.prefilled, r.prompt, r.params.prompt_logprobs or 0) for r in turn]
+        cost, taken, found = self._runner.score(rows)
+        for request, n, (logprobs, top) in zip(turn, taken, found, strict=True):
+            request.prefilled += n
+            request.prompt_logprobs += logprobs
+            request.prompt_alternatives += top
+        return cost
 
     def _must_wait(self, request: Request) -> bool:
         """Whether the prefix of a prompt is still being computed in another slot; if it has been, it is copied."""
@@ -286,16 +302,20 @@ class Engine:
         ready = [r for r in self._scheduler.busy if r.ready and r.finished is None]
         if not ready:
             return []
-        runner, max_new_steps = self._runner, self.steps_per_call
+        runner, max_new_steps = self._runner, self._runner.max_new_steps
         batch = runner.batch([r.slot for r in ready])
+        for request in ready:
+            request.force()
         # 2. What the program is told: a row of numbers for each slot, and when to end.
-        rows = np.zeros((batch.size, model_runner.N_COLUMNS + max_new_steps), np.int32)
+        rows = np.zeros((batch.size, programs.N_COLUMNS + max_new_steps), np.int32)
         slots: list[int] = (batch + runner.per_device * np.arange(runner.devices)[:, None]).ravel().tolist()
         for row, slot in zip(rows, slots, strict=True):
             self._fill_row(row, slot, self._scheduler.requests[slot])
         control = self._control(ready, most)
+        adjustments = self._adjustments(ready, slots)
         # 3. The call, several tokens for every row.
-        packed = runner.decode(batch, rows, control, max(r.position for r in ready), meanwhile)
+        longest = max(r.position for r in ready)
+        packed, known = runner.decode(batch, rows, control, adjustments, longest, meanwhile)
         # 4. Hand out the new tokens, in the order of submission; requests may have been cancelled meanwhile.
         events = []
         for request in sorted(ready, key=lambda r: r.number):
@@ -303,51 +323,66 @@ class Engine:
                 continue
             device, slot = divmod(request.slot, runner.per_device)
             row = batch[device].tolist().index(slot)
-            parts = packed[device, :-1].reshape(-1, batch.shape[1], max_new_steps)[:, row, : packed[device, -1]]
-            event = request.receive(parts[0].tolist(), self._special, self._run_tool)
-            if request.params.logprobs:
-                request.logprobs += parts[1, : len(event.tokens)].view(np.float32).tolist()
-            events.append(event)
+            column = packed[device, :-1].reshape(batch.shape[1], max_new_steps)[row, : packed[device, -1]]
+            column = column[: request.steps]
+            about: tuple[list, list] = [], []
+            if known is not None and (n := request.params.logprobs) is not None:
+                about = alternatives.read(known[device * batch.shape[1] + row, : len(column)], n)
+            events.append(request.receive(column.tolist(), self._special, self._run_tool, *about))
         return events
+
+    def _adjustments(self, ready: list[Request], slots: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Biases and counts (rows, V) for the rows of these slots; None where no row's logits are adjusted."""
+        if not any(r.params.adjusts for r in ready):
+            return None
+        shape = len(slots), self.config.vocab_size
+        bias, seen = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+        for request in ready:
+            if request.params.adjusts:
+                request.adjustments = request.adjustments or Adjustments(request, self.config.vocab_size)
+                row = slots.index(request.slot)
+                request.adjustments.fill(request.tokens, bias[row], seen[row])
+        return bias, seen
 
     def _control(self, ready: list[Request], most: int) -> np.ndarray:
         """When the call ends, and at which tokens rows stop: a row of numbers for each device."""
         devices = self._runner.devices
-        control = np.full((devices, model_runner.N_CONTROL + 2), -1, np.int32)
-        control[:, model_runner.STEPS] = min(most, max(r.max_tokens - len(r.tokens) for r in ready))
+        control = np.full((devices, programs.N_CONTROL + 2), -1, np.int32)
+        control[:, programs.STEPS] = min(most, max(r.max_tokens - len(r.tokens) for r in ready))
         for device in range(devices):
             running = sum(r.slot // self._runner.per_device == device for r in ready)
-            control[device, model_runner.ENOUGH] = -(-running // ENOUGH_STOPPED)
-        control[:, model_runner.TOOL] = self._special.python_end
+            control[device, programs.ENOUGH] = -(-running // ENOUGH_STOPPED)
+        control[:, programs.TOOL] = self._special.python_end
+        control[:, programs.ADJUST] = any(r.params.adjusts for r in ready)
+        control[:, programs.TOP] = max(-1 if (n := r.params.logprobs) is None else n for r in ready)
         ends = sorted(self._special.ends)[:2]
-        control[:, model_runner.N_CONTROL : model_runner.N_CONTROL + len(ends)] = ends
+        control[:, programs.N_CONTROL : programs.N_CONTROL + len(ends)] = ends
         return control
 
     def _run_tool(self, text: str):
         return self._tools.submit(self._tool, text)
 
     def _fill_row(self, row: np.ndarray, slot: int, request: Request | None) -> None:
-        """What the decode program is told of one row (`model_runner` has the columns)."""
-        row[model_runner.REMAINING] = model_runner.ENDLESS
+        """What the decode program is told of one row (`programs` has the columns)."""
+        row[programs.REMAINING] = programs.ENDLESS
         if request is None or not request.ready or request.finished is not None:
             # decoded along with the others; what that writes must land after what the slot holds
-            row[model_runner.POSITION] = self._scheduler.held(slot) if request is None else request.position
+            row[programs.POSITION] = self._scheduler.held(slot) if request is None else request.position
             return
         params, n = request.params, len(request.tokens)
         before, token = [-1, *request.prompt[-2:], *request.tokens[-2:]][-2:]
-        row[model_runner.PREVIOUS], row[model_runner.TOKEN] = before, token
-        row[model_runner.POSITION] = request.position
-        row[model_runner.COUNT] = n
-        row[model_runner.SEED] = np.uint32(params.seed & 0xFFFFFFFF).view(np.int32)
-        row[model_runner.SAMPLE_INDEX] = params.sample_index
-        row[model_runner.TEMPERATURE] = model_runner.float_bits(params.temperature)
-        row[model_runner.TOP_K] = min(params.top_k, self.config.vocab_size)
-        row[model_runner.TOP_P] = model_runner.float_bits(params.top_p)
-        row[model_runner.STOPS] = model_runner.STOP_AT_TOOL | (0 if request.ended else model_runner.STOP_AT_END)
-        row[model_runner.REMAINING] = request.max_tokens - n
+        row[programs.PREVIOUS], row[programs.TOKEN] = before, token
+        row[programs.POSITION] = request.position
+        row[programs.COUNT] = n
+        row[programs.SEED] = np.uint32(params.seed & 0xFFFFFFFF).view(np.int32)
+        row[programs.SAMPLE_INDEX] = params.sample_index
+        row[programs.TOP_K] = min(params.top_k, self.config.vocab_size)
+        row[programs.TEMPERATURE : programs.STOPS] = programs.fractions(params)
+        row[programs.STOPS] = programs.STOP_AT_TOOL | (0 if request.ended else programs.STOP_AT_END)
+        row[programs.REMAINING] = min(request.max_tokens - n, request.steps)
         forced = list(itertools.islice(request.forced, self.steps_per_call))
-        row[model_runner.N_FORCED] = len(forced)
-        row[model_runner.N_COLUMNS : model_runner.N_COLUMNS + len(forced)] = forced
+        row[programs.N_FORCED] = len(forced)
+        row[programs.N_COLUMNS : programs.N_COLUMNS + len(forced)] = forced
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Compiles every program this engine can need, so that nothing is compiled while it serves; returns how many.

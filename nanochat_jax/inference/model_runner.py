@@ -1,28 +1,24 @@
-"""The engine's device side: the slots' storage, the weights as they are multiplied, and the compiled programs.
+"""The engine's device side: the slots' storage, the weights as they are multiplied, and calls of the compiled programs
+(`programs`) in one of the few shapes that there are programs for."""
 
-`prefill`, `copy_row` and `decode` are pure functions. Parameters are an argument, the storage is donated, and
-everything about a row travels in one small int32 matrix made by the host for each call, so requests come and go without
-anything on the device changing shape. Static, and so a compilation each: the model, the number of positions made
-visible, the length of a prefill chunk and the number of rows, all rounded up to a few buckets by `ModelRunner`, which
-calls them.
-
-With a mesh, the slots are sharded over its devices and every device runs the program on its own, with no
-communication: it prefills a row of its own, and its decode loop ends when its own rows want it to. What is per device
-has a leading axis of that length; without a mesh that length is 1.
-"""
-
-import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from nanochat_jax.inference.sampling import sample, uniforms
+from nanochat_jax.inference import alternatives
+from nanochat_jax.inference.programs import (
+    N_COLUMNS,
+    N_CONTROL,
+    TOP,
+    compiled_programs,
+    copy_row,
+    decode,
+    prefill,
+    score,
+)
 from nanochat_jax.model.kv_cache import KVSlots, reads_in_place
 from nanochat_jax.parallel import sharding
 
@@ -30,197 +26,7 @@ PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
 PROMPTS, SHORT_PROMPT = 4, 64  # one call prefills up to so many prompts that are no longer than this
 SMALLEST_VISIBLE = 64
-
-# columns of the row matrix; forced tokens follow
-(
-    TOKEN, PREVIOUS, POSITION, COUNT, SEED, SAMPLE_INDEX, TEMPERATURE, TOP_K, TOP_P, STOPS, REMAINING, N_FORCED,
-    N_COLUMNS,
-) = range(13)  # fmt: skip
-STOP_AT_END, STOP_AT_TOOL = 1, 2  # bits of STOPS
-ENDLESS = 2**30  # REMAINING of a row that belongs to no request
-# columns of the control matrix; end tokens (-1 = none) follow
-STEPS, ENOUGH, TOOL, N_CONTROL = range(4)
-
-
-def prefill(
-    model: Any,
-    config: Any,
-    params: Any,
-    slots: KVSlots,
-    ids: Any,
-    where: Any,
-    visible: int,
-    mesh: Mesh | None = None,
-) -> KVSlots:
-    """Writes keys and values of ids (devices * R, T) into R slots of each device. `slots` is donated.
-
-    where (devices * R, 4) int32, for each row: the slot, numbered on its device, its first free position, the id of the
-    token before it (-1: none), and 1; or 0 for padding rows, which come last on their device. Rows are computed one
-    after the other, so results are batch-invariant; one call for several still saves what a call costs. Padding at the
-    end of ids lands beyond the length that the caller keeps, and is overwritten later.
-    """
-    keys, values = _compute(model, config, params, slots, ids, where, visible, mesh)
-    return _write(slots, keys, values, where, mesh)
-
-
-def _on_each(mesh: Mesh | None, body, n_replicated: int, n_sharded: int):
-    """`body` on every device of the mesh with its shard: replicated arguments come first, then sharded ones."""
-    if mesh is None:
-        return body
-    replicated, rows = sharding.replicated_spec(), sharding.rows_spec()
-    specs = (replicated,) * n_replicated + (rows,) * n_sharded
-    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-
-
-# Two programs: in one, XLA would copy the storage of every layer whose write does not depend on the last read of it.
-@functools.partial(jax.jit, static_argnames=("model", "config", "visible", "mesh"))
-def _compute(model, config, params, slots, ids, where, visible, mesh):
-    def body(params, slots, ids, where):
-        def row(i, new):
-            slot, start, previous = where[i, 0], where[i, 1][None], where[i, 2][None]
-            view = slots.view(start, previous, visible, ids.shape[1], slot=slot, windows=config.windows)
-            _, cache = model.forward_cached(config, params, ids[i][None], view)
-            return jax.tree.map(
-                lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (i * len(part), 0, 0)),
-                new,
-                (cache.new_keys, cache.new_values),
-            )
-
-        return jax.lax.fori_loop(0, where[:, 3].sum(), row, slots.buffers(*ids.shape))
-
-    return _on_each(mesh, body, 1, 3)(params, slots, ids, where)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("slots",))
-def _write(slots, keys, values, where, mesh):
-    def body(slots, keys, values, where):
-        def put(i, slots):
-            return slots.write(slots.row(keys, i), slots.row(values, i), where[i, 1][None], where[i, 0])
-
-        return jax.lax.fori_loop(0, where[:, 3].sum(), put, slots)
-
-    return _on_each(mesh, body, 0, 4)(slots, keys, values, where)
-
-
-@functools.partial(jax.jit, static_argnames=("visible", "mesh"), donate_argnames=("slots",))
-def copy_row(slots: KVSlots, source_target: jax.Array, visible: int, mesh: Mesh | None = None) -> KVSlots:
-    """Copies the first `visible` tokens of one slot into another of the same device.
-
-    source_target (devices, 2) int32, slots numbered on their device; twice the same slot changes nothing.
-    """
-
-    def body(slots, pair):
-        return slots.copy_row(pair[0, 0], pair[0, 1], visible)
-
-    return _on_each(mesh, body, 0, 2)(slots, source_target)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "config", "visible", "max_new_steps", "logprobs", "in_place", "mesh"),
-    donate_argnames=("slots",),
-)
-def decode(
-    model: Any,
-    config: Any,
-    params: Any,
-    slots: KVSlots,
-    row_slots: jax.Array,
-    rows: jax.Array,
-    control: jax.Array,
-    visible: int,
-    max_new_steps: int,
-    logprobs: bool = False,
-    in_place: bool = False,
-    mesh: Mesh | None = None,
-) -> tuple[jax.Array, KVSlots]:
-    """Up to `max_new_steps` tokens for B rows, one at a time: feed the row's last token, sample (or force) the next.
-
-    row_slots (B,) int32: the slot of each row, numbered on its device, no slot twice. rows (B, N_COLUMNS +
-    max_new_steps) int32 as laid out above (temperature and top_p as float32 bits), the forced tokens last; B is sharded
-    evenly over the devices. control (devices, N_CONTROL + E) int32: steps to do (at most max_new_steps), how many rows
-    must have stopped for the call to end (0: do nothing), the tool token, the end tokens (-1 = none). A row has stopped
-    once it produced a token it is to stop at or has no tokens REMAINING; until the call ends it produces more, which
-    the caller drops.
-
-    Returns, per device, (B * max_new_steps + 1,) int32, the tokens row by row and the number of steps done, one after
-    the other, and the storage. With `logprobs` (2 * B * max_new_steps + 1,): after the tokens come the float32 bits of
-    their log-probabilities under the model (temperature 1, no top-k), row by row.
-    """
-    body = functools.partial(_decode, model, config, visible, max_new_steps, logprobs, in_place)
-    return _on_each(mesh, body, 1, 4)(params, slots, row_slots, rows, control)
-
-
-def _decode(model, config, visible, max_new_steps, logprobs, in_place, params, slots, row_slots, rows, control):
-    """`decode` on one device."""
-    B = rows.shape[0]
-
-    # 1. The control values of this call. Where all slots are decoded they come in order, and nothing is gathered.
-    gathered = None if B == slots.keys[0].shape[0] else row_slots
-    steps, enough, tool, ends = control[0, STEPS], control[0, ENOUGH], control[0, TOOL], control[0, N_CONTROL:]
-    temperature, top_p = (jax.lax.bitcast_convert_type(rows[:, c], jnp.float32) for c in (TEMPERATURE, TOP_P))
-
-    # 2. The random numbers of all steps at once; none where every row is greedy.
-    random = jax.lax.cond(
-        (temperature > 0).any(), lambda: _random(rows, max_new_steps), lambda: jnp.zeros((max_new_steps, B, 2))
-    )
-
-    # 3. Open the cache: old tokens are read-only, new ones go to a buffer. Nothing is read for rows without a request.
-    how: Any = dict(slots=gathered, in_place=in_place, windows=config.windows)
-    view = slots.view(rows[:, POSITION], rows[:, PREVIOUS], visible, max_new_steps, **how)
-    if view.storage_rows is not None:
-        view = replace(view, storage_rows=jnp.where(rows[:, REMAINING] == ENDLESS, -1, view.storage_rows))
-
-    def going(carry):
-        i, *_, stopped = carry
-        return (i < steps) & (stopped.sum() < enough)
-
-    def step(carry):
-        i, token, cache, out, chances, stopped = carry
-        # 4a. Logits of the next token from the row's last one.
-        hidden, cache = model.forward_cached(config, params, token[:, None], cache)
-        logits = model.unembed(config, params, hidden[:, 0])
-        # 4b. Sample it, or take the one that the calculator's answer forces.
-        token = sample(logits, temperature, rows[:, TOP_K], top_p, random[i])
-        forced = jax.lax.dynamic_index_in_dim(rows, N_COLUMNS + i, axis=1, keepdims=False)
-        token = jnp.where(i < rows[:, N_FORCED], forced, token)
-        # 4c. Write it down, with its log-probability if asked for.
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
-        if logprobs:
-            chance = jnp.take_along_axis(logits, token[:, None], axis=1) - jax.nn.logsumexp(logits, axis=1)[:, None]
-            chances = jax.lax.dynamic_update_slice(chances, chance, (0, i))
-        # 4d. Which rows have stopped: an end token, a tool call, or the last token asked for.
-        at_end = (token[:, None] == ends[None]).any(-1) & (rows[:, STOPS] & STOP_AT_END > 0)
-        at_tool = (token == tool) & (rows[:, STOPS] & STOP_AT_TOOL > 0)
-        stopped |= at_end | at_tool | (i + 1 >= rows[:, REMAINING])
-        return i + 1, token, cache.advance(1), out, chances, stopped
-
-    # 4. Decode until enough rows have stopped.
-    start = jnp.zeros((), jnp.int32), rows[:, TOKEN], view
-    outputs = jnp.zeros((B, max_new_steps), jnp.int32), jnp.zeros((B, max_new_steps if logprobs else 0), jnp.float32)
-    done, _, cache, out, chances, _ = jax.lax.while_loop(going, step, (*start, *outputs, jnp.zeros((B,), bool)))
-
-    # 5. One array for the host, and the buffer written behind each row's old tokens.
-    bits = jax.lax.bitcast_convert_type(chances, jnp.int32)
-    return jnp.concatenate([out.ravel(), bits.ravel(), done[None]]), slots.commit(cache, slots=gathered)
-
-
-def _random(rows, max_new_steps):
-    """The random numbers of all steps of a call, (max_new_steps, B, 2)."""
-    count = rows[None, :, COUNT] + jnp.arange(max_new_steps)[:, None]
-    seed, index = (jnp.broadcast_to(rows[None, :, c], count.shape).ravel() for c in (SEED, SAMPLE_INDEX))
-    return uniforms(seed.astype(jnp.uint32), index, count.ravel()).reshape(max_new_steps, -1, 2)
-
-
-def float_bits(value: float) -> int:
-    """A float32's bits as the int32 that carries it in the row matrix."""
-    return int(np.float32(value).view(np.int32))
-
-
-def compiled_programs() -> int:
-    """How many engine programs this process has compiled: constant while an engine that was warmed up serves."""
-    programs: tuple[Any, ...] = _compute, _write, copy_row, decode
-    return sum(program._cache_size() for program in programs)
+SCORED = 64  # tokens of a prompt whose log-probabilities are computed at once
 
 
 class ModelRunner:
@@ -234,7 +40,6 @@ class ModelRunner:
         slots: int,
         capacity: int,
         max_new_steps: int,
-        logprobs: bool,
         devices: Sequence[Any] | None,
     ):
         self.mesh = sharding.make_mesh(list(devices)) if devices is not None and len(devices) > 1 else None
@@ -242,7 +47,7 @@ class ModelRunner:
         self.slots = _round_up(slots, self.devices)
         self.per_device = self.slots // self.devices
         self.max_new_steps, self.capacity = max_new_steps, capacity
-        self._model, self._config, self._logprobs = model, config, logprobs
+        self._model, self._config = model, config
         # Every slot is a little longer than promised: padding of a prefill chunk and unused columns of a decode call
         # are written too, and XLA would move such a write back over valid tokens rather than let it overhang.
         self._physical = max(_round_up(capacity, SMALLEST_VISIBLE), capacity + max(max_new_steps, SMALLEST_BUCKET))
@@ -251,6 +56,7 @@ class ModelRunner:
         self.storage = KVSlots.create(*shape, sharding=place)
         platform = devices[0].platform if devices else jax.default_backend()
         self._in_place = reads_in_place(config.dtype, platform)
+        self._neutral: dict[int, tuple[jax.Array, jax.Array]] = {}  # by rows: what is given where nothing is adjusted
 
     def set_params(self, params: Any) -> None:
         """New parameters, cast and placed once: matmuls would cast the weights for every token. Vectors stay."""
@@ -315,6 +121,43 @@ class ModelRunner:
         self._prefill(ids.reshape(-1, length), where.reshape(-1, 4), visible)
         return length * max(filled), taken
 
+    def score(
+        self, turn: Sequence[tuple[int, int, Sequence[int], int]]
+    ) -> tuple[int, list[int], list[tuple[list[float], list]]]:
+        """As `prefill`, for at most `PROMPTS` prompts of each device whose tokens' log-probabilities are wanted, with
+        so many alternatives of each (the last of the tuple).
+
+        Chunks are always of one length, so results depend on the prompt alone, and one program does. Returns as well
+        (log-probabilities, alternatives) of the tokens that follow those taken.
+        """
+        n = min(PROMPTS, self.per_device)
+        ids, targets = np.zeros((2, self.devices, n, SCORED), np.int32)
+        where = np.zeros((self.devices, n, 4), np.int32)
+        filled = [0] * self.devices
+        taken, places = [], []
+        for slot, begin, prompt, _ in turn:
+            device, local = divmod(slot, self.per_device)
+            row = filled[device]
+            filled[device] += 1
+            part = prompt[begin : begin + SCORED + 1]
+            taken.append(len(part) - 1)
+            places.append(device * n + row)
+            ids[device, row, : taken[-1]], targets[device, row, : taken[-1]] = part[:-1], part[1:]
+            where[device, row] = local, begin, prompt[begin - 1] if begin else -1, 1
+        top = np.full(self.devices, max(own for *_, own in turn), np.int32)
+        known = self._score([x.reshape(-1, x.shape[-1]) for x in (ids, targets, where)], top)
+        found = zip(places, taken, turn, strict=True)
+        return SCORED * max(filled), taken, [alternatives.read(known[row, :t], own) for row, t, (*_, own) in found]
+
+    def _score(self, rows: Sequence[np.ndarray], top: np.ndarray) -> np.ndarray:
+        """rows: ids, targets and where."""
+        ids, targets, where = rows
+        known, self.storage = score(
+            self._model, self._config, self.params, self.storage, ids, targets, where, top,
+            visible=self._visible(self.capacity), mesh=self.mesh,
+        )  # fmt: skip
+        return np.asarray(known)
+
     def _prefill(self, ids: np.ndarray, where: np.ndarray, visible: int) -> None:
         self.storage = prefill(
             self._model, self._config, self.params, self.storage, ids, where, visible=visible, mesh=self.mesh
@@ -338,24 +181,44 @@ class ModelRunner:
         return [*sizes, self.per_device]
 
     def decode(
-        self, batch: np.ndarray, rows: np.ndarray, control: np.ndarray, longest: int, meanwhile: Callable[[], None]
-    ) -> np.ndarray:
+        self,
+        batch: np.ndarray,
+        rows: np.ndarray,
+        control: np.ndarray,
+        adjustments: tuple[np.ndarray, np.ndarray] | None,
+        longest: int,
+        meanwhile: Callable[[], None],
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """One call over the slots of a `batch`, of which the longest that matters holds `longest` tokens.
 
-        rows and control as the program `decode` takes them; returns what that does, one row per device. meanwhile:
-        called while the device is at work.
+        rows, control, adjustments (bias and seen; None: no row's logits are adjusted) as the program `decode` takes
+        them; returns the tokens, one row per device, and what is known of them if that is wanted. meanwhile: called
+        while the device is at work.
         """
-        packed = self._decode(batch, rows, control, self._visible_to_rows(longest))
+        packed, known = self._decode(batch, rows, control, adjustments, self._visible_to_rows(longest))
         meanwhile()
-        return np.asarray(packed).reshape(self.devices, -1)
+        wanted = control[0, TOP] >= 0
+        return np.asarray(packed).reshape(self.devices, -1), np.asarray(known) if wanted else None
 
-    def _decode(self, batch, rows, control, visible: int) -> jax.Array:
-        packed, self.storage = decode(
+    def _decode(self, batch, rows, control, adjustments, visible: int) -> tuple[jax.Array, jax.Array]:
+        packed, known, self.storage = decode(
             self._model, self._config, self.params, self.storage, batch.ravel(), rows, control,
-            visible=visible, max_new_steps=self.max_new_steps, logprobs=self._logprobs, in_place=self._in_place,
-            mesh=self.mesh,
+            *(self._placed(*adjustments) if adjustments else self.nothing_adjusted(batch.size)),
+            visible=visible, max_new_steps=self.max_new_steps, in_place=self._in_place, mesh=self.mesh,
         )  # fmt: skip
-        return packed
+        return packed, known
+
+    def nothing_adjusted(self, rows: int) -> tuple[jax.Array, jax.Array]:
+        """Bias and seen of a call of so many rows (of all devices) none of whose logits are adjusted."""
+        if rows not in self._neutral:
+            shape = rows, self._config.vocab_size
+            self._neutral[rows] = self._placed(np.zeros(shape, np.float32), np.zeros(shape, np.int32))
+        return self._neutral[rows]
+
+    def _placed(self, bias: np.ndarray, seen: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """On the devices, both kinds in one way: a program is told apart by where its arguments are, too."""
+        place = None if self.mesh is None else sharding.named(self.mesh, sharding.rows_over_data_spec())
+        return jax.device_put(bias, place), jax.device_put(seen, place)
 
     def _visible(self, tokens: int) -> int:
         """How many old positions a call looks at: powers of two, so that there are few programs."""
@@ -381,7 +244,7 @@ class ModelRunner:
         chunks = [(v, n) for v in beginnings for n in lengths if n <= self._physical]
         batches = [np.tile(np.arange(n, dtype=np.int32), self.devices) for n in self.batch_sizes()]
         decoded = sorted({self._visible_to_rows(n) for n in range(self.capacity + 1)})
-        total, done = len(sizes) + len(decoded) * len(batches) + len(chunks), itertools.count(1)
+        total, done = len(sizes) + len(decoded) * len(batches) + len(chunks) + 1, itertools.count(1)
         progress(0, total)
         before = compiled_programs()
         control = np.zeros((self.devices, N_CONTROL + 2), np.int32)
@@ -392,12 +255,16 @@ class ModelRunner:
         for visible in decoded:
             for batch in batches:
                 rows = np.zeros((batch.size, N_COLUMNS + self.max_new_steps), np.int32)
-                self._decode(batch, rows, control, visible)
+                self._decode(batch, rows, control, None, visible)
                 progress(next(done), total)
         for visible, length in chunks:
             n = self.devices * self._at_once(length)
             self._prefill(np.zeros((n, length), np.int32), np.zeros((n, 4), np.int32), visible)
             progress(next(done), total)
+        n = self.devices * min(PROMPTS, self.per_device)
+        scored = [np.zeros((n, width), np.int32) for width in (SCORED, SCORED, 4)]
+        self._score(scored, np.zeros(self.devices, np.int32))
+        progress(next(done), total)
         return compiled_programs() - before
 
 

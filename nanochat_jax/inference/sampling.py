@@ -1,7 +1,7 @@
 """Drawing the next token: pure, per row, and independent of every other row.
 
-A row's token depends on its logits and its own (temperature, top_k, top_p, seed, sample_index, count) only, never on
-its slot, its neighbours or how many steps run in one call: the key of draw number `count` is
+A row's token depends on its logits and its own (temperature, top_k, top_p, min_p, seed, sample_index, count) only,
+never on its slot, its neighbours or how many steps run in one call: the key of draw number `count` is
 fold_in(fold_in(key(seed), sample_index), count). Random numbers are made apart from their use, for all steps of a call
 at once: a step's own would take XLA on CPU three loops, a twentieth of the time that a small model needs for a token.
 Nothing is static, so no combination of settings recompiles, and a batch pays only for what its rows ask for: an
@@ -26,6 +26,7 @@ def sample(
     temperature: jax.Array,
     top_k: jax.Array,
     top_p: jax.Array,
+    min_p: jax.Array,
     random: jax.Array,
 ) -> jax.Array:
     """One token id per row, (B,) int32, from logits (B, V) float32.
@@ -33,11 +34,12 @@ def sample(
     temperature (B,) float32, 0 = the most likely token; top_k (B,) int32, 0 = no limit, more than V = V: the k largest
     logits are kept (the lower id wins a tie), then divided by the temperature (reference behaviour). top_p (B,)
     float32, 1 = off: of what is left only the most likely tokens that together have at least this probability (nucleus
-    sampling, arXiv:1904.09751; equally likely ones stay or go together; the best always stays). random (B, 2): see
-    `uniforms`.
+    sampling, arXiv:1904.09751; equally likely ones stay or go together; the best always stays). min_p (B,) float32,
+    0 = off: before that, only the tokens at least so many times as likely as the best one (arXiv:2407.01082). random
+    (B, 2): see `uniforms`.
     """
     V = logits.shape[-1]
-    folded = _fold(logits)  # (B, V / _LANES, _LANES)
+    folded = fold(logits)  # (B, V / _LANES, _LANES)
     hot = temperature > 0
     limited = hot & (top_k > 0) & (top_k < V)
     best, greedy = _first_maximum(folded)
@@ -46,6 +48,7 @@ def sample(
         kept = jax.lax.cond(limited.any(), lambda: _keep_largest(folded, jnp.where(limited, top_k, V)), lambda: folded)
         scale = jnp.where(hot, temperature, 1.0)
         weights = jnp.exp((kept - best[:, None, None]) / scale[:, None, None])
+        weights = jnp.where(weights < min_p[:, None, None], 0.0, weights)  # the best one's weight is 1
         nucleus = hot & (top_p < 1)
         weights = jax.lax.cond(
             nucleus.any(), lambda w: _nucleus(w, jnp.where(nucleus, top_p, 1.0)), lambda w: w, weights
@@ -72,7 +75,8 @@ def uniforms(seed: jax.Array, sample_index: jax.Array, count: jax.Array) -> jax.
     return jax.vmap(two)(seed, sample_index, count)
 
 
-def _fold(logits: jax.Array) -> jax.Array:
+def fold(logits: jax.Array) -> jax.Array:
+    """Logits (B, V) as (B, rows, _LANES), -inf after the last."""
     B, V = logits.shape
     rows = -(-V // _LANES)
     if rows * _LANES > V:

@@ -5,7 +5,6 @@ the earlier ones there, samples of one prompt and prompts with a common prefix s
 comparing token ids, so no caller has to ask for it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,12 +69,13 @@ class Scheduler:
         free = [slot for slot, occupant in enumerate(self.requests) if occupant is None]
         if not free:
             return None
-        assignment = self._best(request.prompt, free)
+        assignment = self._best(request, free)
         self.requests[assignment.slot] = request
         self._held[assignment.slot] = _EMPTY
         return assignment
 
-    def _best(self, prompt: Sequence[int], free: list[int]) -> SlotAssignment:
+    def _best(self, request: Request, free: list[int]) -> SlotAssignment:
+        prompt = request.prompt
         wanted = np.array(prompt[:-1], np.int64)  # the last token is fed to the decode loop, not prefilled
         load = [0] * (len(self) // self.per_device)
         for slot, occupant in enumerate(self.requests):
@@ -84,6 +84,8 @@ class Scheduler:
         # 1. Without anything shared: the emptiest device, then slots that hold nothing, then the one freed longest ago.
         fresh = min(free, key=lambda s: (load[s // self.per_device], self.held(s) > 0, self._freed[s], s))
         best = SlotAssignment(fresh, fresh, 0)
+        if request.params.prompt_logprobs is not None:  # which are not in the cache
+            return best
 
         # 2. A free slot that holds the longest common prefix: used in place, or copied from where more than twice as
         #    much is held, which is another conversation's.

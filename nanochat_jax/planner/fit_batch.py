@@ -17,7 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from nanochat_jax.evals.bpb import loss_sums_fn
 from nanochat_jax.hardware.devices import is_out_of_memory
-from nanochat_jax.inference import model_runner
+from nanochat_jax.inference import programs
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import KVSlots
@@ -196,10 +196,12 @@ def lower_sampling(config: GPTConfig, device: Any, slots: int, capacity: int, ma
     shape = config.n_layer, slots, config.n_kv_head, capacity + max_new_steps, config.head_dim
     storage = jax.eval_shape(lambda: KVSlots.create(*shape, config.dtype))
     row_slots = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    rows = jax.ShapeDtypeStruct((slots, model_runner.N_COLUMNS + max_new_steps), jnp.int32)
-    control = jax.ShapeDtypeStruct((1, model_runner.N_CONTROL + ends), jnp.int32)
-    arguments = (on_device(gpt.abstract(config), config.dtype), *map(on_device, (storage, row_slots, rows, control)))
-    return model_runner.decode.lower(gpt, config, *arguments, visible=capacity, max_new_steps=max_new_steps)
+    rows = jax.ShapeDtypeStruct((slots, programs.N_COLUMNS + max_new_steps), jnp.int32)
+    control = jax.ShapeDtypeStruct((1, programs.N_CONTROL + ends), jnp.int32)
+    adjustments = (jax.ShapeDtypeStruct((slots, config.vocab_size), dtype) for dtype in (jnp.float32, jnp.int32))
+    others = map(on_device, (storage, row_slots, rows, control, *adjustments))
+    arguments = on_device(gpt.abstract(config), config.dtype), *others
+    return programs.decode.lower(gpt, config, *arguments, visible=capacity, max_new_steps=max_new_steps)
 
 
 def check_all(programs: Sequence[tuple[str, Callable[[], Any], int]], limit: int) -> None:

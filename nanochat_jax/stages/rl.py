@@ -166,7 +166,7 @@ class _Sampler:
         if self._engine is None:
             s = self.settings
             self._engine = Engine(
-                self.config, params, self.tokenizer, slots=s.slots, capacity=self.T, logprobs=True, steps_per_call=16,
+                self.config, params, self.tokenizer, slots=s.slots, capacity=self.T, steps_per_call=16,
                 devices=self._devices, wait_for_tools=True,
             )  # fmt: skip
         self._engine.params = params

@@ -27,7 +27,7 @@ def collect(
     engine: Engine, tokenizer: Any, task: Any, questions: Sequence[int], *, num_samples: int, params: SamplingParams
 ) -> list[list[RewardedCompletion]]:
     """num_samples completions of each question of a task with `reward(conversation, completion)`, all through the
-    engine, which must have been built with logprobs.
+    engine.
 
     They depend on the model's parameters, the questions and `params` only (whose seed is the step's).
     """
@@ -36,7 +36,7 @@ def collect(
     prompts, each = [], []
     for index, conversation in zip(questions, conversations, strict=True):
         prompts += [tokenizer.render_for_completion(conversation)] * num_samples
-        own = replace(params, seed=question_seed(params.seed, index), logprobs=True)
+        own = replace(params, seed=question_seed(params.seed, index), logprobs=0)
         each += [replace(own, sample_index=sample) for sample in range(num_samples)]
 
     # 2. Sample all completions together; the slots stay full until the last of them.

@@ -30,6 +30,10 @@ class ChatSettings:
     temperature: float = flag(0.6, "0 = always the most likely token", short="t")
     top_k: int = flag(50, "sample among the k most likely tokens, 0 = all", short="k")
     top_p: float = flag(1.0, "sample among the most likely tokens that together have this probability, 1 = all")
+    min_p: float = flag(0.0, "sample among the tokens at least so many times as likely as the likeliest, 0 = all")
+    repetition_penalty: float = flag(1.0, "above 1: what has been said is less likely to be said again")
+    frequency_penalty: float = flag(0.0, "the same, for each time that it was said in this answer; -2 to 2")
+    presence_penalty: float = flag(0.0, "the same, once; -2 to 2")
     max_tokens: int = flag(256, "the longest answer, in tokens")
     seed: int = flag(42, "the same seed and conversation give the same answer")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
@@ -43,7 +47,8 @@ class ChatSettings:
 
     def sampling(self) -> SamplingParams:
         """How answers are sampled. Raises ValueError, naming the field."""
-        return SamplingParams(self.max_tokens, self.temperature, self.top_k, self.top_p, seed=self.seed)
+        names = "max_tokens temperature top_k top_p seed min_p repetition_penalty frequency_penalty presence_penalty"
+        return SamplingParams(**{name: getattr(self, name) for name in names.split()})
 
 
 @dataclass(frozen=True)

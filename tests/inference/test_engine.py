@@ -175,10 +175,10 @@ def test_results_are_batch_invariant_to_the_bit():
     config = gpt.GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=256)
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32) * 0.05, gpt.abstract(config))
-    engine = Engine(config, params, None, slots=8, logprobs=True)
+    engine = Engine(config, params, None, slots=8)
 
     def ask(i):
-        return engine.submit([7 + i, 5, 9 * i], SamplingParams(12, temperature=0.9, seed=i, logprobs=True))
+        return engine.submit([7 + i, 5, 9 * i], SamplingParams(12, temperature=0.9, seed=i, logprobs=0))
 
     alone = []
     for i in range(8):
@@ -316,7 +316,6 @@ def test_bad_requests_say_what_is_wrong(tiny, engine):
         (dict(tokens=[V]), f"0 to {V - 1}"),
         (dict(tokens=[1] * (CAPACITY + 1)), f"{CAPACITY + 1} tokens.*{CAPACITY}"),
         (dict(tokens=[1] * 200, params=SamplingParams(CAPACITY)), f"max_tokens={CAPACITY}.*{CAPACITY - 199}"),
-        (dict(tokens=[1], params=SamplingParams(logprobs=True)), "logprobs"),
     ]:
         with pytest.raises(ValueError, match=message):
             engine.submit(**arguments)
@@ -391,13 +390,13 @@ def test_the_storage_is_donated_and_never_copied(engine):
 
 
 def test_log_probabilities_are_those_of_the_full_forward(tiny):
-    engine = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=256, steps_per_call=8, logprobs=True)
+    engine = Engine(tiny[0], tiny[1], golden_tokenizer(), slots=4, capacity=256, steps_per_call=8)
     prompt = CASES["greedy"][0]["prompt_tokens"]
     # different temperatures and lengths: the log-probabilities are the model's, not those of the sampling distribution
     requests = [
         engine.submit(
             prompt,
-            SamplingParams(9 + 3 * i, 0.5 + i, top_k=20 * i, seed=i, sample_index=i, ignore_eos=True, logprobs=True),
+            SamplingParams(9 + 3 * i, 0.5 + i, top_k=20 * i, seed=i, sample_index=i, ignore_eos=True, logprobs=0),
         )
         for i in range(3)
     ]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.inference import model_runner
+from nanochat_jax.inference import model_runner, programs
 from nanochat_jax.inference.engine import PREFILL_CHUNK, Engine
 from nanochat_jax.inference.model_runner import ModelRunner
 from nanochat_jax.inference.request import Request, SamplingParams
@@ -288,13 +288,13 @@ def test_short_prompts_are_prefilled_together(tiny, devices, monkeypatch):
 
 
 def test_only_prompts_of_one_program_are_prefilled_together(tiny):
-    programs = make(tiny, slots=8, capacity=500)._runner
+    runner = make(tiny, slots=8, capacity=500)._runner
     turn = [(slot, 0, 16) for slot in range(4)]
-    assert [programs.joins(turn[:n], 7, 0, 5) for n in range(5)] == [True] * 4 + [False]
-    assert not programs.joins(turn[:1], 7, 0, 17) and programs.joins([(0, 0, 17)], 7, 0, 32)
-    assert not programs.joins([(0, 0, 65)], 7, 0, 65), "one call would make the others wait"
-    assert not programs.joins(turn[:1], 7, 60, 5), "it would look at old tokens, which the first has not"
-    assert programs.joins([(0, 60, 7)], 7, 1, 5) and not programs.joins([(0, 60, 7)], 7, 65, 5)
+    assert [runner.joins(turn[:n], 7, 0, 5) for n in range(5)] == [True] * 4 + [False]
+    assert not runner.joins(turn[:1], 7, 0, 17) and runner.joins([(0, 0, 17)], 7, 0, 32)
+    assert not runner.joins([(0, 0, 65)], 7, 0, 65), "one call would make the others wait"
+    assert not runner.joins(turn[:1], 7, 60, 5), "it would look at old tokens, which the first has not"
+    assert runner.joins([(0, 60, 7)], 7, 1, 5) and not runner.joins([(0, 60, 7)], 7, 65, 5)
 
 
 def test_what_is_to_be_done_meanwhile_is_done_once_while_the_device_works(tiny, monkeypatch):
@@ -341,13 +341,13 @@ def test_only_as_many_rows_are_decoded_as_there_are_requests(tiny, monkeypatch):
 
 @pytest.fixture(scope="module")
 def spread(tiny):
-    return make(tiny, slots=8, capacity=128, devices=jax.devices()[:4], logprobs=True)
+    return make(tiny, slots=8, capacity=128, devices=jax.devices()[:4])
 
 
 @pytest.mark.slow  # programs for four devices; two are tested above
 def test_slots_over_devices_give_the_same_tokens(tiny, spread):
-    one = make(tiny, slots=1, capacity=128, logprobs=True)
-    settings = [dict(max_tokens=5 + 3 * i, temperature=0.8, top_k=20 * i, seed=i, logprobs=True) for i in range(12)]
+    one = make(tiny, slots=1, capacity=128)
+    settings = [dict(max_tokens=5 + 3 * i, temperature=0.8, top_k=20 * i, seed=i, logprobs=0) for i in range(12)]
     prompts = [prompt_of(i, 34 + 2 * i) if i % 3 else prompt_of(0, 60) + [i] for i in range(12)]
     a = [spread.submit(p, SamplingParams(**s)) for p, s in zip(prompts, settings, strict=True)]
     b = [one.submit(p, SamplingParams(**s)) for p, s in zip(prompts, settings, strict=True)]
@@ -361,15 +361,18 @@ def test_slots_over_devices_give_the_same_tokens(tiny, spread):
 def test_devices_do_not_talk_to_each_other_and_nothing_is_copied(spread):
     zeros = np.zeros
     row_slots = np.tile(np.arange(spread.slots // 4, dtype=np.int32), 4)
-    rows = zeros((spread.slots, model_runner.N_COLUMNS + 4), np.int32)
-    control = zeros((4, model_runner.N_CONTROL + 2), np.int32)
+    rows = zeros((spread.slots, programs.N_COLUMNS + 4), np.int32)
+    control = zeros((4, programs.N_CONTROL + 2), np.int32)
     ids, where = zeros((4, 16), np.int32), zeros((4, 3), np.int32)  # one row a device
     runner = spread._runner
     common = spread.model, spread.config, runner.params, runner.storage
-    programs: Any = model_runner
-    settings = dict(max_new_steps=4, logprobs=True, in_place=runner._in_place)
-    decode = programs.decode.lower(*common, row_slots, rows, control, visible=64, mesh=runner.mesh, **settings)
-    compute = programs._compute.lower(*common, ids, where, visible=64, mesh=runner.mesh)
+    compiled: Any = programs
+    nothing = runner.nothing_adjusted(spread.slots)
+    settings = dict(max_new_steps=4, in_place=runner._in_place)
+    decode = compiled.decode.lower(
+        *common, row_slots, rows, control, *nothing, visible=64, mesh=runner.mesh, **settings
+    )
+    compute = compiled._compute.lower(*common, ids, where, visible=64, mesh=runner.mesh)
     for text in (decode.compile().as_text(), compute.compile().as_text()):
         for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
             assert collective not in text

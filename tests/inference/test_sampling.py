@@ -15,16 +15,16 @@ N = 5000
 
 
 @jax.jit
-def draw(logits, temperature, top_k, top_p, seed, sample_index, count) -> Any:
-    return sampling.sample(logits, temperature, top_k, top_p, sampling.uniforms(seed, sample_index, count))
+def draw(logits, temperature, top_k, top_p, min_p, seed, sample_index, count) -> Any:
+    return sampling.sample(logits, temperature, top_k, top_p, min_p, sampling.uniforms(seed, sample_index, count))
 
 
-def call(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, sample_index=0, count=0):
+def call(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, sample_index=0, count=0, min_p=0.0):
     """`sample` with scalars spread over the rows."""
     floats, whole = np.float32, np.int32
     settings = zip(
-        (temperature, top_k, top_p, seed, sample_index, count),
-        (floats, whole, floats, np.uint32, whole, whole),
+        (temperature, top_k, top_p, min_p, seed, sample_index, count),
+        (floats, whole, floats, floats, np.uint32, whole, whole),
         strict=True,
     )
     spread = [np.broadcast_to(np.asarray(x, dtype), len(logits)).copy() for x, dtype in settings]
@@ -86,7 +86,7 @@ def test_the_k_largest_are_those_that_a_stable_sort_puts_first(find, V):
     kept = np.full_like(logits, -np.inf)
     for row, best in enumerate(np.argsort(-logits, axis=-1, kind="stable")):
         kept[row, best[: k[row]]] = logits[row, best[: k[row]]]
-    found = jax.jit(find)(sampling._fold(jnp.asarray(logits)), jnp.asarray(k)).reshape(len(k), -1)
+    found = jax.jit(find)(sampling.fold(jnp.asarray(logits)), jnp.asarray(k)).reshape(len(k), -1)
     np.testing.assert_array_equal(found[:, :V], kept)
     assert np.all(found[:, V:] == -np.inf)
 

@@ -166,7 +166,7 @@ class Counting:
 
 def test_rollouts_depend_on_the_seed_and_nothing_else():
     tokenizer = golden_tokenizer()
-    engine = Engine(CONFIG, PARAMS, tokenizer, slots=4, capacity=128, logprobs=True, steps_per_call=8)
+    engine = Engine(CONFIG, PARAMS, tokenizer, slots=4, capacity=128, steps_per_call=8)
 
     def collect(seed):
         params = SamplingParams(max_tokens=12, top_k=50, seed=seed)
