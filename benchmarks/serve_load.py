@@ -8,6 +8,8 @@ Starts `python -m scripts.serve` in a process of its own and talks to it over HT
 * how long /health takes meanwhile, 99th percentile (under 100 ms);
 * a single stream over HTTP against the same engine stepped in this process, in turn (within 15 %), and against an
   engine of one slot, which shows what idle slots cost;
+* what vLLM's serving benchmark reports, under its names: requests and tokens per second, TTFT, TPOT and ITL at p50 and
+  p99 (of streams that began and ended in the time measured, so their rates are a little below the server's);
 * requests cancelled at random: slots and queue empty afterwards, and how the server's memory grows.
 
 Streams are completions of up to `--tokens` tokens; a trained model may end some earlier. Each client asks for the next
@@ -20,7 +22,6 @@ import asyncio
 import contextlib
 import http.client
 import json
-import math
 import os
 import random
 import re
@@ -35,8 +36,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import streams as clients
 from benchmarks.common import random_params
-from benchmarks.streams import Connection, Stream, alone, body, stream
+from benchmarks.streams import VLLM_FIGURES, Connection, Stream, alone, as_vllm, body, percentile, stream
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.utils import flags, paths
 from nanochat_jax.utils.flags import flag
@@ -55,16 +57,11 @@ class ServeLoadSettings:
     seconds: float = flag(5.0, "how long each time")
     cancels: int = flag(1000, "requests to cancel at random, 0 = leave that out")
     seed: int = flag(0, "of the cancellations")
+    extra: str = flag("{}", 'fields of every request beside its own, as JSON: {"logprobs": 5}')
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "gpu"))
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def percentile(values: Sequence[float], q: float) -> float:
-    """The value that q percent of `values` do not exceed (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -199,8 +196,8 @@ async def generated(address: str) -> float:
 
 async def crowd(
     address: str, n: int, tokens: int, numbers: Iterator[int], seconds: float
-) -> tuple[list[Stream], float]:
-    """n streams at any time; (those that began and ended in the time that was measured, tokens per second)."""
+) -> tuple[list[Stream], float, float]:
+    """n streams at any time; (those that began and ended in the seconds measured, tokens per second, the seconds)."""
     measuring = over = False
     warm, done = asyncio.Barrier(n + 1), asyncio.Barrier(n + 1)
     inside: list[Stream] = []
@@ -239,10 +236,11 @@ async def crowd(
     measuring, before, began = True, await generated(address), time.perf_counter()
     await asyncio.sleep(seconds)
     await all_of(done)
-    rate = (await generated(address) - before) / (time.perf_counter() - began)
+    tokens_then, took = await generated(address), time.perf_counter() - began
+    rate = (tokens_then - before) / took
     over = True
     await clients
-    return inside, rate
+    return inside, rate, took
 
 
 async def cancel_many(
@@ -330,8 +328,8 @@ def measure(s: ServeLoadSettings, run: str | None) -> dict[str, Any]:
         for n in range(s.rounds):
             singles.append(go(crowd(server.address, 1, s.tokens, numbers, s.seconds))[1])
             with HealthWatch(server.address) as watch:
-                streams, rate = go(crowd(server.address, s.streams, s.tokens, numbers, s.seconds))
-            crowds.append(figures := {"tok_per_sec": rate} | fairness(streams))
+                streams, rate, seconds = go(crowd(server.address, s.streams, s.tokens, numbers, s.seconds))
+            crowds.append(figures := {"tok_per_sec": rate} | fairness(streams) | as_vllm(streams, seconds))
             health += watch.times
             say(
                 f"round {n + 1}/{s.rounds}: one stream {singles[-1]:,.0f} tok/s, {s.streams} streams {rate:,.0f} "
@@ -399,7 +397,7 @@ def verdicts(r: dict[str, Any]) -> list[str]:
     if "cancel" in r:
         found += [("slots busy afterwards", r["cancel"]["busy"], 0.0, "at most")]
         found += [("queued afterwards", r["cancel"]["queued"], 0.0, "at most")]
-    lines = []
+    lines = [f"{name:<26} {r[f'many_{name}']:>9.2f}" for name in VLLM_FIGURES if f"many_{name}" in r]
     for name, value, target, sense in found:
         reached = value >= target if sense == "at least" else value <= target
         lines.append(f"{name:<26} {value:>9.2f}   {sense} {target:g}: {'reached' if reached else 'MISSED'}")
@@ -413,6 +411,7 @@ def main(argv: Sequence[str]) -> int:
     if s.run and s.depth:
         print("error: --depth serves random weights, --run a trained model: give one of them", file=sys.stderr)
         return 2
+    clients.EXTRA.update(json.loads(s.extra))
     with contextlib.ExitStack() as stack:
         run = s.run
         if s.depth:

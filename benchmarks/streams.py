@@ -6,27 +6,58 @@ The benchmark's clients share the machine with the server, and an HTTP library t
 
 import asyncio
 import contextlib
+import itertools
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 PROMPTS = ("Once upon a time", "The sky is", "In the morning the", "A good friend", "Water flows", "There was a town")
+EXTRA: dict[str, Any] = {}  # fields of every request, beside its own
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream as its reader saw it: seconds to the first text and to the end, tokens, and why it ended."""
+    """One stream as its reader saw it: seconds to the first text and to the end, tokens, why it ended, and the seconds
+    between what came (a piece may have several tokens)."""
 
     first: float
     seconds: float
     tokens: int
     reason: str | None
+    gaps: tuple[float, ...] = ()
 
     @property
     def per_token(self) -> float:
         return self.seconds / max(self.tokens, 1)
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The value that q percent of `values` do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
+
+
+def as_vllm(streams: Sequence[Stream], seconds: float) -> dict[str, float]:
+    """The figures of vLLM's serving benchmark, as it calls them: requests and tokens per second, time to the first
+    token, time per output token after it, and time between what arrives (here pieces of several tokens), in ms."""
+    values = {
+        "ttft": [s.first for s in streams],
+        "tpot": [(s.seconds - s.first) / (s.tokens - 1) for s in streams if s.tokens > 1],
+        "itl": [gap for s in streams for gap in s.gaps],
+    }
+    rates = {
+        "request_throughput": len(streams) / seconds,
+        "output_throughput": sum(s.tokens for s in streams) / seconds,
+    }
+    times = {f"p{q}_{name}_ms": 1e3 * percentile(v, q) for name, v in values.items() if v for q in (50, 99)}
+    return rates | times
+
+
+VLLM_FIGURES = ["request_throughput", "output_throughput"]
+VLLM_FIGURES += [f"p{q}_{name}_ms" for name in ("ttft", "tpot", "itl") for q in (50, 99)]
 
 
 def events(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -84,18 +115,19 @@ def body(number: int, tokens: int) -> dict[str, Any]:
         "seed": number,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **EXTRA,
     }
 
 
 async def stream(connection: Connection, number: int, tokens: int) -> Stream:
     """Runs one stream to its end."""
     began = time.perf_counter()
-    first, usage, reason, held = None, None, None, b""
+    times, usage, reason, held = [], None, None, b""
     async with contextlib.aclosing(
         connection.request("POST", "/v1/completions", json.dumps(body(number, tokens)).encode())
     ) as pieces:
         async for piece in pieces:
-            first = first or time.perf_counter()
+            times.append(time.perf_counter())
             *lines, held = (held + piece).split(b"\n")
             for event in events([line.decode() for line in lines]):
                 usage = event.get("usage") or usage
@@ -104,7 +136,8 @@ async def stream(connection: Connection, number: int, tokens: int) -> Stream:
     ended = time.perf_counter()
     if usage is None:
         raise RuntimeError("a stream ended without its usage")
-    return Stream((first or ended) - began, ended - began, usage["completion_tokens"], reason)
+    gaps = tuple(after - before for before, after in itertools.pairwise(times))
+    return Stream((times or [ended])[0] - began, ended - began, usage["completion_tokens"], reason, gaps)
 
 
 async def alone(address: str, tokens: int, number: int) -> Stream:

@@ -122,6 +122,9 @@ def test_fairness_and_verdicts():
     assert figures["first_max_sec"] == 0.4 and figures["streams_measured"] == 4
     assert figures["slowest_to_median"] == 1.0 and figures["full_streams"] == 3, "full streams only"
     assert serve_load.fairness(streams[1:])["slowest_to_median"] == pytest.approx(3), "per token"
+    told = serve_load.as_vllm([Stream(0.5, 2.5, 5, "length", (1.0, 0.5)), Stream(0.25, 0.25, 1, "stop")], 2.0)
+    assert told["request_throughput"] == 1 and told["output_throughput"] == 3 and told["p99_ttft_ms"] == 500
+    assert told["p50_tpot_ms"] == 500 and told["p99_itl_ms"] == 1000 and {*told} == {*serve_load.VLLM_FIGURES}
     result = {"throughput_ratio": 4.0, "many_slowest_to_median": 2.1, "health_p99_ms": 3.0, "http_to_bare": 0.8,
               "http_to_bare_one_slot": 0.9}  # fmt: skip
     said = serve_load.verdicts({**result, "cancel": {"busy": 0.0, "queued": 1.0, "rss_bytes_per_request": 3.2}})
