@@ -33,6 +33,7 @@ LEGITIMATE: list[tuple[str, Callable[[], bool]]] = [
     (r"needs the CUDA plugin", _not_installed("jax_cuda12_plugin")),
     (r"could not import 'torch'", _not_installed("torch")),
     (r"could not import 'lm_eval'", _not_installed("lm_eval")),
+    (r"could not import 'tenacity'", _not_installed("tenacity")),  # of lm-eval[api]
     (r"needs Linux", lambda: sys.platform != "linux"),
     (r"needs isolation", _cannot_isolate),
     (r"tested as auto, or not allowed here", lambda: True),

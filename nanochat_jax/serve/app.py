@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from nanochat_jax.serve import openai, page, schemas
+from nanochat_jax.serve import openai, page, responses, schemas, tokenize
 from nanochat_jax.serve import prometheus as exposition
 from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.explain import explain
@@ -48,7 +48,8 @@ def create_app(
         status: {"model": schemas.Error, "description": text}
         for status, text in {401: "no or a wrong API key", 403: "another host or web site", 413: "too long"}.items()
     }
-    app.include_router(openai.router, responses=refused)
+    for module in openai, responses, tokenize:
+        app.include_router(module.router, responses=refused)
     html, policy = page.load()
 
     @app.get("/", include_in_schema=False)

@@ -12,10 +12,7 @@ from typing import Any
 from nanochat_jax.serve.api_errors import ApiError
 
 # Fields of OpenAI's that this server has only in the sense of "not used".
-_UNSUPPORTED = frozenset(
-    "tools tool_choice logprobs top_logprobs response_format frequency_penalty presence_penalty logit_bias echo suffix "
-    "best_of".split()
-)
+_UNSUPPORTED = frozenset(["suffix"])
 _KINDS = {
     "string_type": "text",
     "list_type": "a list",

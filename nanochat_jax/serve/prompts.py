@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from nanochat_jax.serve import schemas
+from nanochat_jax.serve import schemas, tools
 from nanochat_jax.serve.api_errors import ApiError
 from nanochat_jax.serve.worker import Worker
 from nanochat_jax.text.prompts import ContextOverflow, MessageError, chat_prompt, fit_history
@@ -15,16 +15,23 @@ T = TypeVar("T")
 SHORT_TEXT = 4096  # characters that the event loop tokenizes itself: half a millisecond, ten times what a thread costs
 
 
-async def of_conversation(worker: Worker, body: schemas.ChatRequest, max_tokens: int) -> list[int]:
+async def of_conversation(
+    worker: Worker, body: schemas.ChatRequest, max_tokens: int, however_long: bool = False
+) -> list[int]:
     """A conversation's ids. With `truncate_history` its oldest exchanges are dropped where it is too long (and enough
     of the context left for a completion: max_tokens, at most half of it).
 
-    Raises ApiError for a conversation that has no prompt, or none that fits the context.
+    Raises ApiError for a conversation that has no prompt, or (unless however_long) none that fits the context.
     """
     tokenizer, capacity = worker.tokenizer, worker.engine.capacity
-    messages = [m.model_dump(include={"role", "content"}) for m in body.messages]
+    said = [m.model_dump(include={"role", "content", "tool_calls", "tool_call_id"}) for m in body.messages]
+    try:
+        messages = tools.folded(said)
+    except MessageError as error:
+        raise _named(error) from None
     newest = messages[-1:] if body.truncate_history else messages
-    _check_length(worker, sum(_characters(m["content"]) for m in newest), "messages")
+    if not however_long:
+        _check_length(worker, sum(_characters(m["content"]) for m in newest), "messages")
     characters = sum(_characters(m["content"]) for m in messages)
     ending = _ending(body)
     try:
@@ -33,17 +40,21 @@ async def of_conversation(worker: Worker, body: schemas.ChatRequest, max_tokens:
             fit = functools.partial(fit_history, messages, tokenizer, capacity, reserve, **ending)
             return (await _tokenized(characters, fit))[0]
         prompt = await _tokenized(characters, functools.partial(chat_prompt, messages, tokenizer, **ending))
-        if len(prompt) > capacity:
+        if len(prompt) > capacity and not however_long:
             raise ContextOverflow(len(prompt), capacity)
         return prompt
     except MessageError as error:
-        if error.index is None:
-            raise ApiError(400, error.problem, param="messages") from None
-        place = f"messages.{error.index}"
-        field = f"{place}.{error.field}" if error.field else place
-        raise ApiError(400, f"{field}: {error.problem}", param=place) from None
+        raise _named(error) from None
     except ContextOverflow as error:
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
+
+
+def _named(error: MessageError) -> ApiError:
+    if error.index is None:
+        return ApiError(400, error.problem, param="messages")
+    place = f"messages.{error.index}"
+    field = f"{place}.{error.field}" if error.field else place
+    return ApiError(400, f"{field}: {error.problem}", param=place)
 
 
 def _ending(body: schemas.ChatRequest) -> dict[str, bool]:
@@ -54,7 +65,7 @@ def _ending(body: schemas.ChatRequest) -> dict[str, bool]:
             "continue_final_message and add_generation_prompt cannot both be true: either the last message goes on, "
         )
         raise ApiError(400, message + "or another one begins", param="continue_final_message")
-    if resume and body.messages[-1].role != "assistant":
+    if resume and body.messages[-1].role not in ("assistant", "tool"):
         message = "continue_final_message: the last message must be the assistant's to be continued"
         raise ApiError(400, message, param="continue_final_message")
     return {"resume": (not prime) if resume is None else resume, "prime": prime is not False}
@@ -68,8 +79,7 @@ async def of_texts(worker: Worker, body: schemas.CompletionRequest) -> list[list
     for text in [""] if given is None else [given] if isinstance(given, str) or _is_ids(given) else given:
         if isinstance(text, str):
             _check_length(worker, len(text), "prompt")
-            encoded = await _tokenized(len(text), functools.partial(worker.tokenizer.encode_text, text))
-            ids = [worker.tokenizer.bos_id, *encoded]
+            ids = [worker.tokenizer.bos_id, *await encoded(worker, text)]
         else:
             ids = text
             if max(ids) >= vocab_size:
@@ -80,6 +90,22 @@ async def of_texts(worker: Worker, body: schemas.CompletionRequest) -> list[list
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
         prompts.append(ids)
     return prompts
+
+
+async def encoded(worker: Worker, text: str) -> list[int]:
+    """A text's ids, nothing before them."""
+    return await _tokenized(len(text), functools.partial(worker.tokenizer.encode_text, text))
+
+
+def as_texts(worker: Worker, body: schemas.CompletionRequest, prompts: list[list[int]]) -> list[tuple[str, int]]:
+    """Each prompt as it is echoed: (text, how many tokens the server put before it). Special ids have no text."""
+    given: Any = body.prompt
+    if given is None or isinstance(given, str):
+        return [(given or "", 1)]
+    if isinstance(given[0], str):
+        return [(text, 1) for text in given]
+    ordinary = len(worker.tokenizer.ranks)
+    return [(worker.tokenizer.decode([token for token in ids if token < ordinary]), 0) for ids in prompts]
 
 
 def _is_ids(prompt: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from nanochat_jax.inference.request import SamplingParams
+from nanochat_jax.inference.request import MAX_LOGPROBS, SamplingParams
 
 MAX_MESSAGES = 5000
 MAX_TEXT = 1 << 18  # characters of all messages together
@@ -52,6 +52,7 @@ Str = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=512)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 Off = Annotated[Literal[False], BeforeValidator(_truth)]
+Penalty = Annotated[Float, Field(ge=-2, le=2)] | None
 Zero = Annotated[Float, Field(ge=0, le=0)] | None
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -67,12 +68,26 @@ class Part(Body):
     text: Str
 
 
+class CalledFunction(Body):
+    name: Name
+    arguments: Str
+
+
+class CalledTool(Body):
+    """A call of the calculator that the client computed."""
+
+    id: Name
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Body):
     """Keys that it does not know are ignored; `content` may be null in an assistant's message only."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Str | Annotated[list[Str | Part], Field(max_length=MAX_MESSAGES)] | None = None
-    tool_calls: Nothing = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=100)] | None = None
+    tool_call_id: Name | None = Field(None, description="of a tool's message: which call this is the result of")
     function_call: None = None
     name: Any = Field(None, description="ignored")
     refusal: Any = Field(None, description="ignored")
@@ -86,8 +101,55 @@ class StreamOptions(Body):
     include_obfuscation: StrictBool | None = Field(None, description="ignored")
 
 
-class TextFormat(Body):
-    type: Literal["text"]
+JsonSchema = dict[str, Any] | bool | str
+GrammarText = Annotated[str, Field(max_length=1 << 16)]
+Choice = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
+
+
+class Function(Body):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    name: Name
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class NamedSchema(Body):
+    name: Name | None = None
+    schema_: JsonSchema | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(Body):
+    json_: JsonSchema | None = Field(None, alias="json")
+    regex: GrammarText | None = None
+    choice: Choice | None = None
+    grammar: GrammarText | None = None
+    json_object: StrictBool | None = None
+
+
+# fields of a request that are called alike in `SamplingParams`
+_SAMPLING: Any = set("max_tokens temperature top_k top_p min_p seed".split())
+_SAMPLING |= {"frequency_penalty", "presence_penalty", "repetition_penalty"}
 
 
 class Sampled(Body):
@@ -107,20 +169,39 @@ class Sampled(Body):
     max_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = Field(
         None, description="the most tokens to generate; a completion also ends where the context does"
     )
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    min_p: Annotated[Float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="extension: sample among the tokens at least so many times as likely as the likeliest, 0 = all",
+    )
+    frequency_penalty: Penalty = None
+    presence_penalty: Penalty = None
+    repetition_penalty: Annotated[Float, Field(gt=0)] | None = Field(
+        None, description="extension: what the logits of tokens that the prompt or the completion has are divided by"
+    )
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Float] | None = Field(
+        None, description="token id: what its logit gains, -100 to 100 (what lies beyond counts as these)"
+    )
+    response_format: ResponseFormat | None = Field(None, description="what the completion must follow: JSON, a schema")
+    structured_outputs: StructuredOutputs | None = Field(None, description="extension: the same, as vLLM says it")
+    guided_json: JsonSchema | None = Field(None, description="its older names")
+    guided_regex: GrammarText | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: GrammarText | None = None
     user: Name | None = Field(None, description="ignored")
     metadata: dict[str, Any] | None = Field(None, description="ignored")
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """What the request asks for, `defaults` where it does not say; without a seed, a new one."""
-        fields = {"max_tokens", "temperature", "top_k", "top_p", "seed"}
-        asked = {"seed": secrets.randbits(31), **self.model_dump(include=fields, exclude_none=True)}
+        asked = {"seed": secrets.randbits(31), **self.model_dump(include=_SAMPLING, exclude_none=True)}
         if self.top_k == -1:  # as vLLM writes 0
             asked["top_k"] = 0
+        if "max_tokens" in asked:  # 0 asks for the prompt alone, but the engine always goes one step
+            asked["max_tokens"] = max(1, asked["max_tokens"])
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return replace(defaults, **asked, stop=stop)
+        if "repetition_penalty" in asked:
+            asked["repetition_penalty"] = max(1e-3, min(1e3, asked["repetition_penalty"]))
+        bias = tuple((int(token), max(-100.0, min(100.0, value))) for token, value in (self.logit_bias or {}).items())
+        return replace(defaults, **asked, stop=stop, logit_bias=bias)
 
 
 class ChatRequest(Sampled):
@@ -135,18 +216,21 @@ class ChatRequest(Sampled):
     truncate_history: StrictBool | None = Field(
         None, description="extension: drop the oldest exchanges of a conversation that is longer than the context"
     )
-    tools: Nothing = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
+        None, description="the calculator, where the client is to compute; other tools are refused"
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
-    logprobs: Off | None = None
-    top_logprobs: Zero = None
-    response_format: TextFormat | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="alternatives of each token; needs logprobs"
+    )
     safety_identifier: Name | None = Field(None, description="ignored")
     prompt_cache_key: Name | None = Field(None, description="ignored: common prefixes of prompts are found without it")
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """As every request's; `max_completion_tokens` is the newer name of `max_tokens`."""
-        params = super().sampling(defaults)
+        params = super().sampling(replace(defaults, logprobs=(self.top_logprobs or 0) if self.logprobs else None))
         return params if self.max_completion_tokens is None else replace(params, max_tokens=self.max_completion_tokens)
 
 
@@ -161,14 +245,20 @@ class CompletionRequest(Sampled):
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
         | None
     ) = Field(None, description="text (a bos token is put before it), or token ids as they are; or a list of either")
-    echo: Off | None = None
+    max_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
+        None, description="as for a chat; 0 with echo: the prompt alone"
+    )
+    echo: StrictBool | None = None
     suffix: Literal[""] | None = None
-    best_of: Annotated[Int, Field(ge=1, le=1)] | None = None
-    logprobs: None = None
+    best_of: Annotated[Int, Field(ge=1)] | None = Field(None, description="1 or n; more is refused")
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="alternatives of each token, of the prompt's too where it is echoed"
+    )
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """As every request's, but short where max_tokens is left out, as OpenAI's."""
-        return super().sampling(replace(defaults, max_tokens=COMPLETION_TOKENS))
+        params = super().sampling(replace(defaults, max_tokens=COMPLETION_TOKENS))
+        return replace(params, logprobs=self.logprobs, prompt_logprobs=self.logprobs if self.echo else None)
 
 
 # --- responses --------------------------------------------------------------------------------------------------------
@@ -198,16 +288,32 @@ class Usage(BaseModel):
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
     parts: list[Part]
+    tool_calls: list[CalledTool] | None = None
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ContentLogprobs(BaseModel):
+    content: list[ContentLogprob]
+    refusal: None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
-    finish_reason: Literal["stop", "length"]
-    logprobs: None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: ContentLogprobs | None
 
 
 class ChatCompletion(BaseModel):
@@ -220,11 +326,20 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class TokensLogprobs(BaseModel):
+    """Lists of equal length; the first token of a prompt that is echoed has no log-probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
 class TextChoice(BaseModel):
     index: int
     text: str
     finish_reason: Literal["stop", "length"]
-    logprobs: None
+    logprobs: TokensLogprobs | None
 
 
 class TextCompletion(BaseModel):
@@ -244,7 +359,7 @@ class SamplingDefaults(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """A served model; the last five fields are extensions."""
+    """A served model; the last six fields are extensions. max_model_len: context_length, as vLLM calls it."""
 
     id: str
     object: Literal["model"]
@@ -253,6 +368,7 @@ class ModelInfo(BaseModel):
     stage: str
     step: int
     context_length: int
+    max_model_len: int
     chat: bool
     defaults: SamplingDefaults
 

@@ -21,6 +21,7 @@ from typing import Any
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import Event, Request, SamplingParams
 from nanochat_jax.serve.api_errors import ApiError, QueueFull, ShuttingDown, WorkerFailed
+from nanochat_jax.serve.logprobs import Alternatives, TokenNames
 from nanochat_jax.serve.prometheus import Metrics
 from nanochat_jax.text.tokenizer import Tokenizer
 
@@ -53,12 +54,15 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Update:
-    """New tokens of one of a generation's requests, its finish_reason if it ended, and which model wrote them."""
+    """New tokens of one of a generation's requests, its finish_reason if it ended, and which model wrote them; their
+    log-probabilities and alternatives where the request asks for them."""
 
     index: int
     tokens: Sequence[int]
     finished: str | None
     model: ServedModel
+    logprobs: Sequence[float] = ()
+    alternatives: Sequence[Alternatives] = ()
 
 
 class Generation:
@@ -143,6 +147,7 @@ class Worker:
         assert engine.tokenizer is not None
         self.engine, self.model, self.queue, self.devices = engine, model, queue, list(devices)
         self.tokenizer: Tokenizer = engine.tokenizer
+        self.token_names = TokenNames(self.tokenizer)
         self.longest_token = max(len(token) for token in self.tokenizer.ranks)
         self.defaults, self._log_prompts = defaults, log_prompts
         self.metrics = Metrics()
@@ -330,7 +335,8 @@ class Worker:
             if entry is None:
                 continue
             generation, index = entry
-            generation.receive(index, Update(index, event.tokens, event.finished, model), self.metrics)
+            known = event.logprobs, event.alternatives
+            generation.receive(index, Update(index, event.tokens, event.finished, model, *known), self.metrics)
             if event.finished:
                 del self._running[event.request]
                 self._seconds += 0.1 * (time.monotonic() - generation.began - self._seconds)

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import json
+import re
 
+import numpy as np
 import openai
 import pytest
 
@@ -271,23 +273,159 @@ def test_unknown_model(tiny):
         tiny.openai().models.retrieve("gpt-4o")
 
 
-UNSUPPORTED = {
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-    "tool_choice": "required",
-    "response_format": {"type": "json_object"},
-    "logprobs": True,
-    "top_logprobs": 3,
-    "logit_bias": {"5": 1},
-    "frequency_penalty": 0.5,
-    "presence_penalty": -1,
-}
+def test_log_probabilities_of_a_chat(tiny):
+    tokenizer = golden_tokenizer()
+    settings: dict = dict(seed=4, logprobs=True, top_logprobs=3, max_tokens=20)
+    choice = ask(tiny, **settings).choices[0]
+    content = choice.logprobs.content
+    assert len(content) == 20 and b"".join(bytes(t.bytes) for t in content).decode("utf-8", "replace").startswith(
+        choice.message.content.rstrip("\ufffd")
+    )
+    prompt = chat_prompt(HI, tokenizer)
+    params = SamplingParams(20, top_k=50, seed=4, logprobs=3)
+    (expected,) = toy_engine().generate([prompt], params)
+    assert [t.logprob for t in content] == pytest.approx(expected.logprobs)
+    for entry, top in zip(content, expected.alternatives, strict=True):
+        assert [bytes(t.bytes) for t in entry.top_logprobs] == [tokenizer.decode_bytes([i]) for i, _ in top]
+        assert len({t.token for t in entry.top_logprobs}) == 3, "every token has a name of its own"
+    chunks = list(ask(tiny, stream=True, **settings))
+    streamed = [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+    assert streamed == content and text_of(chunks) == choice.message.content
+    alone = ask(tiny, seed=4, logprobs=True, max_tokens=20).choices[0]
+    assert [t.logprob for t in alone.logprobs.content] == [t.logprob for t in content]
+    assert all(t.top_logprobs == [] for t in alone.logprobs.content)
+    assert ask(tiny, seed=4).choices[0].logprobs is None
+    for wrong in (dict(top_logprobs=3), dict(logprobs=True, top_logprobs=21), dict(logprobs=1)):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(tiny, **wrong)
+        assert caught.value.param in wrong
+
+
+@pytest.mark.parametrize("prompt", ["The sea is 🌊 wide, ", [1, 300, 5, 515, 77]], ids=["text", "ids"])
+@pytest.mark.parametrize("n", [70, 1])
+def test_log_probabilities_of_a_prompt(tiny, prompt, n):
+    """As lm-eval's local-completions reads them."""
+    tokenizer, client = golden_tokenizer(), tiny.openai()
+    settings: dict = dict(model="tiny", max_tokens=1, temperature=0, logprobs=1, echo=True)
+    prompt = prompt * (n // 4) + prompt[:n] if n > 1 and isinstance(prompt, list) else prompt
+    choice = client.completions.create(prompt=prompt, **settings).choices[0]
+    ids = prompt if isinstance(prompt, list) else [tokenizer.bos_id, *tokenizer.encode_text(prompt)]
+    table = toy_engine().params["table"]
+    rows = np.asarray(table)[np.array(ids) % len(table)].astype(np.float64)
+    rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
+    expected = [rows[i, token] for i, token in enumerate(ids[1:])]
+    known = choice.logprobs
+    first = [None] if isinstance(prompt, list) else []
+    found = known.token_logprobs
+    assert found[: len(first)] == first and found[len(first) : -1] == pytest.approx(expected, abs=1e-4)
+    assert (
+        len(found)
+        == len(known.tokens)
+        == len(known.top_logprobs)
+        == len(known.text_offset)
+        == len(ids) - 1 + len(first) + 1
+    )
+    for row, token, top, own in zip(rows, ids[1:], known.top_logprobs[len(first) :], found[len(first) :], strict=False):
+        assert (own == max(top.values())) == (token == row.argmax()) and len(top) == 1 + (token != row.argmax())
+    shown = prompt if isinstance(prompt, str) else tokenizer.decode([i for i in ids if i < len(tokenizer.ranks)])
+    assert choice.text.startswith(shown) and known.text_offset[-1] == len(shown)
+    silent = client.completions.create(prompt=prompt, **{**settings, "max_tokens": 0})
+    assert silent.choices[0].text == shown and silent.usage.completion_tokens == 0
+    assert silent.choices[0].logprobs.token_logprobs == found[:-1] and silent.choices[0].finish_reason == "length"
+    chunks = list(client.completions.create(prompt=prompt, stream=True, **settings))
+    assert "".join(c.choices[0].text for c in chunks) == choice.text
+    assert [p for c in chunks if c.choices[0].logprobs for p in c.choices[0].logprobs.token_logprobs] == found
+    plain = client.completions.create(prompt=prompt, **{**settings, "logprobs": None})
+    assert plain.choices[0].text == choice.text and plain.choices[0].logprobs is None
+    several = client.completions.create(prompt=[prompt, "x"] if isinstance(prompt, str) else [prompt, [7]], **settings)
+    assert several.choices[0].logprobs == known and len(several.choices[1].logprobs.tokens) == 2
+
+
+DIGITS = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+WRITTEN = r'\{ ?"n" ?: ?-?\d+ ?\}'
+
+
+def schema_format(schema) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+FOLLOWED: list[tuple[dict, str]] = [
+    (dict(response_format=schema_format(DIGITS)), WRITTEN),
+    (dict(extra_body={"guided_json": json.dumps(DIGITS)}), WRITTEN),
+    (dict(extra_body={"guided_regex": "[ab]{4}c"}), "[ab]{4}c"),
+    (dict(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}), "yes|no"),
+    (dict(extra_body={"guided_grammar": 'start: "x" "y"+'}), "xy+"),
+]  # fmt: skip
+
+
+def test_completions_follow_a_grammar(tiny):
+    before = compiled_programs()
+    wanted = [(seed, *case) for seed in (1, 2) for case in FOLLOWED]
+
+    def complete(case):
+        seed, options, pattern = case
+        answer = ask(tiny, seed=seed, max_tokens=60, **options)
+        choice, text = answer.choices[0], answer.choices[0].message.content
+        if choice.finish_reason == "stop":
+            assert re.fullmatch(pattern, text), text
+            assert text_of(ask(tiny, seed=seed, max_tokens=60, stream=True, **options)) == text
+        return text, choice.finish_reason
+
+    alone = [complete(case) for case in wanted]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        others = [pool.submit(ask, tiny, seed=s, logprobs=True) for s in range(6)]
+        assert list(pool.map(complete, wanted)) == alone
+        assert [o.result().choices[0].message.content for o in others] == [
+            ask(tiny, seed=s).choices[0].message.content for s in range(6)
+        ]
+    assert sum(reason == "stop" for _, reason in alone) >= 8 and compiled_programs() == before
+    answer = ask(tiny, response_format={"type": "json_object"}, max_tokens=20).choices[0].message.content
+    assert answer.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "options,field",
+    [
+        (dict(response_format={"type": "json_schema"}), "response_format"),
+        (dict(response_format=schema_format({"type": "wat"})), "response_format"),
+        (dict(response_format={"type": "xml"}), "response_format"),
+        (dict(extra_body={"guided_regex": "(a"}), "guided_regex"),
+        (dict(extra_body={"guided_json": "{"}), "guided_json"),
+        (dict(extra_body={"guided_choice": []}), "guided_choice"),
+        (dict(extra_body={"guided_grammar": "start: x"}), "guided_grammar"),
+        (dict(extra_body={"guided_regex": "a", "guided_choice": ["b"]}), "guided_choice"),
+    ],
+)  # fmt: skip
+def test_what_is_no_grammar_is_named(tiny, options, field):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(tiny, **options)
+    assert caught.value.param == field
+
+
+def test_penalties_and_biases(tiny):
+    said = ask(tiny, temperature=0).choices[0].message.content
+    options: list[dict] = [
+        dict(logit_bias={"66": 100}), dict(frequency_penalty=2), dict(presence_penalty=2.0),
+        dict(extra_body={"repetition_penalty": 5}), dict(extra_body={"repetition_penalty": 1e-300}),
+        dict(logit_bias={"66": 1e300, "67": -1e300}),
+    ]  # fmt: skip
+    answers = [ask(tiny, temperature=0, **option).choices[0].message.content for option in options]
+    assert answers[0] == "B" * 24 == answers[5] and all(answer != said for answer in answers)
+    assert ask(tiny, seed=3, extra_body={"min_p": 1.0}).choices[0].message.content == said
+    for field, value in [("logit_bias", {"70000": 1}), ("logit_bias", {"a": 1}), ("frequency_penalty", 2.5)]:
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(tiny, **{field: value})
+        assert caught.value.param == field
+    with pytest.raises(openai.BadRequestError) as caught:
+        tiny.openai().completions.create(model="tiny", prompt="a", best_of=3)
+    assert caught.value.param == "best_of" and caught.value.code == "unsupported_parameter"
+    assert len(tiny.openai().completions.create(model="tiny", prompt="a", n=2, best_of=2).choices) == 2
 
 
 def test_unsupported_options_are_named_and_their_neutral_values_accepted(tiny):
-    for field, value in UNSUPPORTED.items():
-        with pytest.raises(openai.BadRequestError) as caught:
-            ask(tiny, **{field: value})
-        assert caught.value.param == field and caught.value.code == "unsupported_parameter"
+    with pytest.raises(openai.BadRequestError) as caught:
+        tiny.openai().completions.create(model="tiny", prompt="a", suffix="b")
+    assert caught.value.param == "suffix" and caught.value.code == "unsupported_parameter"
     neutral = dict(
         tools=[], tool_choice="none", response_format={"type": "text"}, logprobs=False, top_logprobs=0, logit_bias={},
         frequency_penalty=0, presence_penalty=0.0, modalities=["text"], store=False, user="me", n=1, stop=[],
@@ -315,7 +453,7 @@ def test_unsupported_options_are_named_and_their_neutral_values_accepted(tiny):
         (dict(seed=1.5), "seed"),
         (dict(messages=[]), "messages"),
         (dict(messages="hello"), "messages"),
-        (dict(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]), "messages"),
+        (dict(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]), "messages.0"),
         (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages"),
         (dict(messages=[*HI, {"role": "user", "content": None}]), "messages.1"),
         (dict(messages=[{"role": "user", "content": [{"type": "python", "text": "1"}]}]), "messages.0"),

@@ -31,10 +31,14 @@ def test_everything_is_described(described):
         "GET /health",
         "GET /metrics",
         "GET /stats",
+        "GET /tokenizer_info",
         "GET /v1/models",
         "GET /v1/models/{name}",
+        "POST /detokenize",
+        "POST /tokenize",
         "POST /v1/chat/completions",
         "POST /v1/completions",
+        "POST /v1/responses",
     ]
 
 
