@@ -57,7 +57,8 @@ class GPTConfig:
         backout: a learned multiple of the residual stream after the middle layer is subtracted at the end.
         vocab_multiple: parameters have rows for a vocabulary rounded up to it; logits do not.
         initialisation: which reference's distributions fresh parameters are drawn from.
-        compute_dtype: "auto" is bfloat16 on accelerators and float32 on CPU.
+        compute_dtype: "auto" is bfloat16 on accelerators and float32 on CPU; "float8" is bfloat16 with the layers'
+        products in float8 (see `float8.py`).
         attention: "auto" is cuDNN where it works and XLA elsewhere.
         remat: what the backward pass recomputes (nothing, every MLP, every block).
     """
@@ -107,8 +108,8 @@ class GPTConfig:
                 )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise InputError(f"window_pattern must consist of S and L, got {self.window_pattern!r}")
-        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"compute_dtype must be auto, float32 or bfloat16, got {self.compute_dtype!r}")
+        if self.compute_dtype not in ("auto", "float32", "bfloat16", "float8"):
+            raise InputError(f"compute_dtype must be auto, float32, bfloat16 or float8, got {self.compute_dtype!r}")
         if self.attention not in ("auto", "cudnn", "xla"):
             raise InputError(f"attention must be auto, cudnn or xla, got {self.attention!r}")
         if self.remat not in REMAT_MODES:
@@ -123,7 +124,7 @@ class GPTConfig:
         """dtype of activations and matmuls (parameters are always float32)."""
         if self.compute_dtype == "auto":
             return devices.activation_dtype()
-        return jnp.dtype(self.compute_dtype)
+        return jnp.dtype("bfloat16" if self.compute_dtype == "float8" else self.compute_dtype)
 
     @property
     def padded_vocab_size(self) -> int:

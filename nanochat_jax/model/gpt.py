@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nanochat_jax.model import float8
 from nanochat_jax.model.attention import attention
 from nanochat_jax.model.config import REMAT_MODES as REMAT_MODES
 from nanochat_jax.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from nanochat_jax.model.config import GPTConfig as GPTConfig
 from nanochat_jax.model.kv_cache import KVCache, cached_attention
 from nanochat_jax.model.layers import apply_rotary as apply_rotary
-from nanochat_jax.model.layers import relu_squared, rms_norm
+from nanochat_jax.model.layers import look_up, relu_squared, rms_norm
 from nanochat_jax.model.layers import rotary_tables as rotary_tables
 from nanochat_jax.model.linear import project
 from nanochat_jax.model.parameters import Params as Params
@@ -39,6 +40,10 @@ from nanochat_jax.utils.errors import InputError
 
 def _project_for_flax(x, kernel, dimension_numbers, precision=None, out_sharding=None):
     return project(x, kernel)  # nnx.Linear only ever contracts x's last axis with the kernel's first
+
+
+def _float8_for_flax(x, kernel, dimension_numbers, precision=None, out_sharding=None):
+    return float8.project(x, kernel)
 
 
 class Attention(nnx.Module):
@@ -62,7 +67,7 @@ class Attention(nnx.Module):
         if config.has_value_embed(self.layer):
             # at most 3 times the embedding, 1.5 times at first: the gate is the value embedding's switch, per head
             gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))
-            v = v + gate[..., None] * self.value_embed(ids).reshape(v.shape)
+            v = v + gate[..., None] * look_up(self.value_embed.embedding[...], ids, config.dtype).reshape(v.shape)
         q, k = rms_norm(apply_rotary(q, *rotary)), rms_norm(apply_rotary(k, *rotary))  # rotary first, then the norm
         if config.qk_scale != 1.0:
             q, k = q * config.qk_scale, k * config.qk_scale
@@ -129,8 +134,8 @@ class GPT(nnx.Module):
             position = cache.position[:, None] + jnp.arange(T)[None]
             rotary = jnp.asarray(cos)[position][:, :, None, :], jnp.asarray(sin)[position][:, :, None, :]
         # 2. Embeddings, each with something of the one before.
-        table = parallel.unsharded(self.wte.embedding[...], "wte/embedding", config.dtype).astype(config.dtype)
-        x = rms_norm(parallel.look_up(table, ids))
+        table = parallel.unsharded(self.wte.embedding[...], "wte/embedding", config.dtype)
+        x = rms_norm(parallel.look_up(table, ids, config.dtype))
         if config.smear:
             x = self._smear(x, ids, table, cache, parallel)
         # 3. The layers.
@@ -162,7 +167,7 @@ class GPT(nnx.Module):
         config = self.config
         before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
         if cache is not None:
-            last = rms_norm(parallel.look_up(table, jnp.maximum(cache.last_ids, 0)))
+            last = rms_norm(parallel.look_up(table, jnp.maximum(cache.last_ids, 0), config.dtype))
             before = before.at[:, 0].set(jnp.where(cache.last_ids[:, None] >= 0, last, 0))
         gate = self.smear_lambda[0] * jax.nn.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         if config.smear_stops_at is not None:
@@ -186,8 +191,11 @@ def _embedding(config: GPTConfig, path: str) -> nnx.Embed:
 
 def _linear(config: GPTConfig, path: str) -> nnx.Linear:
     """The product with the kernel at path/kernel."""
-    kind = dict(use_bias=False, dtype=config.dtype, param_dtype=jnp.float32, dot_general=_project_for_flax)
-    return nnx.Linear(*shape_of(config, f"{path}/kernel"), **kind, rngs=nnx.Rngs(0))
+    shape = shape_of(config, f"{path}/kernel")
+    in_float8 = config.compute_dtype == "float8" and path.startswith("h/") and float8.fits(shape)
+    product = _float8_for_flax if in_float8 else _project_for_flax
+    kind = dict(use_bias=False, dtype=config.dtype, param_dtype=jnp.float32, dot_general=product)
+    return nnx.Linear(*shape, **kind, rngs=nnx.Rngs(0))
 
 
 def _recomputed(module, gather=lambda params: params, policy=None):

@@ -1,4 +1,4 @@
-"""The layers without parameters: norm, activation, rotary embedding."""
+"""The layers without parameters: look-up, norm, activation, rotary embedding."""
 
 import functools
 
@@ -7,6 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 NORM_EPS = float(np.finfo(np.float32).eps)  # 2**-23, also under bf16 activations (reference behaviour)
+
+
+def look_up(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+    """Rows (..., C) of a table (V, C) in `dtype`, for ids (...).
+
+    The rows are cast, not the table: the gradient of a row, a sum over all its uses, is then added up in the table's
+    float32. In bfloat16 the sum of a frequent token is some percent off, and GPUs add it one element at a time.
+    """
+    return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 @jax.custom_vjp

@@ -120,7 +120,7 @@ def _cross_entropy(hidden, kernel, targets, softcap, tensor=None, entries=None):
     """
     if softcap > 60:
         raise InputError(f"softcap is {softcap}, at most 60 is possible: the sum of exp(logits) must fit in float32")
-    raw = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    raw = _raw_logits(hidden, kernel)
     tanh = jnp.tanh(raw / softcap)
     exp = jnp.exp(softcap * tanh)
     if entries is not None:
@@ -132,6 +132,21 @@ def _cross_entropy(hidden, kernel, targets, softcap, tensor=None, entries=None):
     if tensor is not None:
         total, target = jax.lax.psum((total, jnp.where(here, target, 0.0)), tensor)
     return jnp.log(total) - softcap * jnp.tanh(target / softcap), tanh, exp, total
+
+
+def _raw_logits(hidden, kernel):
+    """hidden @ kernel in float32. On accelerators rounded to the dtype of both, as the reference does: in bfloat16 the
+    largest array there is, which several kernels read, has half the bytes."""
+
+    def exact(hidden, kernel):
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def rounded(hidden, kernel):
+        return jnp.matmul(hidden, kernel).astype(jnp.float32)
+
+    if hidden.dtype == jnp.float32:
+        return exact(hidden, kernel)
+    return jax.lax.platform_dependent(hidden, kernel, cpu=exact, default=rounded)
 
 
 def _in_chunks(chunk, *arrays):

@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax.model.layers import look_up
+from nanochat_jax.model.parameters import path_name
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -41,25 +44,31 @@ class Parallel:
         return 0 if self.tensor is None else jax.lax.axis_index(self.tensor) * size
 
     def unsharded(self, stand_ins: Any, path: str, dtype) -> Any:
-        """The parameters at or below `path`: gathered over `fsdp` in the dtype they are used in, if it shards them."""
+        """The parameters at or below `path`: gathered over `fsdp` in the dtype they are used in, if it shards them.
+
+        Embeddings travel in `dtype` too, and are float32 again where they arrive (see `layers.look_up`)."""
         if self.fsdp is None:
             return stand_ins
         shards, dimensions = self.shards, self.dimensions
         for key in path.split("/"):
             shards, dimensions = shards[key], dimensions[key]
 
-        def gather(stand_in, shard, dimension):
-            return stand_in if dimension is None else _gather(stand_in, shard.astype(dtype), self.fsdp, dimension)
+        def gather(keys, stand_in, shard, dimension):
+            if dimension is None:
+                return stand_in
+            full: Any = _gather(stand_in, shard.astype(dtype), self.fsdp, dimension)
+            is_table = f"{path}/{path_name(keys)}".rstrip("/").endswith("/embedding")
+            return full.astype(stand_in.dtype) if is_table else full
 
-        return jax.tree.map(gather, stand_ins, shards, dimensions)
+        return jax.tree_util.tree_map_with_path(gather, stand_ins, shards, dimensions)
 
-    def look_up(self, table: jax.Array, ids: jax.Array) -> jax.Array:
-        """Rows of a table (V or V / tensor, C) for ids (B, T)."""
+    def look_up(self, table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+        """Rows of a table (V or V / tensor, C) for ids (B, T), in `dtype`."""
         if self.tensor is None:
-            return jnp.take(table, ids, axis=0)
+            return look_up(table, ids, dtype)
         local = ids - self.offset(table.shape[0])
         mine = (local >= 0) & (local < table.shape[0])
-        rows = jnp.take(table, jnp.where(mine, local, 0), axis=0)
+        rows = look_up(table, jnp.where(mine, local, 0), dtype)
         return self.leave(jnp.where(mine[..., None], rows, 0))
 
     def local_kv_heads(
