@@ -19,9 +19,11 @@ import jax
 import numpy as np
 
 from nanochat_jax.evals import results, stats
-from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference import model_runner
+from nanochat_jax.inference.engine import MOST_STEPS, Engine
 from nanochat_jax.inference.request import Completion, SamplingParams, question_seed
 from nanochat_jax.model import gpt
+from nanochat_jax.model.kv_cache import reads_in_place
 from nanochat_jax.utils.errors import InputError
 from tasks.sandbox import SandboxUnavailable
 
@@ -254,16 +256,23 @@ def eval_engine(
     """An engine whose slots hold any prompt and its answer; `rows` (problems x samples): more slots are never of use.
 
     slots None: as many as pay off (32 on a CPU, 256 on each accelerator) and as the cache may take: 1 GiB on a CPU,
-    half of the free memory of an accelerator. devices: which share the work (default: the first alone).
+    half of the free memory of an accelerator, with what decoding copies. devices: which share the work (default: the
+    first alone).
     """
     capacity = min(longest_prompt + max_new_tokens, 10 * config.sequence_len)
     if slots is None:
-        itemsize = np.dtype(config.dtype).itemsize
-        slot_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * itemsize * (capacity + 64)
         most = MAX_SLOTS_CPU if jax.default_backend() == "cpu" else MAX_SLOTS
-        slots = len(devices or [0]) * min(most, max(1, _cache_bytes() // slot_bytes))
+        slots = len(devices or [0]) * min(most, max(1, _cache_bytes() // _slot_bytes(config, capacity)))
         slots = min(slots, rows or slots)
     return Engine(config, params, tokenizer, slots=slots, capacity=capacity, devices=devices, wait_for_tools=True)
+
+
+def _slot_bytes(config: gpt.GPTConfig, capacity: int) -> int:
+    """Of one slot, and of what a decode call copies of it."""
+    positions = model_runner.slot_length(capacity, MOST_STEPS)
+    if not reads_in_place(config.dtype, jax.default_backend()):
+        positions += model_runner.largest_copy(positions)
+    return 2 * config.n_layer * config.n_kv_head * config.head_dim * np.dtype(config.dtype).itemsize * positions
 
 
 def _cache_bytes() -> int:

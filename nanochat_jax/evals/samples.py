@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig, Params
@@ -45,6 +47,8 @@ def greedy_sampler(
     engines: list[Engine] = []  # made at the first use and kept with its compiled programs
 
     def sample(params: Params) -> list[str]:
+        # one device is enough for a few prompts: with parameters on all of them, all would write the same
+        params = jax.tree.map(_of_one_device, params)
         if not engines:
             capacity = max(map(len, prompts)) + max_tokens
             engines.append(Engine(config, params, tokenizer, slots=len(prompts), capacity=capacity))
@@ -54,3 +58,9 @@ def greedy_sampler(
         return [tokenizer.decode([*c.prompt[1:], *c.tokens]) for c in completions]
 
     return sample
+
+
+def _of_one_device(array):
+    """The first device's copy of an array that is on all of them; anything else as it is."""
+    several = isinstance(array, jax.Array) and len(array.sharding.device_set) > 1
+    return array.addressable_data(0) if several and array.is_fully_replicated else array

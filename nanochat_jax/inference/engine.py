@@ -41,6 +41,7 @@ from nanochat_jax.utils.errors import InputError
 # A decode call ends when this share of its rows has stopped. Ending at the first would let the host in after nearly
 # every token when many rows run; waiting for more would let stopped rows compute tokens that are thrown away.
 ENOUGH_STOPPED = 8
+MOST_STEPS = 32  # tokens of a call, where nobody says how many
 TOOL_GRACE = 0.002  # seconds a call waits for the calculator (20 microseconds of work) so that its row loses no call
 
 
@@ -407,4 +408,4 @@ def _default_steps(config: gpt.GPTConfig) -> int:
     run time on purpose: the same machine must make the same calls."""
     bytes_per_second = 25e9 if jax.default_backend() == "cpu" else 1.5e12
     seconds = gpt.num_params(config) * 4 / bytes_per_second
-    return int(min(32, max(4, 0.05 / seconds)))
+    return int(min(MOST_STEPS, max(4, 0.05 / seconds)))

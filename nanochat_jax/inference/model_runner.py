@@ -25,8 +25,35 @@ from nanochat_jax.parallel import sharding
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
 PROMPTS, SHORT_PROMPT = 4, 64  # one call prefills up to so many prompts that are no longer than this
-SMALLEST_VISIBLE = 64
+SMALLEST_VISIBLE, LEAST_OF_FEW = 64, 256
 SCORED = 64  # tokens of a prompt whose log-probabilities are computed at once
+
+
+def slot_length(capacity: int, max_new_steps: int) -> int:
+    """Positions of a slot that is promised to hold `capacity` tokens.
+
+    A little more: padding of a prefill chunk and unused columns of a decode call are written too, and XLA would move
+    such a write back over valid tokens rather than let it overhang.
+    """
+    return _round_up(capacity + max(max_new_steps, SMALLEST_BUCKET), SMALLEST_VISIBLE)
+
+
+def visible_positions(tokens: int, length: int) -> int:
+    """How many old positions of slots of `length` a call looks at where they hold up to `tokens`: powers of two, so
+    that there are few programs.
+
+    A call copies what it looks at once (not where it reads in place), but the full length is the storage itself: from
+    three quarters on it looks at that, so that no copy is larger.
+    """
+    if tokens == 0:
+        return 0
+    visible = max(SMALLEST_VISIBLE, 1 << (tokens - 1).bit_length())
+    return length if 4 * visible > 3 * length else visible
+
+
+def largest_copy(length: int) -> int:
+    """The most positions of each slot of `length` that a decode call copies."""
+    return max((v for v in (visible_positions(n, length) for n in range(1, length + 1)) if v < length), default=0)
 
 
 class ModelRunner:
@@ -48,15 +75,15 @@ class ModelRunner:
         self.per_device = self.slots // self.devices
         self.max_new_steps, self.capacity = max_new_steps, capacity
         self._model, self._config = model, config
-        # Every slot is a little longer than promised: padding of a prefill chunk and unused columns of a decode call
-        # are written too, and XLA would move such a write back over valid tokens rather than let it overhang.
-        self._physical = max(_round_up(capacity, SMALLEST_VISIBLE), capacity + max(max_new_steps, SMALLEST_BUCKET))
+        self._physical = slot_length(capacity, max_new_steps)
         shape = config.n_layer, self.slots, config.n_kv_head, self._physical, config.head_dim, config.dtype
         place = None if self.mesh is None else sharding.named(self.mesh, sharding.rows_over_data_spec())
         self.storage = KVSlots.create(*shape, sharding=place)
         platform = devices[0].platform if devices else jax.default_backend()
         self._in_place = reads_in_place(config.dtype, platform)
         self._neutral: dict[int, tuple[jax.Array, jax.Array]] = {}  # by rows: what is given where nothing is adjusted
+        # On a GPU a program takes many seconds to compile, and rows or positions more than needed cost little: few do.
+        self._few = platform != "cpu"
 
     def set_params(self, params: Any) -> None:
         """New parameters, cast and placed once: matmuls would cast the weights for every token. Vectors stay."""
@@ -70,7 +97,7 @@ class ModelRunner:
         """The first tokens of a slot into another one of the same device."""
         pair = np.zeros((self.devices, 2), np.int32)
         pair[target // self.per_device] = source % self.per_device, target % self.per_device
-        self.storage = copy_row(self.storage, pair, visible=self._visible(tokens), mesh=self.mesh)
+        self.storage = copy_row(self.storage, pair, visible=self._visible_to_copy(tokens), mesh=self.mesh)
 
     def joins(self, turn: Sequence[tuple[int, int, int]], slot: int, begin: int, left: int) -> bool:
         """Whether a prompt may be prefilled in one call with those of `turn`: (slot, how much of it is there, how many
@@ -88,11 +115,17 @@ class ModelRunner:
 
     def _chunk(self, begin: int, left: int) -> tuple[int, int]:
         """A prompt's next chunk: how long it is, and how many old tokens it may look at."""
-        return min(_bucket(min(PREFILL_CHUNK, left)), self._longest(begin)), self._visible_to_prompts(begin)
+        wanted = next(n for n in self._lengths() if n >= min(PREFILL_CHUNK, left))
+        return min(wanted, self._longest(begin)), self._visible_to_prompts(begin)
+
+    def _lengths(self) -> list[int]:
+        """The lengths that a chunk may have: powers of two (few programs: of eight)."""
+        every = 8 if self._few else 2
+        return sorted({max(SMALLEST_BUCKET, PREFILL_CHUNK // every**i) for i in range(6)})
 
     def _longest(self, begin: int) -> int:
-        """The longest chunk that does not overhang the slot's end: a power of two."""
-        return 1 << ((self._physical - begin).bit_length() - 1)
+        """The longest chunk that does not overhang the slot's end."""
+        return max(n for n in self._lengths() if n <= self._physical - begin)
 
     def _at_once(self, length: int) -> int:
         """Prompts of one device that are prefilled in one call, where it takes `length` tokens of each."""
@@ -176,8 +209,9 @@ class ModelRunner:
         return np.array([(mine + rest)[:size] for mine, rest in zip(wanted, others, strict=True)], np.int32)
 
     def batch_sizes(self) -> list[int]:
-        """Rows that a decode call may have on each device: powers of four, and all."""
-        sizes = itertools.takewhile(lambda size: size < self.per_device, (4**i for i in itertools.count()))
+        """Rows that a decode call may have on each device: powers of four (few programs: of eight), and all."""
+        base = 8 if self._few else 4
+        sizes = itertools.takewhile(lambda size: size < self.per_device, (base**i for i in itertools.count()))
         return [*sizes, self.per_device]
 
     def decode(
@@ -221,25 +255,28 @@ class ModelRunner:
         return jax.device_put(bias, place), jax.device_put(seen, place)
 
     def _visible(self, tokens: int) -> int:
-        """How many old positions a call looks at: powers of two, so that there are few programs."""
-        if tokens == 0:
-            return 0
-        return min(max(SMALLEST_VISIBLE, 1 << (tokens - 1).bit_length()), _round_up(self.capacity, SMALLEST_VISIBLE))
+        return visible_positions(tokens, self._physical)
+
+    def _visible_to_copy(self, tokens: int) -> int:
+        return self._physical if self._few else self._visible(tokens)
 
     def _visible_to_rows(self, tokens: int) -> int:
         """The same for a decode call. What is read in place is read only as far as it is valid: one program does."""
-        return self._visible(self.capacity if self._in_place else tokens)
+        least = self.capacity if self._in_place else min(LEAST_OF_FEW, self.capacity) if self._few else 0
+        return self._visible(max(tokens, least))
 
     def _visible_to_prompts(self, tokens: int) -> int:
-        """The same for a prompt's chunk, of which there are programs for each length too: powers of four."""
-        visible = self._visible(tokens)
+        """The same for a prompt's chunk, of which there are programs for each length too: powers of four (few programs:
+        all or nothing)."""
+        visible = self._visible(self.capacity if self._few and tokens else tokens)
         odd = visible.bit_length() % 2 == 0
         return self._visible(2 * visible) if visible and odd else visible
 
     def warm_up(self, progress: Callable[[int, int], None]) -> int:
         """Compiles every program there can be need for, overwriting what the slots hold; returns how many."""
-        sizes = sorted({self._visible(n) for n in range(self.capacity + 1)})
-        lengths = sorted({_bucket(n) for n in range(1, min(PREFILL_CHUNK, max(1, self.capacity - 1)) + 1)})
+        sizes = sorted({self._visible_to_copy(n) for n in range(self.capacity + 1)})
+        longest = next(n for n in self._lengths() if n >= min(PREFILL_CHUNK, max(1, self.capacity - 1)))
+        lengths = [n for n in self._lengths() if n <= longest]
         beginnings = sorted({self._visible_to_prompts(n) for n in range(self.capacity)})
         chunks = [(v, n) for v in beginnings for n in lengths if n <= self._physical]
         batches = [np.tile(np.arange(n, dtype=np.int32), self.devices) for n in self.batch_sizes()]
@@ -266,10 +303,6 @@ class ModelRunner:
         self._score(scored, np.zeros(self.devices, np.int32))
         progress(next(done), total)
         return compiled_programs() - before
-
-
-def _bucket(n: int) -> int:
-    return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
 
 
 def _round_up(n: int, multiple: int) -> int:

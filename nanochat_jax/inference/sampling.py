@@ -5,15 +5,17 @@ never on its slot, its neighbours or how many steps run in one call: the key of 
 fold_in(fold_in(key(seed), sample_index), count). Random numbers are made apart from their use, for all steps of a call
 at once: a step's own would take XLA on CPU three loops, a twentieth of the time that a small model needs for a token.
 Nothing is static, so no combination of settings recompiles, and a batch pays only for what its rows ask for: an
-all-greedy batch is one maximum.
+all-greedy batch is one maximum. On a GPU, where a branch or the turn of a loop may wait for the host, that is the only
+thing that is asked: what no row of another batch asks for is computed too, in few passes, and changes nothing.
 
-Written for XLA on CPU as much as for GPUs. There, `argmax` of 8 x 65,536 logits takes 2.4 ms and `top_k` 89 ms (it
+Written for XLA on CPU as much as for GPUs. On CPU, `argmax` of 8 x 65,536 logits takes 2.4 ms and `top_k` 89 ms (it
 sorts); a maximum and a search for its index take 0.3 ms, and the k-th largest is found by bisecting its bits, or by a
 kernel of our own (`rustbpe/src/cpu_kernels/top_k.rs`).
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nanochat_jax.hardware import cpu_kernels
 
@@ -45,14 +47,12 @@ def sample(
     best, greedy = _first_maximum(folded)
 
     def draw():
-        kept = jax.lax.cond(limited.any(), lambda: _keep_largest(folded, jnp.where(limited, top_k, V)), lambda: folded)
+        kept = _where_asked(limited, lambda x: _keep_largest(x, jnp.where(limited, top_k, V)), folded)
         scale = jnp.where(hot, temperature, 1.0)
         weights = jnp.exp((kept - best[:, None, None]) / scale[:, None, None])
         weights = jnp.where(weights < min_p[:, None, None], 0.0, weights)  # the best one's weight is 1
         nucleus = hot & (top_p < 1)
-        weights = jax.lax.cond(
-            nucleus.any(), lambda w: _nucleus(w, jnp.where(nucleus, top_p, 1.0)), lambda w: w, weights
-        )
+        weights = _where_asked(nucleus, lambda w: _nucleus(w, jnp.where(nucleus, top_p, 1.0)), weights)
         # in two stages, a row of ids and one inside it: no scan over the vocabulary, and both draws keep all their bits
         row = _pick(weights.sum(-1), random[:, 0])
         inside = jnp.take_along_axis(weights, row[:, None, None], axis=1)[:, 0]
@@ -117,6 +117,40 @@ def _kernel(folded: jax.Array, k: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call("keep_largest", out)(flat, k).reshape(folded.shape)
 
 
+def _where_asked(asked: jax.Array, change, x: jax.Array) -> jax.Array:
+    """change(x), which leaves rows alone that have not `asked` (B,); on CPU only if one has."""
+
+    def on_cpu(x):
+        return jax.lax.cond(asked.any(), change, lambda x: x, x)
+
+    return jax.lax.platform_dependent(x, cpu=on_cpu, default=change)
+
+
+def _largest(reached, start: jax.Array, bits: int) -> jax.Array:
+    """The largest threshold (B,) int32 between `start` and `start` + 2^bits - 1 (counted modulo 2^32) that is
+    `reached`: a function of thresholds (B,), true up to some threshold and false above.
+
+    On CPU bit by bit; elsewhere four bits in one pass over the numbers that `reached` counts, without a loop.
+    """
+
+    def on_cpu(start):
+        def bit(i, threshold):
+            candidate = threshold + jax.lax.shift_left(jnp.int32(1), bits - 1 - i)
+            return jnp.where(reached(candidate), candidate, threshold)
+
+        return jax.lax.fori_loop(0, bits, bit, start)
+
+    def elsewhere(threshold):
+        for shift in range((bits - 1) // 4 * 4, -1, -4):
+            digits = np.arange(1, 1 << min(4, bits - shift), dtype=np.int64) << shift
+            steps = [jnp.int32(np.uint32(step).view(np.int32)) for step in digits]
+            number = sum(reached(threshold + step).astype(jnp.int32) for step in steps)
+            threshold += jax.lax.shift_left(number, jnp.int32(shift))
+        return threshold
+
+    return jax.lax.platform_dependent(start, cpu=on_cpu, default=elsewhere)
+
+
 def _bisect(folded: jax.Array, k: jax.Array) -> jax.Array:
     """`_keep_largest` in plain JAX."""
     # as integers in the order of the floats, so that the k-th largest can be found bit by bit
@@ -126,21 +160,19 @@ def _bisect(folded: jax.Array, k: jax.Array) -> jax.Array:
     def number(mask):
         return mask.astype(jnp.int32).sum(1).sum(-1)
 
-    def halve(i, threshold):  # the largest threshold that at least k keys reach
-        # the sign bit counts down: setting it in an offset-binary sense is adding 2**31
-        candidate = threshold + jax.lax.shift_left(jnp.int32(1), 31 - i)
-        return jnp.where(number(keys >= candidate[:, None, None]) >= k, candidate, threshold)
-
+    # the largest threshold that at least k keys reach
     lowest = jnp.full(k.shape, jnp.iinfo(jnp.int32).min)
-    threshold = jax.lax.fori_loop(0, 32, halve, lowest)[:, None, None]
+    threshold = _largest(lambda t: number(keys >= t[:, None, None]) >= k, lowest, 32)[:, None, None]
     above, tied = keys > threshold, keys == threshold
     ties_kept = k - number(above)  # of the keys equal to the k-th, how many stay
 
-    def first_tied():
-        order = jnp.cumsum(tied.reshape(k.shape[0], -1), axis=-1).reshape(tied.shape)
+    def first_tied(tied):
+        # counted along a row of ids, and over the rows before it
+        rows = tied.astype(jnp.int32).sum(-1)
+        order = jnp.cumsum(tied, axis=-1) + (jnp.cumsum(rows, axis=-1) - rows)[..., None]
         return tied & (order <= ties_kept[:, None, None])
 
-    tied = jax.lax.cond((number(tied) > ties_kept).any(), first_tied, lambda: tied)
+    tied = _where_asked(number(tied) > ties_kept, first_tied, tied)
     return jnp.where(above | tied, folded, -jnp.inf)
 
 
@@ -152,11 +184,10 @@ def _nucleus(weights: jax.Array, p: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(weights, jnp.int32)  # weights are >= 0: ordered as their bits are
     wanted = jnp.maximum(p * weights.sum(1).sum(-1), 1.0)  # at least the best token
 
-    def halve(i, threshold):
-        candidate = threshold + jax.lax.shift_left(jnp.int32(1), 30 - i)
-        mass = jnp.where(bits >= candidate[:, None, None], weights, 0.0).sum(1).sum(-1)
-        return jnp.where(mass >= wanted, candidate, threshold)
+    def reached(threshold):
+        mass = jnp.where(bits >= threshold[:, None, None], weights, 0.0).sum(1).sum(-1)
+        return mass >= wanted
 
-    threshold = jax.lax.fori_loop(0, 31, halve, jnp.zeros(p.shape, jnp.int32))
+    threshold = _largest(reached, jnp.zeros(p.shape, jnp.int32), 31)
     threshold = jnp.where(p >= 1, 0, threshold)
     return jnp.where(bits >= threshold[:, None, None], weights, 0.0)

@@ -5,6 +5,7 @@ allocator's fragmentation is not, for which a margin is left. The largest power 
 stay what they were by accumulation: the mathematics is the same for every choice.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from nanochat_jax.evals.bpb import loss_sums_fn
 from nanochat_jax.hardware.devices import is_out_of_memory
-from nanochat_jax.inference import programs
+from nanochat_jax.inference import model_runner, programs
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import KVSlots
@@ -154,10 +156,31 @@ def least_free_memory() -> int | None:
     return int(everywhere.min()) if everywhere.min() >= 0 else None
 
 
-def measured(lower: Callable[[], Any]) -> int | None:
-    """Compiles what `lower` returns and reads its memory; None if the compiler runs out of it."""
+@contextlib.contextmanager
+def _no_persistent_cache():
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        return bytes_needed(lower().compile().memory_analysis())
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether it is used is asked once only
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def measured(lower: Callable[[], Any]) -> int | None:
+    """Compiles what `lower` returns and reads its memory; None if the compiler runs out of it.
+
+    A program that comes from the persistent cache may have lost its plan of memory: it is then compiled anew.
+    """
+    try:
+        analysis = lower().compile().memory_analysis()
+        if analysis is None:
+            with _no_persistent_cache():
+                analysis = lower().compile().memory_analysis()
+        if analysis is None:
+            raise DoesNotFit("the device does not say what a program needs: give --device_batch_size a number")
+        return bytes_needed(analysis)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -186,14 +209,24 @@ def lower_evaluation(config: GPTConfig, mesh: Mesh, rows: int, T: int):
     )
 
 
-def lower_sampling(config: GPTConfig, device: Any, slots: int, capacity: int, max_new_steps: int = 16, ends: int = 2):
-    """The decoder's program for one device: `max_new_steps` tokens in each of the slots, the whole capacity visible."""
+def lower_sampling(
+    config: GPTConfig,
+    device: Any,
+    slots: int,
+    capacity: int,
+    max_new_steps: int = 16,
+    ends: int = 2,
+    full: bool = False,
+):
+    """The decoder's program that needs most memory on one device: `max_new_steps` tokens in each of the slots, of which
+    the largest part is copied that ever is. full: the one that looks at the whole slots instead, and copies nothing."""
+    length = model_runner.slot_length(capacity, max_new_steps)
     here = SingleDeviceSharding(device)
 
     def on_device(tree, dtype=None):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=here), tree)
 
-    shape = config.n_layer, slots, config.n_kv_head, capacity + max_new_steps, config.head_dim
+    shape = config.n_layer, slots, config.n_kv_head, length, config.head_dim
     storage = jax.eval_shape(lambda: KVSlots.create(*shape, config.dtype))
     row_slots = jax.ShapeDtypeStruct((slots,), jnp.int32)
     rows = jax.ShapeDtypeStruct((slots, programs.N_COLUMNS + max_new_steps), jnp.int32)
@@ -201,7 +234,8 @@ def lower_sampling(config: GPTConfig, device: Any, slots: int, capacity: int, ma
     adjustments = (jax.ShapeDtypeStruct((slots, config.vocab_size), dtype) for dtype in (jnp.float32, jnp.int32))
     others = map(on_device, (storage, row_slots, rows, control, *adjustments))
     arguments = on_device(gpt.abstract(config), config.dtype), *others
-    return programs.decode.lower(gpt, config, *arguments, visible=capacity, max_new_steps=max_new_steps)
+    visible = length if full else model_runner.largest_copy(length)
+    return programs.decode.lower(gpt, config, *arguments, visible=visible, max_new_steps=max_new_steps)
 
 
 def check_all(programs: Sequence[tuple[str, Callable[[], Any], int]], limit: int) -> None:

@@ -14,8 +14,9 @@ from nanochat_jax.evals.chat_eval import evaluate_generative, longest_prompt
 from nanochat_jax.evals.samples import ANSWER_TOKENS, chat_prompts, greedy_sampler
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import SamplingParams
+from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import token_statistics
-from nanochat_jax.parallel import sharding
+from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.planner.plan import PlanError
 from nanochat_jax.runs import checkpoint
 from nanochat_jax.stages import mixtures, rollouts
@@ -29,6 +30,7 @@ from tasks.task import Task
 
 PARENTS = ("sft", "mid")
 ROWS = 8  # per device and micro-step, where nothing says how many fit
+AUTO_SLOTS, SLOTS = 0, 64
 TRANSCRIPTS = 2  # questions a step whose best and worst completions are kept
 
 
@@ -41,7 +43,12 @@ class RlSettings(ChatStageSettings):
     max_new_tokens: int = flag(256, "the longest completion, in tokens")
     temperature: float = flag(1.0, "of the sampled completions")
     top_k: int = flag(50, "sample among the k most likely tokens, 0 = all")
-    slots: int = flag(64, "completions decoded side by side, over all devices", free=True)
+    slots: int = flag(
+        AUTO_SLOTS,
+        f"completions decoded side by side, over all devices; auto: {SLOTS}, on GPUs as many on each",
+        words={"auto": AUTO_SLOTS},
+        free=True,
+    )
     train_stop_token: bool = flag(True, "also train on when to stop (the reference does not)")
     clip: float = flag(0.0, "clip the trainer-to-sampler ratio to 1 +- this (PPO); 0: off, as the reference")
     kl: float = flag(0.0, "penalty for leaving the starting model, per nat; 0: off, as the reference")
@@ -75,7 +82,7 @@ def defaults(demo: bool, recorded: Mapping[str, Any]) -> RlSettings:
 
 def run(settings: RlSettings) -> Outcome:
     """Trains one model by reinforcement, or resumes its run."""
-    mesh = open_devices(settings)
+    mesh = open_devices(settings, decodes=True)
     parent = open_parent(settings, "rl", PARENTS)
     _check(settings, sharding.row_shards(mesh))
     with checkpoint.exclusive(child_run(settings, parent, "rl")) as folder:
@@ -92,6 +99,13 @@ def _check(settings: RlSettings, n_devices: int) -> None:
             f"{settings.examples_per_step} questions x {settings.num_samples} completions = {rows} rows are no "
             f"multiple of --device_batch_size={size} x {n_devices} devices; use a divisor of {rows}"
         )
+
+
+def _slots(settings: RlSettings) -> int:
+    if settings.slots != AUTO_SLOTS:
+        return settings.slots
+    devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
+    return min(SLOTS * devices, max(SLOTS, settings.examples_per_step * settings.num_samples))
 
 
 def _train(settings: RlSettings, folder: Path, parent: Parent, mesh: Mesh) -> Outcome:
@@ -121,7 +135,7 @@ def _train(settings: RlSettings, folder: Path, parent: Parent, mesh: Mesh) -> Ou
         num_iterations=steps,
         rows_per_step=settings.examples_per_step * settings.num_samples,
         sequence_len=T,
-        sampled=(-(-settings.slots // jax.local_device_count()), T),
+        sampled=(-(-_slots(settings) // jax.local_device_count()), T),
         usual_rows=DEMO_ROWS if settings.demo else ROWS,
         held_out=False,
         normalize=False,  # advantages bring their own denominator
@@ -157,16 +171,20 @@ class _Sampler:
         self.settings, self.task, self.T = settings, task, job.sequence_len
         self.config, self.tokenizer = job.config, job.tokenizer
         self._micro = job.settings.device_batch_size * sharding.row_shards(job.mesh)
-        self._devices = list(job.mesh.devices.flat) if jax.process_count() == 1 else None  # which share the rollouts
+        self._mesh, self._rows = multihost.local_mesh(job.mesh), job.settings.device_batch_size
+        self._devices = list(self._mesh.devices.flat)  # which share the rollouts
         self._engine: Engine | None = None
-        self._statistics = jax.jit(lambda params, x, y: token_statistics(job.config, params, x, y))
-        self._reference = job.parent.params() if job.parent and settings.kl else None
+        self._statistics = _statistics_fn(job.config, self._mesh)
+        self._reference = None
+        if job.parent and settings.kl:
+            whole = sharding.named(self._mesh, sharding.replicated_spec())
+            self._reference = jax.device_put(job.parent.params(), whole)
 
     def engine(self, params) -> Engine:
         if self._engine is None:
             s = self.settings
             self._engine = Engine(
-                self.config, params, self.tokenizer, slots=s.slots, capacity=self.T, steps_per_call=16,
+                self.config, params, self.tokenizer, slots=_slots(s), capacity=self.T, steps_per_call=16,
                 devices=self._devices, wait_for_tools=True,
             )  # fmt: skip
         self._engine.params = params
@@ -232,13 +250,25 @@ class _Sampler:
 
     def _policy(self, params, packed: rollouts.Packed, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities and entropies (len(rows), T) of the trainer's forward pass over these rows."""
-        whole = np.resize(rows, -(-len(rows) // self._micro) * self._micro)  # the last micro-batch is filled up
+        devices = self._mesh.size
+        micro = min(self._rows, -(-len(rows) // devices)) * devices
+        whole = np.resize(rows, -(-len(rows) // micro) * micro)  # the last micro-batch is filled up
         parts = [
-            self._statistics(params, packed.inputs[some], packed.targets[some])
-            for some in whole.reshape(-1, self._micro)
+            self._statistics(params, packed.inputs[some], packed.targets[some]) for some in whole.reshape(-1, micro)
         ]
         now, entropy = (np.concatenate([np.asarray(part[k]) for part in parts])[: len(rows)] for k in (0, 1))
         return now, entropy
+
+
+def _statistics_fn(config: GPTConfig, mesh: Mesh):
+    """A jitted `token_statistics` of (params, inputs, targets), with full parameters, whose rows are sharded over all
+    devices of the mesh."""
+    full, rows = sharding.replicated_spec(), sharding.batch_spec(2)
+
+    def local(params, inputs, targets):
+        return token_statistics(config, params, inputs, targets)
+
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(full, rows, rows), out_specs=rows, check_vma=False))
 
 
 def _transcripts(groups: list[list[rollouts.RewardedCompletion]], tokenizer) -> list[dict]:

@@ -304,9 +304,12 @@ def test_eval_engine_sizes(monkeypatch):
     assert made() == (chat_eval.MAX_SLOTS_CPU, 60)
     assert made(rows=3) == (3, 60) and made(slots=2) == (2, 60)
     assert made(10**6)[1] == 10 * config.sequence_len
-    slot = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4 * (60 + 64)
+    slot = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4 * 128  # 60 and space for a call, rounded up
     monkeypatch.setattr(chat_eval, "CACHE_BYTES_CPU", 5 * slot)
+    monkeypatch.setattr(chat_eval, "reads_in_place", lambda dtype, platform: True)
     assert made() == (5, 60)
+    monkeypatch.setattr(chat_eval, "reads_in_place", lambda dtype, platform: False)  # a call copies up to half a slot
+    assert made() == (3, 60)
     task = ListTask(asked("a", "a much longer question"))
     short, long = (len(tokenizer.render_for_completion(task[i])) for i in range(2))
     assert short == chat_eval.longest_prompt(tokenizer, task, 1) < chat_eval.longest_prompt(tokenizer, task) == long

@@ -74,11 +74,24 @@ def test_ties_at_the_edge_of_top_k_keep_exactly_k(top_k):
     assert seen.tolist() == expected
 
 
-@pytest.mark.parametrize("find", [sampling._bisect, sampling._kernel], ids=["plain JAX", "kernel"])
+@pytest.fixture
+def accelerator(monkeypatch):
+    """What is computed differently elsewhere is computed on this CPU as on a GPU."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, **_: default(*operands))
+
+
+@pytest.fixture(params=["plain JAX", "kernel", "accelerator"])
+def find(request):
+    if request.param == "accelerator":
+        request.getfixturevalue("accelerator")
+        return sampling._bisect  # one operation at a time: unrolled as it is, it takes a CPU long to compile
+    if request.param == "kernel" and not cpu_kernels.available("keep_largest"):
+        pytest.skip("needs AVX2")
+    return jax.jit(sampling._kernel if request.param == "kernel" else sampling._bisect)
+
+
 @pytest.mark.parametrize("V", [200, 256, 5000])
 def test_the_k_largest_are_those_that_a_stable_sort_puts_first(find, V):
-    if find is sampling._kernel and not cpu_kernels.available("keep_largest"):
-        pytest.skip("needs AVX2")
     rng = np.random.default_rng(V)
     k = np.array([1, 2, 50, V - 1, V, V + 3, 7], np.int32)
     logits = rng.normal(size=(len(k), V)).astype(np.float32) * 4
@@ -86,7 +99,7 @@ def test_the_k_largest_are_those_that_a_stable_sort_puts_first(find, V):
     kept = np.full_like(logits, -np.inf)
     for row, best in enumerate(np.argsort(-logits, axis=-1, kind="stable")):
         kept[row, best[: k[row]]] = logits[row, best[: k[row]]]
-    found = jax.jit(find)(sampling.fold(jnp.asarray(logits)), jnp.asarray(k)).reshape(len(k), -1)
+    found = find(sampling.fold(jnp.asarray(logits)), jnp.asarray(k)).reshape(len(k), -1)
     np.testing.assert_array_equal(found[:, :V], kept)
     assert np.all(found[:, V:] == -np.inf)
 
@@ -158,3 +171,25 @@ def test_settings_do_not_recompile():
         for top_k in (0, 1, 64, 65, 400):
             call(logits, temperature=temperature, top_k=top_k, top_p=1.0 / (1 + top_k), seed=top_k)
     assert draw._cache_size() == before
+
+
+def test_an_accelerator_draws_the_same_tokens_without_loops_and_with_one_branch(monkeypatch, request):
+    rng = np.random.default_rng(2)
+    logits = np.round(rng.normal(size=(12, 700)) * 3, 1).astype(np.float32)  # with ties
+    settings = dict(
+        temperature=rng.choice([0.0, 0.5, 1.0, 1.7], 12),
+        top_k=rng.choice([0, 1, 5, 50, 64, 65, 300, 5000], 12),
+        top_p=rng.choice([0.0, 0.3, 0.9, 1.0], 12),
+        seed=np.arange(12),
+    )
+    expected = call(logits, **settings)
+    request.getfixturevalue("accelerator")
+    plain = draw.__wrapped__
+    monkeypatch.setitem(globals(), "draw", plain)
+    with jax.disable_jit():  # unrolled as it is, it takes a CPU long to compile
+        np.testing.assert_array_equal(call(logits, **settings), expected)
+    monkeypatch.setattr(sampling, "uniforms", lambda seed, *_: jnp.full((len(seed), 2), 0.5))
+    traced = jax.make_jaxpr(lambda *args: plain(*args))  # another function: what is traced is remembered
+    monkeypatch.setitem(globals(), "draw", lambda *args: traced(*args).pretty_print())
+    program = str(call(logits, **settings))
+    assert program.count("cond[") == 1 and "while[" not in program

@@ -103,6 +103,26 @@ def test_free_memory():
     assert fit_batch.free_memory(SimpleNamespace(memory_stats=lambda: None)) is None
 
 
+def test_a_program_from_the_cache_that_lost_its_plan_of_memory_is_compiled_anew():
+    facts = SimpleNamespace(
+        argument_size_in_bytes=1, output_size_in_bytes=1, alias_size_in_bytes=1, temp_size_in_bytes=5,
+        generated_code_size_in_bytes=0,
+    )  # fmt: skip
+    cached = []
+
+    def lower():
+        cached.append(jax.config.jax_enable_compilation_cache)
+        analysis = None if cached[-1] else facts
+        return SimpleNamespace(compile=lambda: SimpleNamespace(memory_analysis=lambda: analysis))
+
+    before = jax.config.jax_enable_compilation_cache
+    assert fit_batch.measured(lower) == 6 and cached == [True, False]
+    assert jax.config.jax_enable_compilation_cache == before
+    nothing = SimpleNamespace(compile=lambda: SimpleNamespace(memory_analysis=lambda: None))
+    with pytest.raises(DoesNotFit, match="--device_batch_size"):
+        fit_batch.measured(lambda: nothing)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # real programs, on the simulated devices
 
