@@ -37,12 +37,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def prepare(device: str = "auto", *, alone: bool = False) -> None:
+def prepare(device: str = "auto", *, alone: bool = False, decodes: bool | None = None, processes: int = 1) -> None:
     """Sets what must be set before JAX starts: memory reuse, platform, GPU flags, the persistent compilation cache.
 
     `device` is "auto", "cpu" or "gpu". alone: take nearly all of the GPUs' memory at once, as training does; without it
-    memory is taken as it is needed. Call it first thing in a script, before any array is made. Raises DeviceError for
-    another device.
+    memory is taken as it is needed. decodes, processes: see `xla_flags.apply`. Call it first thing in a script, before
+    any array is made. Raises DeviceError for another device.
     """
     if device not in ("auto", "cpu", "gpu"):
         raise DeviceError(f"--device must be auto, cpu or gpu, got {device!r}")
@@ -52,8 +52,13 @@ def prepare(device: str = "auto", *, alone: bool = False) -> None:
     from nanochat_jax.utils.paths import base_dir
 
     keep_freed_memory()
-    if device != "cpu" and (gpus := visible_gpus()):
-        for setting in xla_flags.apply(gpus[0], len(gpus), alone=alone):
+    gpus = [] if device == "cpu" else visible_gpus()
+    if not gpus:
+        # the CUDA build may be here to plan with: JAX is not to complain that CUDA's libraries are not
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    else:
+        more = dict(alone=alone, decodes=decodes, processes=processes, free=free_share() if alone else 1.0)
+        for setting in xla_flags.apply(gpus[0], len(gpus), **more):  # pyright: ignore[reportArgumentType]
             logger.info("set: %s", setting)
     if device != "auto":
         jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
@@ -177,10 +182,26 @@ def visible_gpus() -> list[str]:
     return gpus if chosen is None else gpus[: len([part for part in chosen.split(",") if part.strip()])]
 
 
+def free_share() -> float:
+    """The share of its memory that is free on the NVIDIA GPU that has least; 1 where it is not known."""
+    query = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query += ["-i", chosen]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
+        rows = [[float(number) for number in line.split(",")] for line in out.splitlines()]
+        return min((free / total for free, total in rows), default=1.0)
+    except (OSError, subprocess.TimeoutExpired, ValueError, ZeroDivisionError):
+        return 1.0
+
+
 def _cuda_advice() -> str:
     clash = os.environ.get("LD_LIBRARY_PATH", "")
     hint = f" LD_LIBRARY_PATH is set ({clash}) and may hide the bundled CUDA libraries: unset it." if clash else ""
-    return f"Install the CUDA build: pip install '.[cuda12]' (needs driver 525 or newer; see `nvidia-smi`).{hint}"
+    return (
+        "Install the CUDA build: pip install '.[cuda12]' (needs driver 525 or newer, cuda13 580; `python -m "
+        f"scripts.doctor` says what is wrong).{hint}"
+    )
 
 
 def activation_dtype():

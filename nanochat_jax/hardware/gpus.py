@@ -50,6 +50,7 @@ _A100: dict[str, Any] = dict(
 _SMALL: dict[str, Any] = dict(
     fpus_per_core=128, shared_per_core=102_400, threads_per_core=1536, link="PCIe 4.0 x16", link_bandwidth=32e9
 )
+_PCIE_5: dict[str, Any] = dict(link="PCIe 5.0 x16", link_bandwidth=64e9)
 
 CARDS: dict[str, Card] = {
     "h100": Card(
@@ -71,33 +72,89 @@ CARDS: dict[str, Card] = {
         fpus_per_core=128, l2_bytes=132_644_864, clock_ghz=1.965, shared_per_core=233_472, threads_per_core=2048,
         links=18,
     ),
+    "gh200": Card(
+        "NVIDIA GH200 480GB", 101_800_000_000, 4.0e12, 989e12, "NVLink 4", 450e9, 1.5,
+        cores=132, clock_ghz=1.98, links=18, **_HOPPER,
+    ),
+    "rtxpro6000": Card(
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 101_900_000_000, 1.792e12, 503.8e12, price=1.8,
+        capability=(12, 0), cores=188, l2_bytes=134_217_728, clock_ghz=2.617, **(_SMALL | _PCIE_5),
+    ),
+    "rtx6000ada": Card(
+        "NVIDIA RTX 6000 Ada Generation", 50_900_000_000, 0.96e12, 364.2e12, price=0.77,
+        capability=(8, 9), cores=142, l2_bytes=100_663_296, clock_ghz=2.505, **_SMALL,
+    ),
+    "a6000": Card(
+        "NVIDIA RTX A6000", 50_900_000_000, 0.768e12, 154.8e12, price=0.49,
+        capability=(8, 6), cores=84, l2_bytes=6_291_456, clock_ghz=1.8, **_SMALL,
+    ),
+    "gb10": Card(  # its memory is the system's
+        "NVIDIA GB10", 128_000_000_000, 0.273e12, 125e12, "ConnectX-7", 25e9, 0.2, capability=(12, 1), cores=48,
+        fpus_per_core=128, l2_bytes=25_165_824, clock_ghz=2.418, shared_per_core=102_400, threads_per_core=1536,
+    ),
     "l40s": Card(
         "NVIDIA L40S", 47_800_000_000, 0.864e12, 362e12, price=0.9,
         capability=(8, 9), cores=142, l2_bytes=100_663_296, clock_ghz=2.52, **_SMALL,
+    ),
+    "l40": Card(
+        "NVIDIA L40", 47_800_000_000, 0.864e12, 181e12, price=0.8,
+        capability=(8, 9), cores=142, l2_bytes=100_663_296, clock_ghz=2.49, **_SMALL,
+    ),
+    "a10g": Card(
+        "NVIDIA A10G", 23_600_000_000, 0.6e12, 70e12, price=1.0,
+        capability=(8, 6), cores=80, l2_bytes=6_291_456, clock_ghz=1.71, **_SMALL,
+    ),
+    "a10": Card(
+        "NVIDIA A10", 23_600_000_000, 0.6e12, 125e12, price=0.6,
+        capability=(8, 6), cores=72, l2_bytes=6_291_456, clock_ghz=1.695, **_SMALL,
     ),
     "l4": Card(
         "NVIDIA L4", 23_600_000_000, 0.3e12, 121e12, price=0.6,
         capability=(8, 9), cores=58, l2_bytes=50_331_648, clock_ghz=2.04, **_SMALL,
     ),
+    "rtx5090": Card(
+        "NVIDIA GeForce RTX 5090", 33_700_000_000, 1.792e12, 209.5e12, price=0.7,
+        capability=(12, 0), cores=170, l2_bytes=100_663_296, clock_ghz=2.407, **(_SMALL | _PCIE_5),
+    ),
+    "rtx5080": Card(
+        "NVIDIA GeForce RTX 5080", 16_900_000_000, 0.96e12, 112.6e12, price=0.35,
+        capability=(12, 0), cores=84, l2_bytes=67_108_864, clock_ghz=2.617, **(_SMALL | _PCIE_5),
+    ),
     "rtx4090": Card(
         "NVIDIA GeForce RTX 4090", 25_390_000_000, 1.008e12, 165e12, price=0.4,
         capability=(8, 9), cores=128, l2_bytes=75_497_472, clock_ghz=2.52, **_SMALL,
+    ),
+    "rtx4080": Card(
+        "NVIDIA GeForce RTX 4080", 17_000_000_000, 0.717e12, 97.5e12, price=0.25,
+        capability=(8, 9), cores=76, l2_bytes=67_108_864, clock_ghz=2.505, **_SMALL,
     ),
     "rtx3090": Card(
         "NVIDIA GeForce RTX 3090", 25_430_000_000, 0.936e12, 71e12, price=0.22,
         capability=(8, 6), cores=82, l2_bytes=6_291_456, clock_ghz=1.695, **_SMALL,
     ),
+    "rtx3060": Card(
+        "NVIDIA GeForce RTX 3060", 12_600_000_000, 0.36e12, 25.5e12, price=0.1,
+        capability=(8, 6), cores=28, l2_bytes=3_145_728, clock_ghz=1.777, **_SMALL,
+    ),
 }  # fmt: skip
 
-_ALIASES = {"a100": "a100-80", "h100-sxm": "h100", "4090": "rtx4090", "3090": "rtx3090"}
+_ALIASES = {
+    "a100": "a100-80", "a100-pcie-40gb": "a100-40", "h100-sxm": "h100", "gb200": "b200",
+    "rtx-a6000": "a6000", "rtx-pro-6000": "rtxpro6000",
+    "5090": "rtx5090", "5080": "rtx5080", "4090": "rtx4090", "4080": "rtx4080", "3090": "rtx3090", "3060": "rtx3060",
+}  # fmt: skip
+# Cards that share a name and little else: chips of notebooks, slices of a card.
+_OTHER_CARDS = re.compile(r"\b(laptop|mobile|max-q|mig|d)\b", re.I)
 
 
 def find(name: str) -> Card:
-    """The card of that name, in any spelling of its key ("H100", "rtx-4090"). ValueError lists those there are."""
+    """The card of that name, in any spelling of its key ("H100", "rtx-4090") or as its driver has it. ValueError lists
+    those there are."""
     key = _SPELLINGS.get(_squeezed(name))
-    if key is None:
+    card = CARDS[key] if key else of_device(name)
+    if card is None:
         raise InputError(f"--gpu={name} is not known; give one of: {', '.join(CARDS)}")
-    return CARDS[key]
+    return card
 
 
 def of_device(kind: str) -> Card | None:
@@ -106,12 +163,21 @@ def of_device(kind: str) -> Card | None:
     for card in CARDS.values():
         if card.name == kind:
             return card
-    found = [spelling for spelling in _SPELLINGS if spelling in _squeezed(kind)]
-    return CARDS[_SPELLINGS[max(found, key=len)]] if found else None  # the longest: an "L40S" is no "L4"
+    if _OTHER_CARDS.search(kind):
+        return None
+    found = [spelling for spelling, pattern in _PATTERNS.items() if pattern.search(kind)]
+    return CARDS[_SPELLINGS[max(found, key=len)]] if found else None  # the longest: "H100 PCIe" is no "H100"
 
 
 def _squeezed(name: str) -> str:
     return re.sub(r"[\s_-]", "", name.lower())
 
 
+def _pattern(name: str) -> re.Pattern[str]:
+    """Matches the name as a word of its own: an "L40" is no "L4", an "RTX A1000" no "A100"."""
+    spelled = r"[\s_-]*".join(re.findall(r"[a-z]+|\d+", name))
+    return re.compile(rf"(?<![a-z0-9]){spelled}(?![a-z0-9])", re.I)
+
+
 _SPELLINGS = {_squeezed(key): key for key in CARDS} | {_squeezed(k): v for k, v in _ALIASES.items()}
+_PATTERNS = {_squeezed(name): _pattern(name) for name in (*CARDS, *_ALIASES)}

@@ -10,6 +10,7 @@ from nanochat_jax.hardware.devices import OutOfMemory
 from nanochat_jax.model.gpt import num_params
 from nanochat_jax.parallel import multihost, sharding
 from nanochat_jax.planner import fit_batch, memory
+from nanochat_jax.training.execution import announce
 from nanochat_jax.training.job import AUTO, Outcome, TrainJob
 
 
@@ -21,6 +22,7 @@ def with_batch_size(job: TrainJob, attempt: Callable[[TrainJob], Outcome]) -> Ou
 
     On GPUs the evaluation and the sampling are compiled first: DoesNotFit is raised at the start and not after hours.
     """
+    announce(job.config, job.mesh, job.settings.require_fast, job.settings.fp8)
     # 1. the number of rows
     limit = fit_batch.least_free_memory()
     rows = job.settings.device_batch_size

@@ -26,9 +26,11 @@ from nanochat_jax.utils import paths, provenance
 from nanochat_jax.utils.errors import InputError
 
 
-def open_devices(settings: StageSettings) -> Mesh:
-    """Readies JAX, brings the processes of the job together and returns the mesh over all their devices."""
-    devices.prepare(settings.device, alone=True)
+def open_devices(settings: StageSettings, decodes: bool = False) -> Mesh:
+    """Readies JAX, brings the processes of the job together and returns the mesh over all their devices.
+    decodes: the stage spends much of its time sampling."""
+    job = cluster.find_cluster(settings.distributed)
+    devices.prepare(settings.device, alone=True, decodes=decodes, processes=job.processes if job else 1)
     cluster.start(settings.distributed)
     print(f"device: {devices.check(settings.device)}")
     return sharding.make_mesh(fsdp=settings.fsdp, tensor=settings.tensor)

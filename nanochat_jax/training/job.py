@@ -38,6 +38,14 @@ class TrainSettings:
         words={"auto": AUTO},
         free=True,
     )
+    require_fast: bool = flag(
+        False, "on a GPU, refuse to train by anything but the fast way, which is otherwise only said", free=True
+    )
+    fp8: bool = flag(
+        False,
+        "compute the products of the layers in float8 (Ada, Hopper, Blackwell): quicker from about depth 20 on, "
+        "less precise",
+    )
     recipe: str = flag("v1", "nanochat of October 2025 (v1) or of July 2026 (modern)", choices=RECIPES)
     embedding_lr: float = flag(OptimHyper.embedding_lr, "AdamW learning rate of the embedding at width 768")
     unembedding_lr: float = flag(OptimHyper.unembedding_lr, "AdamW learning rate of the unembedding at width 768")
@@ -191,7 +199,10 @@ class TrainJob:
     def train_step(self) -> Any:
         """The jitted, guarded step (see `step.make_train_step`)."""
         clip = self.settings.grad_clip
-        return make_train_step(self.config, self.optimizer, self.mesh, clip, self.normalize, guarded=True)
+        config = self.config
+        if self.settings.fp8:  # nothing but training is in float8
+            config = dataclasses.replace(config, compute_dtype="float8")
+        return make_train_step(config, self.optimizer, self.mesh, clip, self.normalize, guarded=True)
 
     def abstract_state(self, padded: bool) -> TrainState:
         """Shapes and shardings of the state: as training holds it (padded) or as a checkpoint stores it."""

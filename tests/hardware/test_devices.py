@@ -57,6 +57,14 @@ def test_visible_gpus(monkeypatch, visible, count):
 
 
 @pytest.mark.parametrize(
+    ("said", "share"), [("80000, 100000\n50000, 100000\n", 0.5), ("", 1.0), ("[N/A], [N/A]\n", 1.0), ("no\n", 1.0)]
+)
+def test_the_free_share_is_that_of_the_fullest_gpu(monkeypatch, said, share):
+    monkeypatch.setattr(devices.subprocess, "run", lambda *a, **k: types.SimpleNamespace(stdout=said, returncode=0))
+    assert devices.free_share() == share
+
+
+@pytest.mark.parametrize(
     "capability,dtype",
     [("7.5", "float32"), ("8.0", "bfloat16"), ("12.0", "bfloat16"), ("gfx942", "bfloat16"), (None, "bfloat16")],
 )
