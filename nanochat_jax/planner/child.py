@@ -24,8 +24,9 @@ from nanochat_jax.training.step import abstract_state, make_train_step
 
 
 def config_of(case: Case) -> GPTConfig:
-    """The model as a GPU trains it: bfloat16 matmuls, cuDNN attention."""
-    run: dict[str, Any] = dict(compute_dtype="bfloat16", attention="cudnn", remat=case.remat)
+    """The model as a GPU trains it: bfloat16 or float8 matmuls, cuDNN attention."""
+    in_float8 = case.fp8 and case.program == "step"
+    run: dict[str, Any] = dict(compute_dtype="float8" if in_float8 else "bfloat16", attention="cudnn", remat=case.remat)
     return GPTConfig.from_depth(
         case.depth, case.vocab_size, case.T, "modern" if case.recipe == "modern" else "v1", **run
     )
@@ -50,7 +51,8 @@ def compile_case(case: Case) -> dict[str, Any]:
         lowered = fit_batch.lower_sampling(config, devices[0], case.rows, case.T)
     compiled = lowered.compile()
     memory: Any = compiled.memory_analysis()
-    counts = hlo.count(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    counts = hlo.count(text)
     return {
         **facts,
         "bytes": fit_batch.bytes_needed(memory),
@@ -63,6 +65,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         "memory_traffic": counts.bytes,
         "kernel_seconds": counts.kernel_seconds(card.bf16_flops, card.memory_bandwidth),
         "unknown_loops": counts.unknown_loops,
+        "float8_products": text.count('custom_call_target="__cublas$lt$matmul$f8"'),
         "cudnn_attention": [counts.attention_forward, counts.attention_backward],
         "compile_seconds": time.perf_counter() - began,
     }

@@ -21,6 +21,10 @@ from nanochat_jax.utils.errors import UserError
 from nanochat_jax.utils.paths import base_dir, sha256_hex, write_atomic
 
 PACKAGE = Path(nanochat_jax.__file__).parent
+CUDA_VERSION = "12.9.0"  # of driver and toolkit, on the node that is planned for
+
+
+INSTALL = "pip install '.[plan]'; no GPU is needed"
 
 
 class NoPlugin(UserError, RuntimeError):
@@ -48,6 +52,7 @@ class Case:
     fsdp: int = 1
     tensor: int = 1
     recipe: str = "v1"
+    fp8: bool = False
 
 
 def results(cases: Sequence[Case], say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
@@ -63,7 +68,7 @@ def results(cases: Sequence[Case], say: Callable[[str], None] = lambda line: Non
     missing = [i for i, facts in enumerate(found) if facts is None]
     if missing:
         if plugin_version() is None:
-            raise NoPlugin("the CUDA plugin of JAX is not installed (pip install '.[cuda12]'; no GPU is needed)")
+            raise NoPlugin(f"the CUDA plugin of JAX is not installed ({INSTALL})")
         # 2. the rest in one child process, since a process sees one kind of card only
         done = _compile([cases[i] for i in missing], env, say)
         # 3. each case is cached as soon as its line has come
@@ -163,6 +168,9 @@ def text_proto(card: Card) -> str:
         "registers_per_block_limit": 65536,
     }
     lines = [f"  {name}: {value}" for name, value in fields.items()]
+    # as a real process would report them: what XLA puts into CUDA graphs depends on them
+    versions = ("driver_version", "runtime_version", "compile_time_toolkit_version")
+    lines += [f'  {name}: "{CUDA_VERSION}"' for name in versions]
     feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     lines.append(f"  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}")
     if card.links:
@@ -184,6 +192,17 @@ def _cudnn_version() -> tuple[int, int, int]:
     return 9, 10, 0
 
 
+def _do_without_cudnn() -> None:
+    """JAX asks cuDNN for its version before it lowers attention. To compile, cuDNN itself (1 GB) is not needed."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    try:
+        fused.check_cudnn_version()
+    except RuntimeError:
+        major, minor, patch = _cudnn_version()
+        fused.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
+
+
 def plugin_version() -> str | None:
     """The version of the installed CUDA plugin; None if there is none."""
     for package in ("jax-cuda12-plugin", "jax-cuda13-plugin"):
@@ -194,11 +213,11 @@ def plugin_version() -> str | None:
     return None
 
 
-def environment(card: Card, gpus: int) -> dict[str, str]:
+def environment(card: Card, gpus: int, decodes: bool = False) -> dict[str, str]:
     """The environment of a process that compiles for the card: the flags of a real run, but no GPU is touched."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     env.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # our own cache holds the few numbers that matter
-    xla_flags.apply(card.name, gpus, environ=env)
+    xla_flags.apply(card.name, gpus, decodes=decodes, environ=env)
     return env
 
 
@@ -207,7 +226,8 @@ def devices(card: Card, gpus: int) -> list:
     from jax.experimental import topologies
 
     if plugin_version() is None:
-        raise NoPlugin("compiling for a GPU needs the CUDA plugin (no GPU): pip install '.[cuda12]'")
+        raise NoPlugin(f"compiling for a GPU needs the CUDA plugin of JAX ({INSTALL})")
+    _do_without_cudnn()
     described = topologies.get_topology_desc(
         card.name, platform="cuda", target_config=text_proto(card), topology=f"1x1x{gpus}"
     )

@@ -179,7 +179,8 @@ class _Program:
         if i.opcode == "dynamic-update-slice":
             return 2 * shape_bytes(body[i.operands[1]].type)
         if i.opcode != "fusion":
-            return shape_bytes(i.type) + sum(shape_bytes(body[o].type) for o in i.operands if o in body)
+            written = re.sub(r"\b[su]8\[[\d,]*\]", "", i.type) if "__cu" in i.rest else i.type  # not a workspace
+            return shape_bytes(written) + sum(shape_bytes(body[o].type) for o in i.operands if o in body)
         inner = self.computations[_called(i.rest, "calls")]
         return sum(_read(p, inner) for p in inner.values() if p.opcode == "parameter") + _written(inner)
 
@@ -193,7 +194,8 @@ def _parse(name: str, text: str, root: bool) -> Instruction | None:
     opened = end + found.end() - 1
     closed = _closing(text, opened)
     operands = tuple(re.findall(r"%([\w.\-]+)", text[opened:closed]))
-    return Instruction(name, text[:end], found[1], operands, text[closed:], root)
+    opcode = found[1].replace("fusion-start", "fusion")  # as newer releases have those that run beside others
+    return Instruction(name, text[:end], opcode, operands, text[closed:], root)
 
 
 def _closing(text: str, at: int) -> int:

@@ -58,9 +58,10 @@ class PlanSettings:
     )
     device_batch_size: int = flag(0, "rows per device and micro-step; 0: every power of two that divides")
     remat: str = flag("none", "activations recomputed in the backward pass", choices=("none", "mlp", "block"))
+    fp8: bool = flag(False, "products of the layers in float8 (time and dollars stay those of --mfu)")
     fsdp: int = flag(1, "devices over which the parameters are sharded too")
     tensor: int = flag(1, "devices over which heads, MLP and vocabulary are sharded")
-    compile: bool = flag(True, "compile the real programs for the card (needs the CUDA plugin, no GPU)")
+    compile: bool = flag(True, "compile the real programs for the card (needs the extra plan, no GPU)")
     json: bool = flag(False, "print JSON instead of text")
 
 
@@ -222,7 +223,7 @@ def _compiled_steps(settings, key: str, base: BasePlan, wanted: Sequence[int], r
 def _case(settings, key: str, base: BasePlan, program: str, rows: int, accumulation: int = 1, T: int = 0):
     shape: dict[str, Any] = dict(depth=base.depth, vocab_size=base.vocab_size, T=T or base.max_seq_len, rows=rows)
     run: dict[str, Any] = dict(
-        accumulation=accumulation, remat=settings.remat, fsdp=settings.fsdp, tensor=settings.tensor
+        accumulation=accumulation, remat=settings.remat, fsdp=settings.fsdp, tensor=settings.tensor, fp8=settings.fp8
     )
     return compiled.Case(program=program, gpu=key, gpus=settings.gpus, recipe=settings.recipe, **shape, **run)
 
@@ -331,6 +332,8 @@ def describe(facts: dict[str, Any]) -> str:
             )
         forward, backward = step["cudnn_attention"]
         rows.append(("attention", f"cuDNN: {forward} forward and {backward} backward calls in the program"))
+        if found := step.get("float8_products"):
+            rows.append(("float8", f"{found} matrix products in the program"))
     line = time["roofline"]
     alone = f"FLOPs alone {_seconds(line['compute'])}"
     if line["memory"] is not None:

@@ -1,0 +1,99 @@
+"""Programs compiled for a GPU that is not there, in a process of their own: flags must be set before JAX starts.
+
+    programs = compile_for("h100", 1, ["train_step", "decode"])     {name: Program}
+
+What can be compiled is a function below, from a list of devices to something lowered. Models are small, their heads of
+real width.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax.hardware.gpus import CARDS
+from nanochat_jax.planner import compile as compiler
+from tests import children
+
+ROOT = Path(__file__).resolve().parent.parent
+T, SLOTS = 255, 32  # an odd length, which cuDNN's attention does not take by itself
+
+
+@dataclass(frozen=True)
+class Program:
+    """The scheduled HLO of one device, and bytes."""
+
+    text: str
+    temporary: int
+    aliased: int
+    arguments: int
+
+
+def compile_for(gpu: str, gpus: int, names: list[str], decodes: bool = False) -> dict[str, Program]:
+    """Compiles the named programs for so many cards, with the flags of training, or of that and decoding."""
+    env = {**compiler.environment(CARDS[gpu], gpus, decodes), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.gpu_programs", gpu, str(gpus), *names]
+    done = children.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: Program(**facts) for name, facts in json.loads(done.stdout).items()}
+
+
+def config(**overrides: Any):
+    from nanochat_jax.model.gpt import GPTConfig
+
+    shape = dict(sequence_len=T, vocab_size=4096, n_layer=2, n_head=4, n_kv_head=2, n_embd=512)
+    return GPTConfig.modern(**{**shape, "compute_dtype": "bfloat16", "attention": "cudnn", **overrides})
+
+
+def train_step(devices, fsdp: int = 1, **overrides):
+    from nanochat_jax.parallel import sharding
+    from nanochat_jax.planner import fit_batch
+    from nanochat_jax.training.optim import OptimHyper, make_optimizer
+    from nanochat_jax.training.step import make_train_step
+
+    mesh, model = sharding.make_mesh(devices, fsdp), config(**overrides)
+    optimizer = make_optimizer(OptimHyper.of("modern", ns_dtype="bfloat16"), 100, model.n_embd)
+    step = make_train_step(model, optimizer, mesh, guarded=True)
+    return fit_batch.lower_step(step, model, optimizer, mesh, rows=4, accumulation=2, T=model.sequence_len)
+
+
+def train_step_fsdp(devices):
+    return train_step(devices, fsdp=len(devices))
+
+
+def train_step_float8(devices):
+    return train_step(devices, compute_dtype="float8")
+
+
+def decode(devices, full: bool = True):
+    from nanochat_jax.planner import fit_batch
+
+    model = config(sequence_len=1000, window_pattern="L")  # of a window, a copy is made
+    return fit_batch.lower_sampling(model, devices[0], SLOTS, 1000, full=full)
+
+
+def decode_part(devices):
+    return decode(devices, full=False)
+
+
+def main(gpu: str, gpus: str, *names: str) -> None:
+    devices = compiler.devices(CARDS[gpu], int(gpus))
+    found = {}
+    for name in names:
+        compiled = globals()[name](devices).compile()
+        memory = compiled.memory_analysis()
+        found[name] = dict(
+            text=compiled.as_text(),
+            temporary=memory.temp_size_in_bytes,
+            aliased=memory.alias_size_in_bytes,
+            arguments=memory.argument_size_in_bytes,
+        )
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+    main(*sys.argv[1:])
