@@ -7,8 +7,11 @@
 #                                        (also PRESET=gpu)
 #   PRESET=v1-d20 bash speedrun_jax.sh   the recipe of October 2025: depth 20 on FineWeb-Edu (also PRESET=d20)
 #   PRESET=v1-d32 bash speedrun_jax.sh   the same at depth 32, more than ten times the work (also PRESET=d32)
+#   PRESET=modern-d12 bash speedrun_jax.sh   the modern recipe at any depth, for fewer or smaller cards (also v1-d12)
 #   bash speedrun_jax.sh --plan_only     only prints the commands and, for GPUs, what they need, take and cost
 #
+# On GPUs it says how long d24 will take and what that costs. Where it would take more than HOURS (24), it chooses the
+# depth that does not, and asks before it starts; PRESET is the answer where nobody is there to be asked.
 # Every stage resumes where it stopped, and what is done is not done again: after an interruption, run it once more.
 # Further arguments go to all training stages, or to one of them: --num_iterations=50, --base.depth=12, --sft.num_epochs=2.
 # --model_name=Ada gives the model a name.
@@ -31,23 +34,14 @@ for argument in "$@"; do
 done
 
 # "The operating system sees an NVIDIA GPU"; whether JAX can use it is checked, and insisted on, by the training command.
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+listed=$(nvidia-smi -L 2>/dev/null || true)
+gpus=$(grep -c '^GPU' <<<"$listed" || true)
+card=${GPU:-$(sed -n 's/^GPU 0: \(.*\) (UUID.*/\1/p' <<<"$listed")}
 cards=${NVIDIA_CARDS:-/proc/driver/nvidia/gpus} # where the driver lists them, whether or not nvidia-smi works
 if [ -z "${PRESET:-}" ] && [ "${gpus:-0}" -eq 0 ] && [ -n "$(ls -A "$cards" 2>/dev/null)" ]; then
   die "$cards lists NVIDIA GPUs, but nvidia-smi does not answer. Mend the driver (\`nvidia-smi -L\` must list them), or" \
     "set PRESET=d24 to train on them all the same, PRESET=demo for the small model on the CPU"
 fi
-if [ -z "${PRESET:-}" ]; then
-  if [ "${gpus:-0}" -gt 0 ]; then
-    PRESET=d24; why="$gpus NVIDIA GPU(s) found"
-  else
-    PRESET=demo; why="no NVIDIA GPU found"
-  fi
-  echo "Preset: $PRESET ($why; set PRESET=demo, d24, v1-d20 or v1-d32 to choose)"
-else
-  echo "Preset: $PRESET (as asked)"
-fi
-[ "$PRESET" = gpu ] && PRESET=d24
 
 # show COMMAND...: on one line, quoted where a shell needs it.
 show() {
@@ -133,8 +127,8 @@ environment() {
 # downloads the others, each while the one before it becomes rows.
 gpu_node() {
   local depth=$1 shards=$2 chars=$3
-  environment "cuda12${WANDB_RUN:+,wandb}"
-  if [ "$plan_only" ]; then plan_gpu_node --depth="$depth"; fi
+  environment "$extras"
+  show_plan --depth="$depth"
   step "download: shards for the tokenizer" "$PY" -m nanochat_jax.data.hub -n "$shards"
   step "tokenizer" "$PY" -m scripts.tok_train --max_chars="$chars" --vocab_size=65536
   step "tokenizer: compression" "$PY" -m scripts.tok_eval
@@ -148,15 +142,14 @@ gpu_node() {
   evaluate rl --source=rl --run_name="$run-rl" --tasks=GSM8K
 }
 
-# modern_node DEPTH RATIO BATCH: the current recipe, which goes from base straight to finetuning; later stages inherit it.
+# modern_node FLAGS...: the current recipe, which goes from base straight to finetuning; later stages inherit it.
 modern_node() {
-  local size=(--recipe=modern --depth="$1" --target_param_data_ratio="$2" --total_batch_size="$3")
-  environment "cuda12${WANDB_RUN:+,wandb}"
-  if [ "$plan_only" ]; then plan_gpu_node "${size[@]}"; fi
+  environment "$extras"
+  show_plan --recipe=modern "$@"
   step "download: shards for the tokenizer" "$PY" -m nanochat_jax.data.hub -n 8 --repo=climbmix
   step "tokenizer" "$PY" -m scripts.tok_train --recipe=modern
   step "tokenizer: compression" "$PY" -m scripts.tok_eval
-  train base "${size[@]}" --run_name="$run-base"
+  train base --recipe=modern "$@" --run_name="$run-base"
   evaluate base --source=base --run_name="$run-base"
   train sft --source="$run-base" --run_name="$run-sft"
   evaluate sft --source=sft --run_name="$run-sft"
@@ -164,15 +157,69 @@ modern_node() {
   evaluate rl --source=rl --run_name="$run-rl" --tasks=GSM8K
 }
 
-# plan_gpu_node FLAGS...: what it needs, takes and costs, on the GPUs of this machine or else on 8 H100s.
-plan_gpu_node() {
-  local plan=("$PY" -m scripts.plan "$@" --gpu="${GPU:-h100}" --gpus="$([ "${gpus:-0}" -gt 0 ] && echo "$gpus" || echo 8)")
+# gpu_plan FLAGS...: scripts.plan for the GPUs of this machine, or else for 8 H100s.
+planned_gpus=$([ "${gpus:-0}" -gt 0 ] && echo "$gpus" || echo 8)
+gpu_plan() {
+  "$PY" -m scripts.plan "$@" --gpu="${card:-h100}" --gpus="$planned_gpus"
+}
+
+# planned FLAGS...: depth, hours and dollars of the plan.
+planned() {
+  local numbers="import json, sys; p = json.load(sys.stdin); print(p['depth'], p['time']['hours'], p['dollars'])"
+  gpu_plan "$@" --compile=False --json | "$PY" -c "$numbers" 2>/dev/null
+}
+
+# choose_preset: d24 where that takes at most HOURS on the GPUs found, else the modern recipe at the depth that does.
+choose_preset() {
+  local most=${HOURS:-24} plan depth hours dollars answer=
+  PRESET=d24
+  environment "$extras"
+  if [ ! -x "$PY" ]; then return; fi # --plan_only before anything is installed
+  plan=$(planned --recipe=modern "${d24[@]}") ||
+    die "no plan can be made for $gpus x $card: choose yourself, for instance PRESET=modern-d12 (or PRESET=d24)"
+  read -r depth hours dollars <<<"$plan"
+  printf 'Depth 24 on %s x %s: about %.1f hours, %.0f dollars if rented\n' "$gpus" "$card" "$hours" "$dollars"
+  if "$PY" -c "import sys; sys.exit($hours > $most)"; then return; fi
+  plan=$(planned --recipe=modern --hours="$most") || die "give more HOURS, or choose a PRESET"
+  read -r depth hours dollars <<<"$plan"
+  PRESET=modern-d$depth
+  printf 'More than HOURS=%s allows. Depth %s: about %.1f hours, %.0f dollars\n' "$most" "$depth" "$hours" "$dollars"
+  if [ "$plan_only" ]; then return; fi
+  if [ -t 0 ]; then read -r -p "Train depth $depth? [y/N] " answer; fi
+  case $answer in
+    y | Y | yes) ;;
+    *) die "nothing was started. PRESET=$PRESET starts it, PRESET=d24 the longer run, PRESET=demo a small model on the CPU" ;;
+  esac
+}
+
+# show_plan FLAGS...: what it needs, takes and costs. With --plan_only the programs are compiled for the card.
+show_plan() {
+  local quick=(--compile=False)
+  if [ "$plan_only" ]; then quick=(); fi
   printf 'plan:\n '
-  show "${plan[@]}"
+  show "$PY" -m scripts.plan "$@" --gpu="${card:-h100}" --gpus="$planned_gpus"
   echo
-  if [ -x "$PY" ]; then "${plan[@]}"; else echo "(the plan itself needs the project installed: pip install '.[cuda12]')"; fi
+  if [ ! -x "$PY" ]; then
+    echo "(the plan itself needs the project installed: pip install '.[cuda12]')"
+  elif ! gpu_plan "$@" ${quick[@]+"${quick[@]}"} && [ "$plan_only" ]; then
+    exit 1
+  fi
   echo
 }
+
+extras="cuda12${WANDB_RUN:+,wandb}"
+d24=(--depth=24 --target_param_data_ratio=8 --total_batch_size=1048576)
+if [ -z "${PRESET:-}" ]; then
+  if [ "${gpus:-0}" -gt 0 ]; then
+    choose_preset; why="$gpus NVIDIA GPU(s) found"
+  else
+    PRESET=demo; why="no NVIDIA GPU found"
+  fi
+  echo "Preset: $PRESET ($why; set PRESET=demo, d24, modern-d12, v1-d20 or v1-d32 to choose)"
+else
+  echo "Preset: $PRESET (as asked)"
+fi
+[ "$PRESET" = gpu ] && PRESET=d24
 
 run=${WANDB_RUN:-$PRESET}
 runs="$run-base,$run-mid,$run-sft,$run-rl"
@@ -191,11 +238,16 @@ case $PRESET in
     ;;
   d24)
     runs="$run-base,$run-sft,$run-rl"
-    modern_node 24 8 1048576
+    modern_node "${d24[@]}"
+    ;;
+  modern-d[1-9]*)
+    runs="$run-base,$run-sft,$run-rl"
+    modern_node --depth="${PRESET#modern-d}"
     ;;
   v1-d20 | d20) gpu_node 20 8 2000000000 ;;
   v1-d32 | d32) gpu_node 32 16 4000000000 ;;
-  *) die "PRESET=$PRESET is not known; use demo, d24 (or gpu), v1-d20 or v1-d32" ;;
+  v1-d[1-9]*) gpu_node "${PRESET#v1-d}" 8 2000000000 ;;
+  *) die "PRESET=$PRESET is not known; use demo, d24 (or gpu), modern-d12, v1-d20, v1-d32 or another depth of these" ;;
 esac
 step "report" "$PY" -m scripts.report --runs="$runs" \
   ${PRICE_PER_HOUR:+--price_per_hour="$PRICE_PER_HOUR"}

@@ -1,26 +1,31 @@
 # Sourced by speedrun_jax.sh, dev/test.sh and .ci/run: makes the virtual environment and installs the project into it.
 #
-#   setup_environment EXTRAS     e.g. setup_environment "" | "cuda12" | "dev"
+#   setup_environment EXTRAS     e.g. setup_environment "" | "cuda12" | "dev,plan"
 #
 # Sets $PY to the environment's Python. Does nothing when the environment already matches the sources.
 # VENV (default .venv) chooses the folder, PYTHON the interpreter to make it with.
 
 die() { echo "error: $*" >&2; exit 1; }
 
+# find_python EXTRAS: on GPUs the newest, since newer compilers are better there, and they need Python 3.12. One that
+# cannot make an environment (Debian's, without python3-venv) only where there is no other.
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python; do
-    if command -v "$candidate" >/dev/null 2>&1 &&
-       "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      echo "$candidate"; return
-    fi
+  local candidate needed candidates="python3 python3.13 python3.12 python3.11 python"
+  case $1 in *cuda*) candidates="python3.13 python3.12 python3 python3.11 python" ;; esac
+  for needed in ensurepip sys; do
+    for candidate in ${PYTHON:-} $candidates; do
+      if command -v "$candidate" >/dev/null 2>&1 &&
+         "$candidate" -c "import sys, $needed; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then
+        echo "$candidate"; return
+      fi
+    done
   done
   die "Python 3.11 or newer is needed and was not found. Install it, or name it: PYTHON=/path/to/python3 bash $0"
 }
 
 setup_environment() {
   local extras=$1 venv=${VENV:-.venv} base sources stamp
-  base=$(find_python)
+  base=$(find_python "$extras")
   PY=$venv/bin/python
   stamp=$venv/.nanochat_setup # a line "SOURCES EXTRAS" for everything installed from the current sources
   sources=$(cat pyproject.toml constraints.txt rustbpe/Cargo.* $(find rustbpe/src -name "*.rs" | sort) | cksum | tr ' ' -)

@@ -2,13 +2,12 @@
 
 import os
 import re
-import shlex
-import sys
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests import children
+from tests import children, speedrun_environment
 
 SCRIPT = Path(__file__).resolve().parent.parent / "speedrun_jax.sh"
 
@@ -16,22 +15,20 @@ SCRIPT = Path(__file__).resolve().parent.parent / "speedrun_jax.sh"
 @pytest.fixture
 def speedrun(tmp_path):
     """Runs the script with --plan_only; its Python is the tests' own, so the plan itself can be made."""
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
+    venv = speedrun_environment.make(tmp_path / "venv")
 
-    def run(preset, *arguments, **variables):
+    def run(preset, *arguments, plan_only=True, **variables):
         env = {k: v for k, v in os.environ.items() if k not in ("WANDB_RUN", "MAX_PROBLEMS", "PRICE_PER_HOUR", "GPU")}
         env |= {
             "PRESET": preset,
-            "VENV": str(tmp_path / "venv"),
+            "VENV": str(venv),
             "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
             **variables,
         }
         return children.run(
-            ["bash", str(SCRIPT), "--plan_only", *arguments], env=env, capture_output=True, text=True, timeout=120
-        )
+            ["bash", str(SCRIPT), *(["--plan_only"] if plan_only else []), *arguments],
+            env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
 
     return run
 
@@ -103,6 +100,45 @@ def test_the_gpu_preset_is_the_references_current_recipe(speedrun):
         "scripts.report --runs=d24-base,d24-sft,d24-rl",
     ]
     assert "1,384,122,122" in done.stdout and "5,568" in done.stdout  # parameters and steps
+
+
+def test_any_depth_is_a_preset(speedrun):
+    modern, v1 = (commands(speedrun(preset).stdout) for preset in ("modern-d12", "v1-d12"))
+    base = "scripts.train --stage=base"
+    assert f"{base} --recipe=modern --depth=12 --run_name=modern-d12-base" in modern
+    assert f"{base} --depth=12 --target_param_data_ratio=20 --total_batch_size=524288 --run_name=v1-d12-base" in v1
+
+
+@pytest.fixture
+def node(tmp_path):
+    """The environment of a machine with so many cards, as nvidia-smi shows them."""
+
+    def of(card, number):
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.parent.mkdir(exist_ok=True)
+        lines = "\n".join(f"GPU {i}: {card} (UUID: GPU-{i})" for i in range(number))
+        smi.write_text(f"#!/bin/sh\ncat <<'END'\n{lines}\nEND\n")
+        smi.chmod(0o755)
+        return {"PATH": f"{smi.parent}:{os.environ['PATH']}"}
+
+    return of
+
+
+def test_a_node_that_is_fast_enough_trains_d24(speedrun, node):
+    done = speedrun("", **node("NVIDIA H100 80GB HBM3", 8))
+    assert re.search(r"8 x NVIDIA H100 80GB HBM3: about [\d.]+ hours, \d+ dollars", done.stdout), done.stderr
+    assert "Preset: d24" in done.stdout and "--run_name=d24-base" in done.stdout
+
+
+def test_a_run_of_days_is_not_started_unasked(speedrun, node):
+    """It says hours and dollars, chooses a depth that fits, and waits for PRESET where nobody can be asked."""
+    card = node("NVIDIA GeForce RTX 4090", 1)
+    done = speedrun("", plan_only=False, **card)
+    hours = [float(h) for h in re.findall(r"about ([\d.]+) hours", done.stdout)]
+    assert done.returncode == 1 and len(hours) == 2 and hours[0] > 24 >= hours[1], done.stdout + done.stderr
+    assert re.search(r"PRESET=modern-d\d+ ", done.stderr) and "===" not in done.stdout
+    unknown = speedrun("", **node("NVIDIA RTX A1000", 1))
+    assert unknown.returncode == 1 and "A1000" in unknown.stderr and "PRESET=" in unknown.stderr
 
 
 def test_flags_pass_through(speedrun):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 from nanochat_jax.data.hub import DEFAULT_REPO
 from nanochat_jax.demo_world import demo_documents
 from nanochat_jax.runs import checkpoint, metrics
-from tests import children
+from tests import children, speedrun_environment
 from tests.web_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,16 +81,9 @@ def hub(shards):
 @pytest.fixture
 def speedrun(tmp_path, hub):
     """Starts the script; its environment is the tests' own, and said to be complete."""
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-    setup = (ROOT / "dev" / "setup.sh").read_text()  # as it reckons what an environment was made of
-    sources = re.findall(r"sources=\$\((.*)\)$", setup, re.M)[0]
-    made_of = children.run(["bash", "-c", sources], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (tmp_path / "venv" / ".nanochat_setup").write_text(f"{made_of.strip()} . cuda12\n")
+    venv = speedrun_environment.make(tmp_path / "venv", PYTHON)
     env = {k: v for k, v in os.environ.items() if k not in ("WANDB_RUN", "MAX_PROBLEMS", "PRICE_PER_HOUR", "XLA_FLAGS")}
-    env |= {"PRESET": "d20", "VENV": str(tmp_path / "venv"), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    env |= {"PRESET": "d20", "VENV": str(venv), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
     env |= {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
     def start(log: Path) -> subprocess.Popen:
