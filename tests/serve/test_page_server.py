@@ -254,10 +254,14 @@ def test_with_the_real_server_tool_calls_and_history(visit):
         chat = visit(running).ready()
         running.tell(tool_answer("So 🙂 ", "<34+27>"), hi)
         expect(chat.page.locator("#model")).to_have_text("tiny")
+        chat.button("Settings").click()
+        chat.page.get_by_label("Show what else the model could have said").check()
         chat.talk(hi[0]["content"])
         expect(chat.answer.locator(".prose")).to_have_text("So 🙂")
         expect(chat.answer.locator(".tool summary code")).to_have_text("34+27 = 61")
         expect(chat.answers.last.locator(".stats")).to_contain_text("tokens/s")
+        tokens = chat.answers.last.locator(".tokens span")
+        assert tokens.count() > 3 and (tokens.first.get_attribute("title") or "").count(" %  ") == 5
         (kept,) = chat.stored()
         content = kept["messages"][1]["content"]
         assert content[-2:] == [{"type": "python", "text": "34+27"}, {"type": "python_output", "text": "61"}]
