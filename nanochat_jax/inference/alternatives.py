@@ -19,7 +19,7 @@ def describe(logits: jax.Array, tokens: jax.Array, n: jax.Array) -> jax.Array:
     takes it apart."""
     folded = fold(logits)  # sums over its rows use the whole vector unit
     best = folded.max(1).max(-1)
-    norm = best + jnp.log(jnp.exp(folded - best[:, None, None]).sum(1).sum(-1))
+    norm = best + jnp.log(_sum(jnp.exp(folded - best[:, None, None]).sum(1)))
     own = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - norm
 
     def largest():
@@ -30,6 +30,15 @@ def describe(logits: jax.Array, tokens: jax.Array, n: jax.Array) -> jax.Array:
     values, ids = jax.lax.cond(n > 0, largest, lambda: nothing)
     bits = jax.lax.bitcast_convert_type(jnp.concatenate([own[:, None], values], axis=1), jnp.int32)
     return jnp.concatenate([bits, ids], axis=1)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """The sum (N,) of x (N, a power of two), by adding halves: XLA adds up one row in another order than several, and
+    what is told of a token must not depend on how many are decoded beside it."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x[:, 0]
 
 
 def read(described: np.ndarray, n: int) -> tuple[list[float], list[list[tuple[int, float]]]]:

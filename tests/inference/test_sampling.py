@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.hardware import cpu_kernels
-from nanochat_jax.inference import sampling
+from nanochat_jax.inference import alternatives, sampling
 from tests.tokenizer_fixtures import golden
 
 N = 5000
@@ -193,3 +193,15 @@ def test_an_accelerator_draws_the_same_tokens_without_loops_and_with_one_branch(
     monkeypatch.setitem(globals(), "draw", lambda *args: traced(*args).pretty_print())
     program = str(call(logits, **settings))
     assert program.count("cond[") == 1 and "while[" not in program
+
+
+@pytest.mark.parametrize("V", [300, 1024])
+def test_log_probabilities_are_batch_invariant_to_the_bit(V):
+    describe = jax.jit(alternatives.describe)
+    logits = 3 * np.random.default_rng(V).standard_normal((64, V), np.float32)
+    tokens = np.arange(64, dtype=np.int32)
+    alone = [np.asarray(describe(logits[i : i + 1], tokens[i : i + 1], 0))[0] for i in range(64)]
+    for n in (2, 5, 8):
+        for begin in range(0, 64 - n + 1, n):
+            rows = slice(begin, begin + n)
+            np.testing.assert_array_equal(describe(logits[rows], tokens[rows], 0), alone[rows])
