@@ -3,7 +3,6 @@ flag in them exists."""
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import yaml
@@ -11,6 +10,7 @@ import yaml
 from nanochat_jax.parallel.cluster import find_cluster
 from nanochat_jax.stages import base
 from nanochat_jax.utils import flags
+from tests import children
 
 LAUNCH = Path(__file__).parents[1] / "dev" / "launch"
 
@@ -42,7 +42,7 @@ def test_the_pods_of_the_jobset_become_one_job():
 
 def test_the_sbatch_file_is_a_script_that_trains():
     path = LAUNCH / "two_nodes.sbatch"
-    subprocess.run(["bash", "-n", path], check=True)
+    children.run(["bash", "-n", str(path)], check=True)
     command = next(line for line in path.read_text("utf-8").splitlines() if line.startswith("srun"))
     command = re.sub(r"\$\{RUN_NAME:-([\w-]+)\}", r"\1", command).replace(' "$@"', "")
     words = shlex.split(command)
@@ -52,7 +52,7 @@ def test_the_sbatch_file_is_a_script_that_trains():
 def test_the_sky_file_keeps_its_runs_in_the_bucket():
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text("utf-8"))
     assert task["envs"]["NANOCHAT_BASE_DIR"] in task["file_mounts"]
-    subprocess.run(["bash", "-n"], input=task["run"].encode(), check=True)
+    children.run(["bash", "-n", "-c", task["run"]], check=True)
     assert "speedrun_jax.sh" in task["run"]
 
 
