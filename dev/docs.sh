@@ -19,6 +19,8 @@ if [ $# -gt 0 ]; then
   export DOCS_ONLY=$page
   touch "docs/$page.md"
 fi
+# the small model that most pages look at, so that no cell of theirs has to wait for it
+PYTHONPATH=docs:. NANOCHAT_BASE_DIR=$PWD/docs/_build/lab JAX_PLATFORMS=cpu "$PY" -c "import lab; lab.tiny_run()"
 build html
 echo "the book: docs/_build/html/index.html"
 if [ -n "${DOCS_ONLY:-}" ]; then
