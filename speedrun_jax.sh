@@ -17,6 +17,7 @@
 # --model_name=Ada gives the model a name.
 # WANDB_RUN=name logs to Weights & Biases and names the runs (name-base, name-mid, ...). MAX_PROBLEMS=100 limits every
 # evaluation. PRICE_PER_HOUR=24 puts dollars on the report.
+# NANOCHAT_CUDA=13 takes JAX with CUDA 13 (drivers from 580 on) in place of 12.
 # Results are kept in $NANOCHAT_BASE_DIR (default ~/.cache/nanochat_jax).
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -207,7 +208,7 @@ show_plan() {
   echo
 }
 
-extras="cuda12${WANDB_RUN:+,wandb}"
+extras="cuda${NANOCHAT_CUDA:-12}${WANDB_RUN:+,wandb}"
 d24=(--depth=24 --target_param_data_ratio=8 --total_batch_size=1048576)
 if [ -z "${PRESET:-}" ]; then
   if [ "${gpus:-0}" -gt 0 ]; then
