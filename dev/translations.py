@@ -19,7 +19,7 @@ from nanochat_jax.utils.flags import flag, parse
 ROOT = Path(__file__).parents[1]
 DOCS, TEMPLATES = ROOT / "docs", ROOT / "docs" / "_build" / "gettext"
 # What is translated: the parts for readers. The reference quotes docstrings and help texts, which are English.
-PARTS = ("index", "book", "math", "howto")
+PARTS = ("index", "tour", "book", "math", "howto")
 
 
 class Untranslated(UserError, RuntimeError):

@@ -38,7 +38,9 @@ class Figure:
         def image(png: bytes, theme: str) -> str:
             data = base64.b64encode(png).decode()
             alt = self._alt.replace('"', "&quot;")
-            return f'<img class="only-{theme} figure" alt="{alt}" src="data:image/png;base64,{data}">'
+            # what a notebook shows, which has not the book's style sheet: the light one, on white
+            style = "background: white" if theme == "light" else "display: none"
+            return f'<img class="only-{theme} figure" style="{style}" alt="{alt}" src="data:image/png;base64,{data}">'
 
         html = image(self._light, "light") + image(self._dark, "dark")
         return {"text/html": html, "image/png": base64.b64encode(self._light).decode(), "text/plain": self._alt}
