@@ -10,7 +10,8 @@ PY=${PY:-${VENV:-.venv}/bin/python}
 "$PY" -c "import myst_nb, sphinx_book_theme, sphinx_copybutton, sphinx_design" 2>/dev/null ||
   die "the book's tools are not installed. Install them: $PY -m pip install -c constraints.txt '.[docs]'"
 
-build() { "$PY" -m sphinx -b "$1" -W --keep-going -q -j 2 docs "docs/_build/$1"; }
+# both from the same pages: the cells are executed once
+build() { "$PY" -m sphinx -b "$1" -d docs/_build/doctrees -W --keep-going -q -j 2 docs "docs/_build/$1"; }
 
 if [ $# -gt 0 ]; then
   page=${1#docs/}
@@ -27,7 +28,9 @@ if [ -n "${DOCS_ONLY:-}" ]; then
   exit
 elif command -v latexmk >/dev/null && command -v xelatex >/dev/null; then
   build latex
-  make -s -C docs/_build/latex all-pdf
+  log=docs/_build/latex/make.log
+  make -s -C docs/_build/latex all-pdf LATEXMKOPTS="-silent -halt-on-error" </dev/null >"$log" 2>&1 ||
+    die "LaTeX failed; $PWD/$log says why. It needs the packages texlive-latex-extra and fonts-freefont-otf (Debian's names)"
   echo "as a PDF: docs/_build/latex/nanochat_jax.pdf"
 else
   echo "no PDF: latexmk and xelatex were not found"

@@ -20,7 +20,7 @@ author = "the nanochat_jax authors"
 copyright = "the nanochat_jax authors, MIT licence"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design"]
 root_doc = "index"
-exclude_patterns = ["_build", "README.md", "locale"]
+exclude_patterns = ["_build", "README.md", "locale", "tour.ipynb"]
 
 # Text and cells. A page is executed from its start, by itself, and a cell that fails or dawdles fails the build.
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
@@ -47,7 +47,10 @@ locale_dirs = ["locale"]
 gettext_compact = False
 gettext_uuid = False
 
+# A PDF where LaTeX is installed.
 latex_engine = "xelatex"
+latex_use_xindy = False  # makeindex comes with every LaTeX, xindy does not
+latex_elements = {"papersize": "a4paper", "extraclassoptions": "openany,oneside"}
 
 # DOCS_ONLY=book/01-first-model: the cells of this page alone are executed, the others are shown without results.
 if only := os.environ.get("DOCS_ONLY"):
@@ -78,5 +81,7 @@ def name_hidden_code(app, doctree) -> None:
 
 def write_generated(app) -> None:
     made = DOCS / "_build" / "made"
-    if not (os.environ.get("DOCS_ONLY") and (made / "commands.md").exists()):  # which a single page can do without
+    # a single page can do without new ones, and the PDF is built after the HTML
+    old_will_do = os.environ.get("DOCS_ONLY") or app.builder.format == "latex"
+    if not (old_will_do and (made / "commands.md").exists()):
         generated.write(made)
