@@ -34,6 +34,7 @@ nb_code_prompt_show = "Show the answer"
 nb_code_prompt_hide = "Hide the answer"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as written, not what they hold: a path of this machine, a pattern of 200 characters
 
 html_theme = "sphinx_book_theme"
 html_title = "nanochat_jax"
