@@ -82,6 +82,7 @@ def bare(engine: Engine, rows: int, s: BenchDecodeSettings) -> float:
             *runner.nothing_adjusted(rows),
             visible=128,
             max_new_steps=steps,
+            access=runner._access,
         )
         out.block_until_ready()
     return rows * calls * steps / (time.perf_counter() - begin)

@@ -10,12 +10,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat_jax.hardware.gpus import CARDS
+from nanochat_jax.model.config import MODERN
 from nanochat_jax.planner import compile as compiler
+from nanochat_jax.planner import hlo
 from tests import children
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,19 +27,28 @@ T, SLOTS = 255, 32  # an odd length, which cuDNN's attention does not take by it
 
 @dataclass(frozen=True)
 class Program:
-    """The scheduled HLO of one device, and bytes."""
+    """The scheduled HLO of one device, bytes, and what the host does to run it (of decoding): a line for each thing."""
 
     text: str
     temporary: int
     aliased: int
     arguments: int
+    launches: list[str]
+
+    @property
+    def kernels(self) -> int:
+        """How many kernels there are in the text, loops counted once."""
+        return sum(kernel.times for kernel in hlo.count(self.text).kernels)
 
 
 def compile_for(gpu: str, gpus: int, names: list[str], decodes: bool = False) -> dict[str, Program]:
     """Compiles the named programs for so many cards, with the flags of training, or of that and decoding."""
     env = {**compiler.environment(CARDS[gpu], gpus, decodes), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.gpu_programs", gpu, str(gpus), *names]
-    done = children.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with tempfile.TemporaryDirectory() as dump:
+        if decodes:
+            env["XLA_FLAGS"] += f" --xla_dump_to={dump}"
+        command = [sys.executable, "-m", "tests.gpu_programs", gpu, str(gpus), dump, *names]
+        done = children.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: Program(**facts) for name, facts in json.loads(done.stdout).items()}
 
@@ -68,28 +80,38 @@ def train_step_float8(devices):
     return train_step(devices, compute_dtype="float8")
 
 
-def decode(devices, full: bool = True):
+def decode(devices, n_layer: int = 2, **parts):
+    """The recipe of October 2025, or with parts of the other."""
+    from nanochat_jax.model.gpt import GPTConfig
     from nanochat_jax.planner import fit_batch
 
-    model = config(sequence_len=1000, window_pattern="L")  # of a window, a copy is made
-    return fit_batch.lower_sampling(model, devices[0], SLOTS, 1000, full=full)
+    kind = dict(compute_dtype="bfloat16", attention="cudnn")
+    model = GPTConfig(1000, 4096, n_layer, n_head=4, n_kv_head=2, n_embd=512, **kind, **parts)
+    return fit_batch.lower_sampling(model, devices[0], SLOTS, 1000)
 
 
-def decode_part(devices):
-    return decode(devices, full=False)
+def decode_deeper(devices):
+    return decode(devices, n_layer=4)
 
 
-def main(gpu: str, gpus: str, *names: str) -> None:
+def decode_modern(devices):
+    return decode(devices, n_layer=4, **MODERN)
+
+
+def main(gpu: str, gpus: str, dump: str, *names: str) -> None:
     devices = compiler.devices(CARDS[gpu], int(gpus))
     found = {}
     for name in names:
+        before = set(Path(dump).iterdir())
         compiled = globals()[name](devices).compile()
         memory = compiled.memory_analysis()
+        launches = [f for f in set(Path(dump).glob("*thunk_sequence_after_thunk_passes.txt")) - before]
         found[name] = dict(
             text=compiled.as_text(),
             temporary=memory.temp_size_in_bytes,
             aliased=memory.alias_size_in_bytes,
             arguments=memory.argument_size_in_bytes,
+            launches=launches[0].read_text().splitlines() if launches else [],
         )
     json.dump(found, sys.stdout)
 

@@ -23,7 +23,7 @@ from nanochat_jax.inference import model_runner
 from nanochat_jax.inference.engine import MOST_STEPS, Engine
 from nanochat_jax.inference.request import Completion, SamplingParams, question_seed
 from nanochat_jax.model import gpt
-from nanochat_jax.model.kv_cache import reads_in_place
+from nanochat_jax.model.kv_in_place import decode_access
 from nanochat_jax.utils.errors import InputError
 from tasks.sandbox import SandboxUnavailable
 
@@ -270,7 +270,7 @@ def eval_engine(
 def _slot_bytes(config: gpt.GPTConfig, capacity: int) -> int:
     """Of one slot, and of what a decode call copies of it."""
     positions = model_runner.slot_length(capacity, MOST_STEPS)
-    if not reads_in_place(config.dtype, jax.default_backend()):
+    if decode_access(config, jax.default_backend()) == "copied":
         positions += model_runner.largest_copy(positions)
     return 2 * config.n_layer * config.n_kv_head * config.head_dim * np.dtype(config.dtype).itemsize * positions
 

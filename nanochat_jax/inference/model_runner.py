@@ -19,13 +19,15 @@ from nanochat_jax.inference.programs import (
     prefill,
     score,
 )
-from nanochat_jax.model.kv_cache import KVSlots, reads_in_place
+from nanochat_jax.model.kv_cache import KVSlots
+from nanochat_jax.model.kv_in_place import IN_PLACE, decode_access
+from nanochat_jax.model.packed import packed
 from nanochat_jax.parallel import sharding
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
 PROMPTS, SHORT_PROMPT = 4, 64  # one call prefills up to so many prompts that are no longer than this
-SMALLEST_VISIBLE, LEAST_OF_FEW = 64, 256
+SMALLEST_VISIBLE = 64
 SCORED = 64  # tokens of a prompt whose log-probabilities are computed at once
 
 
@@ -79,16 +81,21 @@ class ModelRunner:
         shape = config.n_layer, self.slots, config.n_kv_head, self._physical, config.head_dim, config.dtype
         place = None if self.mesh is None else sharding.named(self.mesh, sharding.rows_over_data_spec())
         self.storage = KVSlots.create(*shape, sharding=place)
-        platform = devices[0].platform if devices else jax.default_backend()
-        self._in_place = reads_in_place(config.dtype, platform)
+        self._access = decode_access(config, devices[0].platform if devices else jax.default_backend())
         self._neutral: dict[int, tuple[jax.Array, jax.Array]] = {}  # by rows: what is given where nothing is adjusted
-        # On a GPU a program takes many seconds to compile, and rows or positions more than needed cost little: few do.
-        self._few = platform != "cpu"
+
+    @property
+    def _few(self) -> bool:
+        """Few programs: on a GPU each takes many seconds to compile, and rows more than needed cost little. One decodes
+        all slots, whatever they hold."""
+        return self._access in IN_PLACE
 
     def set_params(self, params: Any) -> None:
-        """New parameters, cast and placed once: matmuls would cast the weights for every token. Vectors stay."""
+        """New parameters, cast, packed and placed once: matmuls would do so for every token. Vectors stay."""
         dtype = self._config.dtype
         cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and x.ndim > 1 else x, params)
+        if self._few:
+            cast = packed(cast)
         if self.mesh is not None:
             cast = jax.device_put(cast, sharding.named(self.mesh, sharding.replicated_spec()))
         self.params = cast
@@ -209,10 +216,9 @@ class ModelRunner:
         return np.array([(mine + rest)[:size] for mine, rest in zip(wanted, others, strict=True)], np.int32)
 
     def batch_sizes(self) -> list[int]:
-        """Rows that a decode call may have on each device: powers of four (few programs: of eight), and all."""
-        base = 8 if self._few else 4
-        sizes = itertools.takewhile(lambda size: size < self.per_device, (base**i for i in itertools.count()))
-        return [*sizes, self.per_device]
+        """Rows that a decode call may have on each device: powers of four, and all (few programs: all)."""
+        sizes = itertools.takewhile(lambda size: size < self.per_device, (4**i for i in itertools.count()))
+        return [self.per_device] if self._few else [*sizes, self.per_device]
 
     def decode(
         self,
@@ -238,7 +244,7 @@ class ModelRunner:
         packed, known, self.storage = decode(
             self._model, self._config, self.params, self.storage, batch.ravel(), rows, control,
             *(self._placed(*adjustments) if adjustments else self.nothing_adjusted(batch.size)),
-            visible=visible, max_new_steps=self.max_new_steps, in_place=self._in_place, mesh=self.mesh,
+            visible=visible, max_new_steps=self.max_new_steps, access=self._access, mesh=self.mesh,
         )  # fmt: skip
         return packed, known
 
@@ -261,9 +267,10 @@ class ModelRunner:
         return self._physical if self._few else self._visible(tokens)
 
     def _visible_to_rows(self, tokens: int) -> int:
-        """The same for a decode call. What is read in place is read only as far as it is valid: one program does."""
-        least = self.capacity if self._in_place else min(LEAST_OF_FEW, self.capacity) if self._few else 0
-        return self._visible(max(tokens, least))
+        """The same for a decode call. What is not copied is read only as far as it is valid: one program does."""
+        if self._few:
+            return self.capacity
+        return self._visible(tokens if self._access == "copied" else self.capacity)
 
     def _visible_to_prompts(self, tokens: int) -> int:
         """The same for a prompt's chunk, of which there are programs for each length too: powers of four (few programs:

@@ -24,6 +24,7 @@ from nanochat_jax.inference.logits import adjust, count
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.inference.sampling import sample, uniforms
 from nanochat_jax.model.kv_cache import KVSlots
+from nanochat_jax.model.kv_in_place import IN_PLACE, InPlaceCache
 from nanochat_jax.parallel import sharding
 
 # columns of the row matrix; forced tokens follow
@@ -154,7 +155,7 @@ def copy_row(slots: KVSlots, source_target: jax.Array, visible: int, mesh: Mesh 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "config", "visible", "max_new_steps", "in_place", "mesh"),
+    static_argnames=("model", "config", "visible", "max_new_steps", "access", "mesh"),
     donate_argnames=("slots",),
 )
 def decode(
@@ -169,10 +170,13 @@ def decode(
     seen: jax.Array,
     visible: int,
     max_new_steps: int,
-    in_place: bool = False,
+    access: str = "copied",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, KVSlots]:
     """Up to `max_new_steps` tokens for B rows, one at a time: feed the row's last token, sample (or force) the next.
+
+    access: `kv_in_place.decode_access`. In place, all slots are decoded, in order, whatever they hold, and `visible` is
+    the number of tokens that each is promised to hold.
 
     row_slots (B,) int32: the slot of each row, numbered on its device, no slot twice. rows (B, N_COLUMNS +
     max_new_steps) int32 as laid out above (fractions as float32 bits), the forced tokens last; B is sharded evenly over
@@ -187,11 +191,11 @@ def decode(
     the other; (B, max_new_steps, alternatives.WIDTH) int32, what is known of each token (`alternatives`; zeros where
     nothing is wanted); and the storage.
     """
-    body = functools.partial(_decode, model, config, visible, max_new_steps, in_place)
+    body = functools.partial(_decode, model, config, visible, max_new_steps, access)
     return _on_each(mesh, body, 1, 6)(params, slots, row_slots, rows, control, bias, seen)
 
 
-def _decode(model, config, visible, max_new_steps, in_place, params, slots, row_slots, rows, control, bias, seen):
+def _decode(model, config, visible, max_new_steps, access, params, slots, row_slots, rows, control, bias, seen):
     """`decode` on one device."""
     B = rows.shape[0]
 
@@ -206,11 +210,16 @@ def _decode(model, config, visible, max_new_steps, in_place, params, slots, row_
         (temperature > 0).any(), lambda: _random(rows, max_new_steps), lambda: jnp.zeros((max_new_steps, B, 2))
     )
 
-    # 3. Open the cache: old tokens are read-only, new ones go to a buffer. Nothing is read for rows without a request.
-    how: Any = dict(slots=gathered, in_place=in_place, windows=config.windows)
-    view = slots.view(rows[:, POSITION], rows[:, PREVIOUS], visible, max_new_steps, **how)
-    if view.storage_rows is not None:
-        view = replace(view, storage_rows=jnp.where(rows[:, REMAINING] == ENDLESS, -1, view.storage_rows))
+    # 3. Open the cache. Nothing is read for rows without a request.
+    used = rows[:, REMAINING] != ENDLESS
+    if access in IN_PLACE:  # the slots themselves, all of them
+        state = rows[:, POSITION], rows[:, PREVIOUS], used
+        cache: Any = InPlaceCache(slots.keys, slots.values, *state, visible, access)
+    else:  # old tokens are read-only, new ones go to a buffer
+        how: Any = dict(slots=gathered, in_place=access == "kernel", windows=config.windows)
+        cache = slots.view(rows[:, POSITION], rows[:, PREVIOUS], visible, max_new_steps, **how)
+        if cache.storage_rows is not None:
+            cache = replace(cache, storage_rows=jnp.where(used, cache.storage_rows, -1))
 
     def going(carry):
         i, *_, stopped = carry
@@ -246,12 +255,13 @@ def _decode(model, config, visible, max_new_steps, in_place, params, slots, row_
         return i + 1, token, cache.advance(1), out, known, stopped
 
     # 4. Decode until enough rows have stopped.
-    start = jnp.zeros((), jnp.int32), rows[:, TOKEN], view
+    start = jnp.zeros((), jnp.int32), rows[:, TOKEN], cache
     outputs = (jnp.zeros((B, max_new_steps, *more), jnp.int32) for more in ((), (alternatives.WIDTH,)))
     done, _, cache, out, known, _ = jax.lax.while_loop(going, step, (*start, *outputs, jnp.zeros((B,), bool)))
 
     # 5. One array for the host, another that it reads where it is wanted; the buffer behind each row's old tokens.
-    return jnp.concatenate([out.ravel(), done[None]]), known, slots.commit(cache, slots=gathered)
+    slots = cache.slots if access in IN_PLACE else slots.commit(cache, slots=gathered)
+    return jnp.concatenate([out.ravel(), done[None]]), known, slots
 
 
 def _random(rows, max_new_steps):

@@ -10,6 +10,7 @@ V vocabulary, L layers. Kernels are Flax-style (in, out): y = x @ kernel.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ from nanochat_jax.model.attention import attention
 from nanochat_jax.model.config import REMAT_MODES as REMAT_MODES
 from nanochat_jax.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from nanochat_jax.model.config import GPTConfig as GPTConfig
-from nanochat_jax.model.kv_cache import KVCache, cached_attention
+from nanochat_jax.model.kv_cache import KVCache
+from nanochat_jax.model.kv_in_place import InPlaceCache
 from nanochat_jax.model.layers import apply_rotary as apply_rotary
 from nanochat_jax.model.layers import look_up, relu_squared, rms_norm
 from nanochat_jax.model.layers import rotary_tables as rotary_tables
 from nanochat_jax.model.linear import project
+from nanochat_jax.model.packed import unpacked
 from nanochat_jax.model.parameters import Params as Params
 from nanochat_jax.model.parameters import abstract as abstract
 from nanochat_jax.model.parameters import flops_per_token as flops_per_token
@@ -33,6 +36,8 @@ from nanochat_jax.model.parameters import leaves, shape_of
 from nanochat_jax.model.parameters import num_params as num_params
 from nanochat_jax.model.tensor_parallel import UNSHARDED, Parallel, keep_all_but_gathered
 from nanochat_jax.utils.errors import InputError
+
+Cache = KVCache | InPlaceCache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # modules
@@ -57,7 +62,7 @@ class Attention(nnx.Module):
             self.ve_gate = _linear(config, f"h/{layer}/attn/ve_gate")
             self.value_embed = _embedding(config, f"h/{layer}/attn/value_embed")
 
-    def __call__(self, x, ids, rotary, cache: KVCache | None, parallel: Parallel = UNSHARDED):
+    def __call__(self, x, ids, rotary, cache: Cache | None, parallel: Parallel = UNSHARDED):
         B, T, _ = x.shape
         config = self.config
         x = parallel.enter(x)
@@ -68,7 +73,10 @@ class Attention(nnx.Module):
             # at most 3 times the embedding, 1.5 times at first: the gate is the value embedding's switch, per head
             gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))
             v = v + gate[..., None] * look_up(self.value_embed.embedding[...], ids, config.dtype).reshape(v.shape)
-        q, k = rms_norm(apply_rotary(q, *rotary)), rms_norm(apply_rotary(k, *rotary))  # rotary first, then the norm
+        if isinstance(cache, InPlaceCache):  # one kernel for heads that lie side by side
+            q, k = jnp.split(rms_norm(apply_rotary(jnp.concatenate([q, k], axis=2), *rotary)), [q.shape[2]], axis=2)
+        else:
+            q, k = rms_norm(apply_rotary(q, *rotary)), rms_norm(apply_rotary(k, *rotary))  # rotary first, then the norm
         if config.qk_scale != 1.0:
             q, k = q * config.qk_scale, k * config.qk_scale
         window = config.window(self.layer)
@@ -76,7 +84,7 @@ class Attention(nnx.Module):
         if cache is None:
             y, kv = attention(q, k, v, window=window, implementation=config.attention), None
         else:
-            y, kv = cached_attention(q, k, v, cache, self.layer, window=window)
+            y, kv = cache.attend(q, k, v, self.layer, window)
         return parallel.leave(self.c_proj(y.reshape(B, T, -1))), kv
 
 
@@ -95,7 +103,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def __call__(self, x, ids, rotary, cache: KVCache | None, parallel: Parallel = UNSHARDED):
+    def __call__(self, x, ids, rotary, cache: Cache | None, parallel: Parallel = UNSHARDED):
         y, kv = self.attn(rms_norm(x), ids, rotary, cache, parallel)
         x = x + y
         mlp = _recomputed(self.mlp) if self.config.remat == "mlp" else self.mlp
@@ -122,7 +130,7 @@ class GPT(nnx.Module):
             if leaf.kind.use == "scale":
                 setattr(self, leaf.path, nnx.Param(jnp.zeros(leaf.shape)))
 
-    def __call__(self, ids, cache: KVCache | None = None, parallel: Parallel = UNSHARDED):
+    def __call__(self, ids, cache: Cache | None = None, parallel: Parallel = UNSHARDED):
         config = self.config
         # 1. Rotary tables for these positions.
         T = ids.shape[1]
@@ -161,7 +169,7 @@ class GPT(nnx.Module):
             x = (x - self.backout_lambda[0] * middle).astype(config.dtype)
         return rms_norm(x), keys_values
 
-    def _smear(self, x, ids, table, cache: KVCache | None, parallel: Parallel):
+    def _smear(self, x, ids, table, cache: Cache | None, parallel: Parallel):
         """x_t + lambda * gate(x_t) * x_(t-1), from the embeddings as they were (B, T, C); the first has none before it,
         nor has, unless the config says so, the first of a document."""
         config = self.config
@@ -246,12 +254,12 @@ def forward(config: GPTConfig, params: Params, ids: jax.Array) -> jax.Array:
     return unembed(config, params, hidden_states(config, params, ids))
 
 
-def forward_cached(config: GPTConfig, params: Params, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+def forward_cached(config: GPTConfig, params: Params, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Any]:
     """Hidden states (B, T, C) of T new tokens per row, appended to the cache at each row's own position.
 
-    Returns the cache with the new keys and values written but `position` unchanged: the caller advances it by the
-    number of *real* tokens of each row (`cache.advance`), so padded prefill needs no second code path. Positions beyond
-    the capacity are the caller's error: XLA clamps them silently.
+    params may be `packed`. Returns the cache with the new keys and values written but `position` unchanged: the caller
+    advances it by the number of *real* tokens of each row (`cache.advance`), so padded prefill needs no second code
+    path. Positions beyond the capacity are the caller's error: XLA clamps them silently.
     """
-    hidden, keys_values = nnx.merge(_graphdef(config), params)(ids, cache)
+    hidden, keys_values = nnx.merge(_graphdef(config), unpacked(config, params))(ids, cache)
     return hidden, cache.append(ids, keys_values)

@@ -5,9 +5,10 @@ of values, one row per slot. `KVCache` is what a forward pass sees: the part of 
 and a small buffer for the tokens of this call, which all rows fill in lockstep. `KVSlots.view` opens one, the model
 appends to it as often as it likes, `KVSlots.commit` writes the buffer back, each row at its own position.
 
-Why not write every token straight into the storage: rows at different positions make that write a scatter, which XLA
-on CPU runs as a loop over rows, and where it reads all of what was just written it copies the whole storage (measured
-on 2 cores, one row of 2 heads of 128: 1.25 ms a layer and token at 2048 positions, of which 0.15 ms are attention).
+Why not write every token straight into the storage, as on a GPU (`kv_in_place`): rows at different positions make that
+write a scatter, which XLA on CPU runs as a loop over rows, and where it reads all of what was just written it copies
+the whole storage (measured on 2 cores, one row of 2 heads of 128: 1.25 ms a layer and token at 2048 positions, of which
+0.15 ms are attention).
 """
 
 import functools
@@ -66,8 +67,42 @@ class KVCache:
         newest = jax.lax.dynamic_index_in_dim(self.new_ids, jnp.maximum(self.filled - 1, 0), axis=1, keepdims=False)
         return jnp.where(self.filled > 0, newest, self.previous)
 
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, layer: int, window: int | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Attention of T new tokens per row against the cached ones and themselves, causal by absolute position.
+
+        q (b, T, H, D), k and v (b, T, G, D); returns (b, T, H, D) and the layer's updated buffers (keys, values).
+        Query t of row r sits at position p = self.position[r] + t and sees keys max(0, p - window) .. p. One token per
+        row in float32 on CPU is left to a kernel of our own (`rustbpe/src/cpu_kernels/attend.rs`): XLA multiplies a
+        row's tiny matrices one after the other and looks at all that a row might hold (0.15 ms a layer for 32 rows of 2
+        heads and 128 tokens, of which the kernel needs a tenth).
+        """
+        b, T, H, D = q.shape
+        G = k.shape[2]
+        dtype = self.new_keys[layer].dtype
+
+        def append(buffer, new):
+            new = new.astype(dtype).swapaxes(1, 2).reshape(b * G, T, D)
+            return jax.lax.dynamic_update_slice(buffer, new, (0, self.filled, 0))
+
+        new_keys, new_values = append(self.new_keys[layer], k), append(self.new_values[layer], v)
+        q = q.reshape(b, T, G, H // G, D).swapaxes(1, 2).reshape(b * G, T * H // G, D)
+        old = None
+        if self.old_keys is not None and self.old_values is not None:
+            old = self.old_keys[layer], self.old_values[layer], self.storage_rows
+        # Counted within the old arrays: those of a layer with a window hold only a row's last tokens.
+        start = self.start if old is None else jnp.minimum(self.start, old[0].shape[1])
+        arguments = q, old, (new_keys, new_values), start, self.filled
+        formula = functools.partial(_attend, (b, T, H, G, D), window)
+        if T == 1 and q.dtype == dtype == jnp.float32 and cpu_kernels.available("decode_attention"):
+            y = jax.lax.platform_dependent(*arguments, cpu=functools.partial(_kernel, window), default=formula)
+        else:
+            y = formula(*arguments)
+        return y.reshape(b, G, T, H // G, D).swapaxes(1, 2).reshape(b, T, H, D), (new_keys, new_values)
+
     def append(self, ids: jax.Array, keys_values: list[tuple[jax.Array, jax.Array]]) -> "KVCache":
-        """The cache with these tokens (b, T) in its buffers; of each layer `cached_attention` returned them."""
+        """The cache with these tokens (b, T) in its buffers; of each layer `attend` returned them."""
         new_ids = jax.lax.dynamic_update_slice(self.new_ids, ids.astype(jnp.int32), (0, self.filled))
         keys, values = [k for k, _ in keys_values], [v for _, v in keys_values]
         return replace(self, new_keys=keys, new_values=values, new_ids=new_ids)
@@ -122,7 +157,7 @@ class KVSlots:
         that matter, and start + buffer must not exceed the capacity: XLA would clamp the later write silently, so the
         caller checks. previous (b,) int32: the id of each row's last token, -1 where it has none. windows: of each
         layer, so that no more than it is read. in_place: old tokens stay where they are, instead of being copied once
-        for the whole call; only where `reads_in_place` is it a gain.
+        for the whole call; a gain where our kernel reads them.
         """
         B, G, S, D = self.keys[0].shape
         rows = 1 if slot is not None else B if slots is None else slots.shape[0]
@@ -223,46 +258,6 @@ def _open(n_layer, shape, dtype, old_keys, old_values, start, previous, capacity
 
     filled, new_ids = jnp.zeros((), jnp.int32), jnp.zeros((rows, buffer), jnp.int32)
     return KVCache(old_keys, old_values, zeros(), zeros(), start, filled, previous, new_ids, capacity)
-
-
-def reads_in_place(dtype, platform: str) -> bool:
-    """Whether one token per row is left to the kernel, which reads a row's tokens wherever they lie."""
-    return platform == "cpu" and dtype == jnp.float32 and cpu_kernels.available("decode_attention")
-
-
-def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int, window: int | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention of T new tokens per row against the cached ones and themselves, causal by absolute position.
-
-    q (b, T, H, D), k and v (b, T, G, D); returns (b, T, H, D) and the layer's updated buffers (keys, values). Query t
-    of row r sits at position p = cache.position[r] + t and sees keys max(0, p - window) .. p. One token per row in
-    float32 on CPU is left to a kernel of our own (`rustbpe/src/cpu_kernels/attend.rs`): XLA multiplies a row's tiny
-    matrices one after the other and looks at all that a row might hold (0.15 ms a layer for 32 rows of 2 heads and 128
-    tokens, of which the kernel needs a tenth).
-    """
-    b, T, H, D = q.shape
-    G = k.shape[2]
-    dtype = cache.new_keys[layer].dtype
-
-    def append(buffer, new):
-        new = new.astype(dtype).swapaxes(1, 2).reshape(b * G, T, D)
-        return jax.lax.dynamic_update_slice(buffer, new, (0, cache.filled, 0))
-
-    new_keys, new_values = append(cache.new_keys[layer], k), append(cache.new_values[layer], v)
-    q = q.reshape(b, T, G, H // G, D).swapaxes(1, 2).reshape(b * G, T * H // G, D)
-    old = None
-    if cache.old_keys is not None and cache.old_values is not None:
-        old = cache.old_keys[layer], cache.old_values[layer], cache.storage_rows
-    # Counted within the old arrays: those of a layer with a window hold only a row's last tokens.
-    start = cache.start if old is None else jnp.minimum(cache.start, old[0].shape[1])
-    arguments = q, old, (new_keys, new_values), start, cache.filled
-    formula = functools.partial(_attend, (b, T, H, G, D), window)
-    if T == 1 and q.dtype == dtype == jnp.float32 and cpu_kernels.available("decode_attention"):
-        y = jax.lax.platform_dependent(*arguments, cpu=functools.partial(_kernel, window), default=formula)
-    else:
-        y = formula(*arguments)
-    return y.reshape(b, G, T, H // G, D).swapaxes(1, 2).reshape(b, T, H, D), (new_keys, new_values)
 
 
 def _kernel(window: int | None, q, old, new, start, filled) -> jax.Array:

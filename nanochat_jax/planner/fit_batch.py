@@ -23,6 +23,8 @@ from nanochat_jax.inference import model_runner, programs
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import KVSlots
+from nanochat_jax.model.kv_in_place import IN_PLACE, decode_access
+from nanochat_jax.model.packed import packed
 from nanochat_jax.parallel import sharding
 from nanochat_jax.training.step import abstract_state
 from nanochat_jax.utils.errors import InputError, UserError
@@ -216,10 +218,9 @@ def lower_sampling(
     capacity: int,
     max_new_steps: int = 16,
     ends: int = 2,
-    full: bool = False,
 ):
     """The decoder's program that needs most memory on one device: `max_new_steps` tokens in each of the slots, of which
-    the largest part is copied that ever is. full: the one that looks at the whole slots instead, and copies nothing."""
+    the largest part is copied that ever is, where any is."""
     length = model_runner.slot_length(capacity, max_new_steps)
     here = SingleDeviceSharding(device)
 
@@ -233,9 +234,14 @@ def lower_sampling(
     control = jax.ShapeDtypeStruct((1, programs.N_CONTROL + ends), jnp.int32)
     adjustments = (jax.ShapeDtypeStruct((slots, config.vocab_size), dtype) for dtype in (jnp.float32, jnp.int32))
     others = map(on_device, (storage, row_slots, rows, control, *adjustments))
-    arguments = on_device(gpt.abstract(config), config.dtype), *others
-    visible = length if full else model_runner.largest_copy(length)
-    return programs.decode.lower(gpt, config, *arguments, visible=visible, max_new_steps=max_new_steps)
+    access = decode_access(config, device.platform)
+    params = gpt.abstract(config)
+    if access in IN_PLACE:
+        params = jax.eval_shape(packed, params)
+    arguments = on_device(params, config.dtype), *others
+    visible = model_runner.largest_copy(length) if access == "copied" else capacity
+    how: Any = dict(visible=visible, max_new_steps=max_new_steps, access=access)
+    return programs.decode.lower(gpt, config, *arguments, **how)
 
 
 def check_all(programs: Sequence[tuple[str, Callable[[], Any], int]], limit: int) -> None:

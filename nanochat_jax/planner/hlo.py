@@ -19,6 +19,8 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "conditional", "call", "async-start", "async-update", "async-done", "opt-barrier",
 }  # fmt: skip
+# what writes into its first operand, and which operand it writes
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ def _read(parameter: Instruction, inner: dict[str, Instruction]) -> int:
     for j in users:
         if j.opcode in ("dynamic-slice", "slice", "gather") and j.operands[0] in names:
             sliced += shape_bytes(j.type)
-        elif j.opcode == "dynamic-update-slice" and j.operands[0] in names:
+        elif j.opcode in _UPDATES and j.operands[0] in names:
             pass  # written in place
         else:
             return shape_bytes(parameter.type)
@@ -276,6 +278,6 @@ def _written(inner: dict[str, Instruction]) -> int:
     for result in results:
         while result.opcode == "bitcast" and result.operands[0] in inner:
             result = inner[result.operands[0]]
-        update = result.opcode == "dynamic-update-slice"
-        total += shape_bytes(inner[result.operands[1]].type if update else result.type)
+        written = _UPDATES.get(result.opcode)
+        total += shape_bytes(result.type if written is None else inner[result.operands[written]].type)
     return total

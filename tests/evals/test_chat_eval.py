@@ -306,9 +306,11 @@ def test_eval_engine_sizes(monkeypatch):
     assert made(10**6)[1] == 10 * config.sequence_len
     slot = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4 * 128  # 60 and space for a call, rounded up
     monkeypatch.setattr(chat_eval, "CACHE_BYTES_CPU", 5 * slot)
-    monkeypatch.setattr(chat_eval, "reads_in_place", lambda dtype, platform: True)
+    monkeypatch.setattr(chat_eval, "decode_access", lambda config, platform: "kernel")
     assert made() == (5, 60)
-    monkeypatch.setattr(chat_eval, "reads_in_place", lambda dtype, platform: False)  # a call copies up to half a slot
+    monkeypatch.setattr(
+        chat_eval, "decode_access", lambda config, platform: "copied"
+    )  # a call copies up to half a slot
     assert made() == (3, 60)
     task = ListTask(asked("a", "a much longer question"))
     short, long = (len(tokenizer.render_for_completion(task[i])) for i in range(2))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.convert.params_reference import params_from_reference
+from nanochat_jax.inference import model_runner
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
@@ -43,13 +44,14 @@ def toy():
     return config, toy_params(config)
 
 
-@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_greedy_equals_argmax_of_the_full_forward(toy, in_place):
+@pytest.mark.parametrize("access", ["here's own", "xla", pytest.param("copied", marks=pytest.mark.slow)])
+def test_greedy_equals_argmax_of_the_full_forward(toy, access, monkeypatch):
     """Prompts of several chunks, rows in a crowd, prefixes shared with a living request and with a finished one, and
     documents that begin inside a prompt."""
     config, params = toy
+    if access != "here's own":
+        monkeypatch.setattr(model_runner, "decode_access", lambda config, platform: access)
     engine = Engine(config, params, None, slots=3, capacity=1024, steps_per_call=4)
-    engine._runner._in_place &= in_place
     rng = np.random.default_rng(0)
     long = rng.integers(0, 290, 700).tolist()
     long[100] = long[511] = long[512] = config.vocab_size - 9

@@ -368,7 +368,7 @@ def test_devices_do_not_talk_to_each_other_and_nothing_is_copied(spread):
     common = spread.model, spread.config, runner.params, runner.storage
     compiled: Any = programs
     nothing = runner.nothing_adjusted(spread.slots)
-    settings = dict(max_new_steps=4, in_place=runner._in_place)
+    settings = dict(max_new_steps=4, access=runner._access)
     decode = compiled.decode.lower(
         *common, row_slots, rows, control, *nothing, visible=64, mesh=runner.mesh, **settings
     )

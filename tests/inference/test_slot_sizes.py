@@ -25,7 +25,7 @@ def test_a_call_sees_every_token_and_copies_three_quarters_of_a_slot_at_most(cap
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_chunks_of_prompts_have_few_sizes_and_never_overhang(few, capacity):
     runner: ModelRunner = object.__new__(ModelRunner)
-    vars(runner).update(capacity=capacity, _physical=slot_length(capacity, 4), _few=few, _in_place=False)
+    vars(runner).update(capacity=capacity, _physical=slot_length(capacity, 4), _access="xla" if few else "copied")
     sizes = set()
     for begin in range(capacity):
         for left in {1, 17, 63, 65, 511, 512, 2000, capacity - begin}:
@@ -36,13 +36,10 @@ def test_chunks_of_prompts_have_few_sizes_and_never_overhang(few, capacity):
     rows = {runner._visible_to_rows(n) for n in range(capacity + 1)}
     copies = {runner._visible_to_copy(n) for n in range(1, capacity + 1)}
     if few:  # a program takes a GPU's compiler many seconds
-        assert len(rows) <= 5 and len(copies) == 1
-        assert all(runner._visible_to_rows(n) >= n for n in range(capacity + 1))
+        assert len(rows) == len(copies) == 1
 
 
-@pytest.mark.parametrize(
-    ("slots", "few", "sizes"), [(32, False, [1, 4, 16, 32]), (32, True, [1, 8, 32]), (8, True, [1, 8])]
-)
+@pytest.mark.parametrize(("slots", "few", "sizes"), [(32, False, [1, 4, 16, 32]), (32, True, [32]), (8, True, [8])])
 def test_batch_sizes(slots, few, sizes):
     runner: Any = SimpleNamespace(per_device=slots, _few=few)
     assert ModelRunner.batch_sizes(runner) == sizes

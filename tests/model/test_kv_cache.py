@@ -10,7 +10,8 @@ import pytest
 
 from nanochat_jax.model import gpt
 from nanochat_jax.model.config import MODERN
-from nanochat_jax.model.kv_cache import KVCache, KVSlots, cached_attention, reads_in_place
+from nanochat_jax.model.kv_cache import KVCache, KVSlots
+from nanochat_jax.model.kv_in_place import decode_access
 from tests.toy_params import toy_params
 
 SHAPES = {
@@ -146,7 +147,7 @@ def test_storage_is_updated_in_place(in_place):
     def copy(params, slots, start):
         return slots.copy_row(start[0], start[1], 128)
 
-    if in_place and not reads_in_place(jnp.float32, "cpu"):
+    if in_place and decode_access(config, "cpu") != "kernel":
         pytest.skip("needs AVX2")
     for program in (decode, write, copy):
         memory: Any = jax.jit(program, donate_argnums=1).lower(params, slots, row).compile().memory_analysis()
@@ -168,7 +169,7 @@ def test_attention_gathers_nothing_where_the_rows_lie_in_order(platform):
     row = jnp.zeros(4, jnp.int32)
     cache = jax.eval_shape(lambda: slots_for(build("gqa")[0], 4, 256).view(row, row, 128, 8))
     q, kv = (jax.ShapeDtypeStruct((4, 1, heads, 8), jnp.float32) for heads in (4, 2))
-    traced = jax.jit(lambda q, k, v, cache: cached_attention(q, k, v, cache, 0, None)).trace(q, kv, kv, cache)
+    traced = jax.jit(lambda q, k, v, cache: cache.attend(q, k, v, 0, None)).trace(q, kv, kv, cache)
     assert "gather" not in traced.lower(lowering_platforms=(platform,)).as_text()
 
 

@@ -5,11 +5,14 @@ from importlib.util import find_spec
 
 import pytest
 
+from nanochat_jax.planner import hlo
 from tests.gpu_programs import SLOTS, compile_for
 
 pytestmark = pytest.mark.gpu_compile
 if find_spec("jax_cuda12_plugin") is None:
     pytest.skip("needs the CUDA plugin", allow_module_level=True)
+
+DECODING = {"decode": 2, "decode_deeper": 4, "decode_modern": 4}  # and how many layers
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def training():
 
 @pytest.fixture(scope="module")
 def decoding():
-    return compile_for("h100", 1, ["decode", "decode_part"], decodes=True)
+    return compile_for("h100", 1, list(DECODING), decodes=True)
 
 
 def calls(text: str, target: str) -> list[str]:
@@ -54,8 +57,56 @@ def test_float8_products_are_float8(training):
     assert not calls(training["train_step"].text, "__cublas$lt$matmul$f8")
 
 
-def test_decoding_whole_slots_copies_nothing(decoding):
-    full, part = decoding["decode"], decoding["decode_part"]
-    storage = 2 * 2 * SLOTS * 2 * 1024 * 128 * 2  # keys and values, layers, slots, heads, positions, width, bytes
-    assert full.aliased >= storage and part.aliased >= storage, "the storage is not donated"
-    assert full.temporary < storage / 2 < part.temporary < storage
+def slot_bytes(layers: int, positions: int = 1024) -> int:
+    """Keys and values of `layers` layers: slots, heads, positions, width, bytes."""
+    return 2 * layers * SLOTS * 2 * positions * 128 * 2
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_copies_no_slots(decoding, name):
+    """Nor what is visible of them: temporaries are those of sampling, and no deeper model needs more."""
+    program = decoding[name]
+    assert program.aliased >= slot_bytes(DECODING[name]), "the storage is not donated"
+    assert program.temporary < 8 * 2**20 and abs(program.temporary - decoding["decode"].temporary) < 2**18
+    assert not re.search(rf"= bf16\[{SLOTS},2,1024,128\]\S* (copy|transpose)", program.text)
+
+
+def test_a_layer_and_token_are_few_kernels(decoding):
+    kernels = {name: program.kernels for name, program in decoding.items()}
+    assert kernels["decode_deeper"] - kernels["decode"] <= 2 * 15
+    # a window is two kernels more than cuDNN's one; factors and value embeddings, one and two
+    assert kernels["decode_modern"] - kernels["decode_deeper"] <= 4 * 5
+
+
+def test_attention_of_decoding_is_cudnns_with_lengths_as_data(decoding):
+    """One call for each layer without a window, on the storage itself, of which it reads what the lengths say."""
+    for name, layers in {**DECODING, "decode_modern": 1}.items():
+        found = calls(decoding[name].text, "__cudnn$fmhaSoftmax")
+        assert len(found) == layers and all('"mask_type":"PADDING"' in call.replace(" ", "") for call in found)
+
+
+def test_a_window_is_read_where_it_lies(decoding):
+    """Of the three layers with one of 256, two kernels each read keys or values of that many tokens and one, no other
+    kernel as much, and nothing of that size is written."""
+    kernels = sorted(kernel.bytes for kernel in hlo.count(decoding["decode_modern"].text).kernels)
+    window, whole = slot_bytes(1, 257) // 2, slot_bytes(1)
+    assert len([n for n in kernels if window < n < 1.1 * window]) == 6
+    assert [n for n in kernels if n > 1.2 * window] == [n for n in kernels if n > whole] and kernels[-2] < whole
+    assert not re.search(
+        r"= bf16\[32,(1,)?2,257,128\]\S* (fusion|copy|gather)\(%(input|get)", decoding["decode_modern"].text
+    )
+
+
+def test_queries_keys_and_values_are_one_product(decoding):
+    """Of kernels that lie together: nothing puts them together for every token."""
+    text = decoding["decode"].text
+    assert not re.search(r"= bf16\[512,1024\]\S* (fusion|concatenate)", text)
+    assert len(re.findall(r"= \(bf16\[32,1024\]\S*, .*__cublas", text)) == 2
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_a_decode_call_is_one_launch(decoding, name):
+    """Its loop and the branches of sampling are part of a CUDA graph: the GPU waits for the host at no token."""
+    launched = [line for line in decoding[name].launches if re.match(r"\d+:", line)]
+    assert len(launched) == 1 and "kCommandBuffer" in launched[0]
+    assert any("kWhile" in line for line in decoding[name].launches)
