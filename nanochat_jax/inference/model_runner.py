@@ -19,9 +19,9 @@ from nanochat_jax.inference.programs import (
     prefill,
     score,
 )
+from nanochat_jax.model.joined_qkv import join_qkv
 from nanochat_jax.model.kv_cache import KVSlots
 from nanochat_jax.model.kv_in_place import IN_PLACE, decode_access
-from nanochat_jax.model.packed import packed
 from nanochat_jax.parallel import sharding
 
 PREFILL_CHUNK = 512
@@ -91,11 +91,11 @@ class ModelRunner:
         return self._access in IN_PLACE
 
     def set_params(self, params: Any) -> None:
-        """New parameters, cast, packed and placed once: matmuls would do so for every token. Vectors stay."""
+        """New parameters, cast, joined and placed once: matmuls would do so for every token. Vectors stay."""
         dtype = self._config.dtype
         cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 and x.ndim > 1 else x, params)
         if self._few:
-            cast = packed(cast)
+            cast = join_qkv(cast)
         if self.mesh is not None:
             cast = jax.device_put(cast, sharding.named(self.mesh, sharding.replicated_spec()))
         self.params = cast

@@ -21,13 +21,13 @@ from nanochat_jax.model.attention import attention
 from nanochat_jax.model.config import REMAT_MODES as REMAT_MODES
 from nanochat_jax.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from nanochat_jax.model.config import GPTConfig as GPTConfig
+from nanochat_jax.model.joined_qkv import part_qkv
 from nanochat_jax.model.kv_cache import KVCache
 from nanochat_jax.model.kv_in_place import InPlaceCache
 from nanochat_jax.model.layers import apply_rotary as apply_rotary
 from nanochat_jax.model.layers import look_up, relu_squared, rms_norm
 from nanochat_jax.model.layers import rotary_tables as rotary_tables
 from nanochat_jax.model.linear import project
-from nanochat_jax.model.packed import unpacked
 from nanochat_jax.model.parameters import Params as Params
 from nanochat_jax.model.parameters import abstract as abstract
 from nanochat_jax.model.parameters import flops_per_token as flops_per_token
@@ -257,9 +257,9 @@ def forward(config: GPTConfig, params: Params, ids: jax.Array) -> jax.Array:
 def forward_cached(config: GPTConfig, params: Params, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Any]:
     """Hidden states (B, T, C) of T new tokens per row, appended to the cache at each row's own position.
 
-    params may be `packed`. Returns the cache with the new keys and values written but `position` unchanged: the caller
-    advances it by the number of *real* tokens of each row (`cache.advance`), so padded prefill needs no second code
-    path. Positions beyond the capacity are the caller's error: XLA clamps them silently.
+    params may be those of `join_qkv`. Returns the cache with the new keys and values written but `position` unchanged:
+    the caller advances it by the number of *real* tokens of each row (`cache.advance`), so padded prefill needs no
+    second code path. Positions beyond the capacity are the caller's error: XLA clamps them silently.
     """
-    hidden, keys_values = nnx.merge(_graphdef(config), unpacked(config, params))(ids, cache)
+    hidden, keys_values = nnx.merge(_graphdef(config), part_qkv(config, params))(ids, cache)
     return hidden, cache.append(ids, keys_values)

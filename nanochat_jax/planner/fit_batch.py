@@ -22,9 +22,9 @@ from nanochat_jax.hardware.devices import is_out_of_memory
 from nanochat_jax.inference import model_runner, programs
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.model.joined_qkv import join_qkv
 from nanochat_jax.model.kv_cache import KVSlots
 from nanochat_jax.model.kv_in_place import IN_PLACE, decode_access
-from nanochat_jax.model.packed import packed
 from nanochat_jax.parallel import sharding
 from nanochat_jax.training.step import abstract_state
 from nanochat_jax.utils.errors import InputError, UserError
@@ -237,7 +237,7 @@ def lower_sampling(
     access = decode_access(config, device.platform)
     params = gpt.abstract(config)
     if access in IN_PLACE:
-        params = jax.eval_shape(packed, params)
+        params = jax.eval_shape(join_qkv, params)
     arguments = on_device(params, config.dtype), *others
     visible = model_runner.largest_copy(length) if access == "copied" else capacity
     how: Any = dict(visible=visible, max_new_steps=max_new_steps, access=access)

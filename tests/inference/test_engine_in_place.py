@@ -13,8 +13,8 @@ from nanochat_jax.inference import model_runner
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
+from nanochat_jax.model.joined_qkv import join_qkv, part_qkv
 from nanochat_jax.model.kv_in_place import formula
-from nanochat_jax.model.packed import packed, unpacked
 from tests.tokenizer_fixtures import golden_tokenizer
 from tests.toy_params import toy_params
 
@@ -89,18 +89,22 @@ def test_attention_of_a_token_is_that_of_jax_with_lengths():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_parameters_are_the_same_ones(name):
+def test_joined_parameters_are_the_same_ones(name):
     params = toy_params(MODELS[name])
-    assert "c_q" not in packed(params)["h"]["0"]["attn"]
-    jax.tree.map(np.testing.assert_array_equal, unpacked(MODELS[name], packed(params)), params)
+    assert "c_q" not in join_qkv(params)["h"]["0"]["attn"]
+    jax.tree.map(np.testing.assert_array_equal, part_qkv(MODELS[name], join_qkv(params)), params)
 
 
 def test_one_program_decodes_and_warming_up_leaves_nothing_to_compile(monkeypatch):
+    """On two devices, whose streams are those of one."""
+    config, prompts = MODELS["v1 mqa"], [prompt_of(i, n) for i, n in enumerate((1, 20, 50))]
+    settings, greedy = dict(capacity=60, steps_per_call=4), SamplingParams(9, temperature=0.0)
+    expected = Engine(config, toy_params(config), TOKENIZER, slots=3, **settings).generate(prompts, greedy)
     monkeypatch.setattr(model_runner, "decode_access", lambda config, platform: "xla")
-    config = MODELS["v1 mqa"]
-    engine = Engine(config, toy_params(config), TOKENIZER, slots=4, capacity=60, steps_per_call=4)
+    devices = jax.devices()[:2]
+    engine = Engine(config, toy_params(config), TOKENIZER, slots=4, devices=devices, **settings)
     before = model_runner.decode._cache_size()
     assert engine.warm_up() <= 9 and model_runner.decode._cache_size() == before + 1
     compiled = model_runner.compiled_programs()
-    engine.generate([prompt_of(i, n) for i, n in enumerate((1, 20, 50))], SamplingParams(9, temperature=0.0))
+    assert [c.tokens for c in engine.generate(prompts, greedy)] == [c.tokens for c in expected]
     assert model_runner.compiled_programs() == compiled

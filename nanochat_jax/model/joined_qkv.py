@@ -14,14 +14,14 @@ from nanochat_jax.model.config import GPTConfig
 _PARTS = "c_q", "c_k", "c_v"
 
 
-def packed(params: Any) -> Any:
+def join_qkv(params: Any) -> Any:
     """The tree with h/*/attn/c_qkv in place of c_q, c_k and c_v; other trees as they are."""
-    return _in_attention(params, "c_q", _pack)
+    return _in_attention(params, "c_q", _join)
 
 
-def unpacked(config: GPTConfig, params: Any) -> Any:
-    """The tree that was packed. Called where the products are (inside a loop): outside, slices are copies."""
-    return _in_attention(params, "c_qkv", lambda attn: _unpack(config, attn))
+def part_qkv(config: GPTConfig, params: Any) -> Any:
+    """The tree that was joined. Called where the products are (inside a loop): outside, slices are copies."""
+    return _in_attention(params, "c_qkv", lambda attn: _part(config, attn))
 
 
 def _in_attention(params: Any, key: str, change) -> Any:
@@ -32,13 +32,13 @@ def _in_attention(params: Any, key: str, change) -> Any:
     return {**params, "h": {i: {**layer, "attn": change(layer["attn"])} for i, layer in layers.items()}}
 
 
-def _pack(attn: dict[str, Any]) -> dict[str, Any]:
+def _join(attn: dict[str, Any]) -> dict[str, Any]:
     others = {name: value for name, value in attn.items() if name not in _PARTS}
     kernels = [attn[name]["kernel"] for name in _PARTS]
     return {**others, "c_qkv": {"kernel": jnp.concatenate(kernels, axis=1)}}
 
 
-def _unpack(config: GPTConfig, attn: dict[str, Any]) -> dict[str, Any]:
+def _part(config: GPTConfig, attn: dict[str, Any]) -> dict[str, Any]:
     others = {name: value for name, value in attn.items() if name != "c_qkv"}
     queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     kernels = jnp.split(attn["c_qkv"]["kernel"], (queries, queries + keys), axis=1)
