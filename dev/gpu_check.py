@@ -26,6 +26,7 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.request import SamplingParams
 from nanochat_jax.model import gpt
 from nanochat_jax.model.attention import attention as own_attention
+from nanochat_jax.model.kv_in_place import by_cudnn, formula
 from nanochat_jax.model.layers import look_up as own_look_up
 from nanochat_jax.parallel import sharding
 from nanochat_jax.planner import fit_batch, hlo
@@ -39,6 +40,7 @@ TRITON, GRAPHS = "--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_command_
 # (part and its arguments, limit in seconds, flags of XLA that differ from those the project sets)
 PARTS: list[tuple[list[str], int, str]] = [
     (["attention"], 100, ""),
+    (["decode_attention"], 60, ""),
     (["look_up"], 60, ""),
     (["step", "20", "32"], 150, ""),
     (["decode", "12", "32"], 120, ""),
@@ -50,6 +52,7 @@ PARTS: list[tuple[list[str], int, str]] = [
 ]
 TINY: list[tuple[list[str], int, str]] = [
     (["attention"], 120, ""),
+    (["decode_attention"], 120, ""),
     (["look_up"], 120, ""),
     (["step", "1", "2"], 180, ""),
     (["decode", "1", "2"], 240, ""),
@@ -147,6 +150,20 @@ def attention(tiny: bool):
         errors = [_error(a, b) for a, b in zip(ours(*low), exact, strict=True)]
         facts = dict(shape=[B, T, H, G], window=window, errors=errors, expected_error=4e-3)
         yield {**facts, "ms": 1e3 * median_seconds(lambda ours=ours, low=low: ours(*low))}
+
+
+def decode_attention(tiny: bool):
+    """Attention of decoding, its lengths data, against the formula: one, five, ten query heads to a head of keys."""
+    shapes = [(32, 10, 1, 2112), (32, 2, 5, 2112), (32, 1, 10, 2112)]
+    for B, G, R, S in [(3, 2, 2, 40)] if tiny else shapes:
+        keys = jax.random.split(jax.random.key(0), 4)
+        q, k, v = (
+            jax.random.normal(key, (B, G, n, 128), jnp.bfloat16) for key, n in zip(keys, (R, S, S), strict=False)
+        )
+        seen = jax.random.randint(keys[3], (B,), 1, S + 1)
+        ours, exact = (jax.jit(way) for way in (formula if tiny else by_cudnn, formula))
+        facts = dict(shape=[B, G, R, S], error=_error(ours(q, k, v, seen), exact(q, k, v, seen)), expected_error=4e-3)
+        yield {**facts, "ms": 1e3 * median_seconds(lambda ours=ours, inputs=(q, k, v, seen): ours(*inputs))}
 
 
 def look_up(tiny: bool):
@@ -253,7 +270,7 @@ def resume(tiny: bool):
 
 
 _PARTS: dict[str, Callable[..., Any]] = dict(
-    attention=attention, look_up=look_up, step=step, decode=decode, resume=resume
+    attention=attention, decode_attention=decode_attention, look_up=look_up, step=step, decode=decode, resume=resume
 )
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class InPlaceCache:
             part = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, window + 1, axis=1))
             y = formula(queries, part(keys, first), part(values, first), seen - first)
         elif self.implementation == "cudnn":
-            y = _cudnn(queries, keys, values, seen)
+            y = by_cudnn(queries, keys, values, seen)
         else:
             y = formula(queries, keys, values, seen)
         return y.astype(q.dtype).reshape(q.shape), (keys, values)
@@ -87,7 +87,7 @@ class InPlaceCache:
         return replace(self, position=self.position + n)
 
 
-def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+def by_cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
     """`formula` by cuDNN, which reads the tokens that are seen and no others.
 
     Every head of keys is a row of the batch, and its query heads are its queries: the storage is given as it lies, and
