@@ -30,6 +30,7 @@ nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # libraries say there what this machine lacks; an error is an output of its own
 nb_code_prompt_show = "Show the answer"
 nb_code_prompt_hide = "Hide the answer"
 autodoc_typehints = "description"
