@@ -7,6 +7,7 @@ a slice of an operand, the slice counts. Not seen: what the L2 cache spares and 
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 BYTES = {
@@ -53,9 +54,15 @@ class Collective:
         return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share) * self.bytes
 
 
+# What kernels reach in practice, as a share of the card's peak: products and attention of its FLOP/s, all of its memory
+# bandwidth. Assumed, from what is published of H100s; to be replaced by what is measured.
+REACHED = {"product": 0.63, "attention forward": 0.5, "attention backward": 0.4, "other": 1.0, "memory": 0.84}
+PEAK = dict.fromkeys(REACHED, 1.0)
+
+
 @dataclass(frozen=True)
 class Kernel:
-    opcode: str
+    kind: str  # "product", "attention forward", "attention backward", "other"
     flops: float
     bytes: int
     times: int
@@ -83,9 +90,22 @@ class Counts:
     def link_bytes(self) -> float:
         return sum(c.link_bytes * c.times for c in self.collectives)
 
-    def kernel_seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Kernels one after the other, each as fast as the slower of the two rates lets it."""
-        return sum(k.times * max(k.flops / flops_per_second, k.bytes / bytes_per_second) for k in self.kernels)
+    @property
+    def other_bytes(self) -> int:
+        """Of kernels that are neither products nor attention: what fusing them better would save."""
+        return sum(k.bytes * k.times for k in self.kernels if k.kind == "other")
+
+    def kernel_seconds(
+        self, flops_per_second: float, bytes_per_second: float, reached: Mapping[str, float] = PEAK
+    ) -> float:
+        """Kernels one after the other, each as fast as the slower of the two rates lets it, or the share of these that
+        kernels of its kind reach."""
+
+        def seconds(k: Kernel) -> float:
+            by_flops = k.flops / (flops_per_second * reached[k.kind])
+            return k.times * max(by_flops, k.bytes / (bytes_per_second * reached["memory"]))
+
+        return sum(seconds(k) for k in self.kernels)
 
 
 def count(text: str) -> Counts:
@@ -146,9 +166,13 @@ class _Program:
             elif kind in COLLECTIVES:
                 counts.collectives.append(self._collective(i, kind, body, times, in_loop))
             elif i.opcode not in _FREE and not i.opcode.endswith("-done"):
-                counts.attention_forward += '"__cudnn$fmhaSoftmax"' in i.rest
-                counts.attention_backward += '"__cudnn$fmhaSoftmaxBackward"' in i.rest
-                counts.kernels.append(Kernel(i.opcode, self._flops(i, body), self._bytes(i, body), times))
+                flops = self._flops(i, body)
+                kind = "product" if flops else "other"
+                if '"__cudnn$fmhaSoftmax"' in i.rest:
+                    kind, counts.attention_forward = "attention forward", counts.attention_forward + 1
+                elif '"__cudnn$fmhaSoftmaxBackward"' in i.rest:
+                    kind, counts.attention_backward = "attention backward", counts.attention_backward + 1
+                counts.kernels.append(Kernel(kind, flops, self._bytes(i, body), times))
 
     def _collective(self, i: Instruction, kind: str, body, times: int, in_loop: bool) -> Collective:
         group = _group_size(i.rest, self.partitions)
@@ -253,9 +277,9 @@ def _head_width(i: Instruction, body: dict[str, Instruction]) -> int:
 def _read(parameter: Instruction, inner: dict[str, Instruction]) -> int:
     """What a fusion reads of one operand: all of it, or the slices that it takes."""
     names, users = {parameter.name}, []
-    for j in inner.values():  # in order of definition: a bitcast of the operand is the operand
+    for j in inner.values():  # in order of definition: a bitcast of the operand is the operand, so is its conversion
         if names.intersection(j.operands):
-            if j.opcode == "bitcast":
+            if j.opcode in ("bitcast", "convert"):
                 names.add(j.name)
             else:
                 users.append(j)

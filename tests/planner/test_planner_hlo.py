@@ -106,8 +106,11 @@ def test_bytes_count_slices_and_not_what_they_are_cut_from(counts):
 
 
 def test_kernel_seconds_take_the_slower_rate_of_each(counts):
-    kernels = [hlo.Kernel("a", 10.0, 1, 2), hlo.Kernel("b", 1.0, 10, 1)]
+    kernels = [hlo.Kernel("product", 10.0, 1, 2), hlo.Kernel("other", 1.0, 10, 1)]
     assert hlo.Counts(kernels=kernels).kernel_seconds(1.0, 1.0) == 2 * 10 + 10
+    assert hlo.Counts(kernels=kernels).other_bytes == 10
+    half = {**hlo.PEAK, "product": 0.5, "memory": 0.25}
+    assert hlo.Counts(kernels=kernels).kernel_seconds(1.0, 1.0, half) == 2 * 20 + 40
 
 
 def test_shape_bytes():
