@@ -22,7 +22,7 @@ from nanochat_jax.planner import hlo
 from tests import children
 
 ROOT = Path(__file__).resolve().parent.parent
-T, SLOTS = 255, 32  # an odd length, which cuDNN's attention does not take by itself
+T, ROWS, SLOTS = 255, 4, 32  # an odd length, which cuDNN's attention does not take by itself
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def train_step(devices, fsdp: int = 1, **overrides):
     from nanochat_jax.training.optim import OptimHyper, make_optimizer
     from nanochat_jax.training.step import make_train_step
 
-    mesh, model = sharding.make_mesh(devices, fsdp), config(**overrides)
+    mesh, model = sharding.make_mesh(devices, fsdp), config(**{"fused": True, **overrides})
     optimizer = make_optimizer(OptimHyper.of("modern", ns_dtype="bfloat16"), 100, model.n_embd)
     step = make_train_step(model, optimizer, mesh, guarded=True)
-    return fit_batch.lower_step(step, model, optimizer, mesh, rows=4, accumulation=2, T=model.sequence_len)
+    return fit_batch.lower_step(step, model, optimizer, mesh, rows=ROWS, accumulation=2, T=model.sequence_len)
 
 
 def train_step_fsdp(devices):
@@ -78,6 +78,50 @@ def train_step_fsdp(devices):
 
 def train_step_float8(devices):
     return train_step(devices, compute_dtype="float8")
+
+
+def gradients(devices, **overrides):
+    """Of a model of one layer on one device, with an even length, for which nothing is padded."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from nanochat_jax.model import gpt
+    from nanochat_jax.model.loss import next_token_loss
+
+    model = config(**{"n_layer": 1, "fused": True, "sequence_len": T + 1, **overrides})
+    here = SingleDeviceSharding(devices[0])
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), gpt.abstract(model))
+    ids = jax.ShapeDtypeStruct((ROWS, T + 1), "int32", sharding=here)
+    return jax.jit(jax.grad(lambda p, ids: next_token_loss(model, p, ids, ids))).lower(params, ids)
+
+
+def norms(devices, module: str = "fused"):
+    """Every norm of a block by itself, forward and backward; inputs and cotangents are arguments."""
+    import importlib
+
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from nanochat_jax.model.layers import rotary_tables
+
+    of = importlib.import_module(f"nanochat_jax.model.{module}")
+    tables = [table[None, :, None] for table in rotary_tables(T + 1, 128, 10000.0)]
+
+    def run(x, x0, factors, q, d_x, d_x0, d_y, d_q):
+        _, back = jax.vjp(of.with_norm, x)
+        _, back_mixed = jax.vjp(of.mixed_with_norm, x, x0, factors)
+        rotated, back_rotary = jax.vjp(lambda q: of.rotary_norm(q, *tables, 1.2), q)
+        return of.with_norm(x)[1], rotated, back((d_x, d_y)), back_mixed((d_x, d_x0, d_y)), back_rotary(d_q)
+
+    here = SingleDeviceSharding(devices[0])
+    x = jax.ShapeDtypeStruct((ROWS, T + 1, 512), "bfloat16", sharding=here)
+    q = jax.ShapeDtypeStruct((ROWS, T + 1, 4, 128), "bfloat16", sharding=here)
+    factor = jax.ShapeDtypeStruct((), "float32", sharding=here)
+    return jax.jit(run).lower(x, x, (factor, factor), q, x, x, x, q)
+
+
+def norms_unfused(devices):
+    return norms(devices, "layers")
 
 
 def decode(devices, n_layer: int = 2, **parts):

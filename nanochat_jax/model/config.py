@@ -61,6 +61,7 @@ class GPTConfig:
         products in float8 (see `float8.py`).
         attention: "auto" is cuDNN where it works and XLA elsewhere.
         remat: what the backward pass recomputes (nothing, every MLP, every block).
+        fused: norms of whole sequences are the kernels of `fused.py`, for NVIDIA GPUs.
     """
 
     sequence_len: int = 1024
@@ -86,6 +87,7 @@ class GPTConfig:
     compute_dtype: str = "auto"
     attention: str = "auto"
     remat: str = "none"
+    fused: bool = False
 
     def __post_init__(self):
         if self.n_embd % self.n_head:

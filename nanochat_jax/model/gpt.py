@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nanochat_jax.model import float8
+from nanochat_jax.model import float8, fused, layers
 from nanochat_jax.model.attention import attention
 from nanochat_jax.model.config import REMAT_MODES as REMAT_MODES
 from nanochat_jax.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
@@ -27,7 +27,7 @@ from nanochat_jax.model.kv_in_place import InPlaceCache
 from nanochat_jax.model.layers import apply_rotary as apply_rotary
 from nanochat_jax.model.layers import look_up, relu_squared, rms_norm
 from nanochat_jax.model.layers import rotary_tables as rotary_tables
-from nanochat_jax.model.linear import project
+from nanochat_jax.model.linear import project, project_each
 from nanochat_jax.model.parameters import Params as Params
 from nanochat_jax.model.parameters import abstract as abstract
 from nanochat_jax.model.parameters import flops_per_token as flops_per_token
@@ -62,23 +62,22 @@ class Attention(nnx.Module):
             self.ve_gate = _linear(config, f"h/{layer}/attn/ve_gate")
             self.value_embed = _embedding(config, f"h/{layer}/attn/value_embed")
 
+    @jax.named_scope("attention")
     def __call__(self, x, ids, rotary, cache: Cache | None, parallel: Parallel = UNSHARDED):
         B, T, _ = x.shape
         config = self.config
         x = parallel.enter(x)
-        q = self.c_q(x).reshape(B, T, -1, config.head_dim)  # -1: this device's heads
-        k = self.c_k(x).reshape(B, T, -1, config.head_dim)
-        v = self.c_v(x).reshape(B, T, -1, config.head_dim)
+        q, k, v = (y.reshape(B, T, -1, config.head_dim) for y in self._products(x))  # -1: this device's heads
         if config.has_value_embed(self.layer):
             # at most 3 times the embedding, 1.5 times at first: the gate is the value embedding's switch, per head
             gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))
             v = v + gate[..., None] * look_up(self.value_embed.embedding[...], ids, config.dtype).reshape(v.shape)
+        cos, sin = rotary
         if isinstance(cache, InPlaceCache):  # one kernel for heads that lie side by side
-            q, k = jnp.split(rms_norm(apply_rotary(jnp.concatenate([q, k], axis=2), *rotary)), [q.shape[2]], axis=2)
+            both = layers.rotary_norm(jnp.concatenate([q, k], axis=2), cos, sin, config.qk_scale)
+            q, k = jnp.split(both, [q.shape[2]], axis=2)
         else:
-            q, k = rms_norm(apply_rotary(q, *rotary)), rms_norm(apply_rotary(k, *rotary))  # rotary first, then the norm
-        if config.qk_scale != 1.0:
-            q, k = q * config.qk_scale, k * config.qk_scale
+            q, k = (_norms(config, cache).rotary_norm(x, cos, sin, config.qk_scale) for x in (q, k))
         window = config.window(self.layer)
         k, v = parallel.local_kv_heads(config.n_head, config.n_kv_head, q.shape[2], k, v)
         if cache is None:
@@ -87,12 +86,20 @@ class Attention(nnx.Module):
             y, kv = cache.attend(q, k, v, self.layer, window)
         return parallel.leave(self.c_proj(y.reshape(B, T, -1))), kv
 
+    def _products(self, x):
+        """Queries, keys, values of x."""
+        linears, config = (self.c_q, self.c_k, self.c_v), self.config
+        if config.compute_dtype == "float8":
+            return [linear(x) for linear in linears]
+        return project_each(x, [linear.kernel[...].astype(config.dtype) for linear in linears])
+
 
 class MLP(nnx.Module):
     def __init__(self, config: GPTConfig, layer: int):
         self.c_fc = _linear(config, f"h/{layer}/mlp/c_fc")
         self.c_proj = _linear(config, f"h/{layer}/mlp/c_proj")
 
+    @jax.named_scope("mlp")
     def __call__(self, x, parallel: Parallel = UNSHARDED):
         return parallel.leave(self.c_proj(relu_squared(self.c_fc(parallel.enter(x)))))
 
@@ -103,11 +110,13 @@ class Block(nnx.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def __call__(self, x, ids, rotary, cache: Cache | None, parallel: Parallel = UNSHARDED):
-        y, kv = self.attn(rms_norm(x), ids, rotary, cache, parallel)
-        x = x + y
+    def __call__(self, x, x0, factors, ids, rotary, cache: Cache | None, parallel: Parallel = UNSHARDED):
+        norms = _norms(self.config, cache)
+        x, x0, normed = norms.mixed_with_norm(x, x0, factors)
+        y, kv = self.attn(normed, ids, rotary, cache, parallel)
+        x, normed = norms.with_norm(x + y)
         mlp = _recomputed(self.mlp) if self.config.remat == "mlp" else self.mlp
-        return x + mlp(rms_norm(x), parallel), kv
+        return x + mlp(normed, parallel), x0, kv
 
 
 class GPT(nnx.Module):
@@ -147,16 +156,17 @@ class GPT(nnx.Module):
         if config.smear:
             x = self._smear(x, ids, table, cache, parallel)
         # 3. The layers.
-        x0, middle = x, None
+        mixes = config.resid_lambdas or config.x0_lambdas
+        x0, middle = x if mixes else None, None
         keys_values = []
         for layer in range(config.n_layer):
-            x = self._mix(x, x0, layer)
             block = self.h[str(layer)]
             everything = config.remat == "block" and cache is None
             if everything or parallel.fsdp is not None:
                 gather = functools.partial(parallel.unsharded, path=f"h/{layer}", dtype=config.dtype)
                 block = _recomputed(block, gather, None if everything else keep_all_but_gathered)
-            x, kv = block(x, ids, rotary, cache, parallel)
+            factors = self._factors(layer) if mixes else None
+            x, x0, kv = block(x, x0, factors, ids, rotary, cache, parallel)
             keys_values.append(kv)
             if layer == config.n_layer // 2:
                 middle = x
@@ -182,14 +192,15 @@ class GPT(nnx.Module):
             gate = jnp.where(ids[..., None] == config.smear_stops_at, 0.0, gate)
         return (x + gate * before).astype(config.dtype)
 
-    def _mix(self, x, x0, layer: int):
-        """The input of a layer: the residual stream and the embedding, each times the layer's factor in float32."""
-        config = self.config
-        if config.resid_lambdas:
-            x = self.resid_lambdas[layer] * x
-        if config.x0_lambdas:
-            x = x + self.x0_lambdas[layer] * x0
-        return x.astype(config.dtype)
+    def _factors(self, layer: int):
+        """What a layer multiplies the residual stream and the embedding by before it adds them, in float32."""
+        of_x = self.resid_lambdas[layer] if self.config.resid_lambdas else jnp.ones(())
+        return of_x, self.x0_lambdas[layer] if self.config.x0_lambdas else jnp.zeros(())
+
+
+def _norms(config: GPTConfig, cache: Cache | None):
+    """The module with the norms of a block: `fused` has those of `layers` as kernels, for whole sequences."""
+    return fused if config.fused and cache is None else layers
 
 
 def _embedding(config: GPTConfig, path: str) -> nnx.Embed:

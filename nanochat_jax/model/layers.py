@@ -46,6 +46,21 @@ def _rms_norm_bwd(residuals, d_y):
 rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
+@jax.named_scope("norm")
+def with_norm(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x, and its `rms_norm`."""
+    return x, rms_norm(x)
+
+
+@jax.named_scope("norm")
+def mixed_with_norm(x: jax.Array, x0: jax.Array, factors) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The input of a layer, x0, and the input's `rms_norm`; all (B, T, C). The input is the residual stream x and the
+    embedding x0, each times its factor, a float32 number; without factors (None) it is x."""
+    if factors is not None:
+        x = (factors[0] * x + factors[1] * x0).astype(x.dtype)
+    return x, x0, rms_norm(x)
+
+
 @jax.custom_vjp
 def relu_squared(x: jax.Array) -> jax.Array:
     """max(x, 0)^2. Its gradient 2 max(x, 0) is taken from the root of the result, so that x (4 C values per token and
@@ -90,3 +105,9 @@ def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+
+def rotary_norm(x: jax.Array, cos: jax.Array, sin: jax.Array, factor: float) -> jax.Array:
+    """`rms_norm` of every head after `apply_rotary`, times a factor; shapes as there."""
+    y = rms_norm(apply_rotary(x, cos, sin))
+    return y if factor == 1.0 else y * factor

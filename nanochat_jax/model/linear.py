@@ -19,14 +19,21 @@ from nanochat_jax.hardware import cpu_kernels
 LARGE = 1 << 15
 
 
-@jax.custom_vjp
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x (..., in) @ kernel (in, out), with its gradient written out over one flat axis of tokens.
+    """x (..., in) @ kernel (in, out)."""
+    return project_each(x, [kernel])[0]
 
-    Same arithmetic as what `jax.grad` derives, but as two plain matrix products: left to itself XLA on CPU forms the
-    kernel's gradient transposed and copies the activations for it (a block of depth 4 took 15% longer).
+
+@jax.custom_vjp
+def project_each(x: jax.Array, kernels: list[jax.Array]) -> list[jax.Array]:
+    """x (..., in) @ each kernel (in, out), with the gradients written out over one flat axis of tokens.
+
+    Same arithmetic as what `jax.grad` derives, but as two plain matrix products a kernel: left to itself XLA on CPU
+    forms the kernel's gradient transposed and copies the activations for it (a block of depth 4 took 15% longer). The
+    gradient of x is summed product by product, each plus the sum so far, which cuBLAS does in passing: written the
+    other way around, the last addition is another pass over memory.
     """
-    return _product(x, kernel)
+    return [_product(x, kernel) for kernel in kernels]
 
 
 def _product(x, kernel):
@@ -45,14 +52,18 @@ def _skinny(x, kernel):
     return jax.ffi.ffi_call("skinny_matmul", out, vmap_method="sequential")(x, kernel)
 
 
-def _project_fwd(x, kernel):
-    return _product(x, kernel), (x, kernel)
+def _project_fwd(x, kernels):
+    return project_each(x, kernels), (x, kernels)
 
 
-def _project_bwd(residuals, d_out):
-    x, kernel = residuals
-    flat_x, flat_d = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
-    return jnp.matmul(flat_d, kernel.T).reshape(x.shape), jnp.matmul(flat_x.T, flat_d)
+def _project_bwd(residuals, d_outs):
+    x, kernels = residuals
+    flat_x = x.reshape(-1, x.shape[-1])
+    flat_ds = [d.reshape(-1, d.shape[-1]) for d in d_outs]
+    d_x = jnp.matmul(flat_ds[-1], kernels[-1].T)
+    for d, kernel in zip(flat_ds[-2::-1], kernels[-2::-1], strict=True):
+        d_x = jnp.matmul(d, kernel.T) + d_x
+    return d_x.reshape(x.shape), [jnp.matmul(flat_x.T, d) for d in flat_ds]
 
 
-project.defvjp(_project_fwd, _project_bwd)
+project_each.defvjp(_project_fwd, _project_bwd)

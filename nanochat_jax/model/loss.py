@@ -48,7 +48,8 @@ def weighted_nll(
     hidden = parallel.enter(hidden_states(config, params, inputs, parallel))
     kernel = parallel.unsharded(params["lm_head"]["kernel"], "lm_head/kernel", hidden.dtype).astype(hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), weights.reshape(-1)
-    return fused_weighted_nll(*flat, config.softcap, parallel.tensor, _real_entries(config))
+    with jax.named_scope("loss"):
+        return fused_weighted_nll(*flat, config.softcap, parallel.tensor, _real_entries(config))
 
 
 def token_nll(config: GPTConfig, params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -68,7 +69,8 @@ def token_statistics(
     kernel = params["lm_head"]["kernel"][:, : config.vocab_size].astype(hidden.dtype)
 
     def chunk(args):
-        nll, tanh, exp, total = _cross_entropy(args[0], kernel, args[1], config.softcap)
+        nll, total, raw = _cross_entropy(args[0], kernel, args[1], config.softcap)
+        tanh, exp = _capped(raw, config.softcap)
         return -nll, jnp.log(total) - config.softcap * jnp.sum(exp * tanh, axis=1) / total
 
     flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -113,7 +115,7 @@ def fused_weighted_nll(hidden, kernel, targets, weights, softcap, tensor=None, e
 
 
 def _cross_entropy(hidden, kernel, targets, softcap, tensor=None, entries=None):
-    """(nll (n,), tanh(raw / softcap) (n, V), exp(capped) (n, V), its sums (n,)) of one chunk: what a gradient needs.
+    """(nll (n,), sums of exp(capped) (n,), raw logits (n, V)) of one chunk: what a gradient needs.
 
     Softcapped logits lie in [-softcap, softcap], so their exponentials can neither overflow nor vanish and the pass
     that finds the largest logit is saved.
@@ -121,17 +123,32 @@ def _cross_entropy(hidden, kernel, targets, softcap, tensor=None, entries=None):
     if softcap > 60:
         raise InputError(f"softcap is {softcap}, at most 60 is possible: the sum of exp(logits) must fit in float32")
     raw = _raw_logits(hidden, kernel)
-    tanh = jnp.tanh(raw / softcap)
-    exp = jnp.exp(softcap * tanh)
-    if entries is not None:
-        column = Parallel(tensor).offset(kernel.shape[1]) + jnp.arange(kernel.shape[1])
-        exp = jnp.where(column < entries, exp, 0.0)
-    total = jnp.sum(exp, axis=1)
+    total = jnp.sum(_capped(raw, softcap, tensor, entries)[1], axis=1)
     here = (targets >= 0) & (targets < kernel.shape[1])
     target = jnp.take_along_axis(raw, jnp.where(here, targets, 0)[:, None], axis=1)[:, 0]
     if tensor is not None:
         total, target = jax.lax.psum((total, jnp.where(here, target, 0.0)), tensor)
-    return jnp.log(total) - softcap * jnp.tanh(target / softcap), tanh, exp, total
+    return jnp.log(total) - softcap * jnp.tanh(target / softcap), total, raw
+
+
+def _capped(raw, softcap, tensor=None, entries=None):
+    """tanh(raw / softcap) and exp(capped logits), both (n, V); the latter is 0 for columns that are padding."""
+    tanh = jnp.tanh(raw / softcap)
+    exp = jnp.exp(softcap * tanh)
+    if entries is not None:
+        column = Parallel(tensor).offset(raw.shape[1]) + jnp.arange(raw.shape[1])
+        exp = jnp.where(column < entries, exp, 0.0)
+    return tanh, exp
+
+
+def _read_again(raw, dtype):
+    """The raw logits, of which accelerators compute everything once more: XLA would write tanh in float32 instead, and
+    read that, four times the bytes."""
+
+    def barred(raw):
+        return jax.lax.optimization_barrier(raw.astype(dtype)).astype(raw.dtype)
+
+    return raw if dtype == jnp.float32 else jax.lax.platform_dependent(raw, cpu=lambda raw: raw, default=barred)
 
 
 def _raw_logits(hidden, kernel):
@@ -175,7 +192,8 @@ def _fused_fwd(hidden, kernel, targets, weights, softcap, tensor, entries):
     def step(carry, args):
         total, d_kernel = carry
         h, t, w = args
-        nll, tanh, exp, z = _cross_entropy(h, kernel, t, softcap, tensor, entries)
+        nll, z, raw = _cross_entropy(h, kernel, t, softcap, tensor, entries)
+        tanh, exp = _capped(_read_again(raw, h.dtype), softcap, tensor, entries)
         # d nll / d raw = (softmax - onehot) * (1 - tanh^2)
         is_target = jax.lax.broadcasted_iota(jnp.int32, exp.shape, 1) == t[:, None]
         d_capped = exp * (w / z)[:, None] - jnp.where(is_target, w[:, None], 0.0)

@@ -8,12 +8,13 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
 
 from nanochat_jax.hardware import gpus as cards
+from nanochat_jax.model import fused
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.parallel import sharding
 from nanochat_jax.planner import compile as compiler
@@ -24,12 +25,13 @@ from nanochat_jax.training.step import abstract_state, make_train_step
 
 
 def config_of(case: Case) -> GPTConfig:
-    """The model as a GPU trains it: bfloat16 or float8 matmuls, cuDNN attention."""
+    """The model as a GPU trains it: bfloat16 or float8 matmuls, cuDNN attention, fused norms."""
     in_float8 = case.fp8 and case.program == "step"
     run: dict[str, Any] = dict(compute_dtype="float8" if in_float8 else "bfloat16", attention="cudnn", remat=case.remat)
-    return GPTConfig.from_depth(
+    config = GPTConfig.from_depth(
         case.depth, case.vocab_size, case.T, "modern" if case.recipe == "modern" else "v1", **run
     )
+    return replace(config, fused=case.program == "step" and not fused.refusal(config))
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -63,12 +65,22 @@ def compile_case(case: Case) -> dict[str, Any]:
         "link_bytes": counts.link_bytes,
         "flops": counts.flops,
         "memory_traffic": counts.bytes,
+        "other_traffic": counts.other_bytes,
+        "kernels": sum(k.times for k in counts.kernels),
         "kernel_seconds": counts.kernel_seconds(card.bf16_flops, card.memory_bandwidth),
+        "expected_seconds": _expected_seconds(counts, card),
         "unknown_loops": counts.unknown_loops,
         "float8_products": text.count('custom_call_target="__cublas$lt$matmul$f8"'),
         "cudnn_attention": [counts.attention_forward, counts.attention_backward],
         "compile_seconds": time.perf_counter() - began,
     }
+
+
+def _expected_seconds(counts: hlo.Counts, card: cards.Card) -> float:
+    """Of a step: kernels at the rates that they usually reach, and the reduce-scatters, which nothing can hide."""
+    scattered = sum(c.link_bytes * c.times for c in counts.collectives if c.kind == "reduce-scatter")
+    kernels = counts.kernel_seconds(card.bf16_flops, card.memory_bandwidth, hlo.REACHED)
+    return kernels + scattered / card.link_bandwidth
 
 
 def _local_bytes(tree) -> int:

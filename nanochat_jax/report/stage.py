@@ -80,6 +80,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("waiting for data", f"{100 * statistics.fmean(waits):.2f} % of the time"))
     if len(run.sessions) > 1:
         facts.append(("sessions", f"{len(run.sessions)} (continued {count_of(len(run.sessions) - 1, 'time')})"))
+    if (run.folder / "profile").is_dir():
+        facts.append(("profile", f"`xprof --logdir={run.folder.name}/profile` shows what the traced steps spent"))
     return facts + _troubles(run)
 
 

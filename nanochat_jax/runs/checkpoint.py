@@ -372,5 +372,5 @@ def config_from_dict(saved: dict) -> GPTConfig:
     unknown = set(saved) - known
     if unknown:
         raise CheckpointError(f"the checkpoint's config has fields this version does not know: {sorted(unknown)}")
-    execution = ("compute_dtype", "attention", "remat")
+    execution = ("compute_dtype", "attention", "remat", "fused")
     return GPTConfig(**{k: v for k, v in saved.items() if k not in execution})

@@ -22,7 +22,8 @@ def with_batch_size(job: TrainJob, attempt: Callable[[TrainJob], Outcome]) -> Ou
 
     On GPUs the evaluation and the sampling are compiled first: DoesNotFit is raised at the start and not after hours.
     """
-    announce(job.config, job.mesh, job.settings.require_fast, job.settings.fp8)
+    settings = job.settings
+    announce(job.config, job.mesh, settings.require_fast, settings.fp8, settings.fused_norms)
     # 1. the number of rows
     limit = fit_batch.least_free_memory()
     rows = job.settings.device_batch_size

@@ -14,6 +14,7 @@ from nanochat_jax.model.config import RECIPES
 from nanochat_jax.model.gpt import GPTConfig, Params
 from nanochat_jax.parallel import sharding
 from nanochat_jax.text.tokenizer import Tokenizer
+from nanochat_jax.training.execution import norms_refused
 from nanochat_jax.training.optim import GRAD_CLIP, MODERN, OptimHyper, make_optimizer
 from nanochat_jax.training.schedules import Schedule
 from nanochat_jax.training.step import TrainState, abstract_state, make_train_step
@@ -46,6 +47,7 @@ class TrainSettings:
         "compute the products of the layers in float8 (Ada, Hopper, Blackwell): quicker from about depth 20 on, "
         "less precise",
     )
+    fused_norms: bool = flag(True, "on NVIDIA GPUs, norms and rotary embedding in kernels of our own", free=True)
     recipe: str = flag("v1", "nanochat of October 2025 (v1) or of July 2026 (modern)", choices=RECIPES)
     embedding_lr: float = flag(OptimHyper.embedding_lr, "AdamW learning rate of the embedding at width 768")
     unembedding_lr: float = flag(OptimHyper.unembedding_lr, "AdamW learning rate of the unembedding at width 768")
@@ -80,6 +82,11 @@ class TrainSettings:
     hang_timeout: float = flag(
         600.0,
         "seconds without a finished step (or 20 median steps, if longer) after which the run ends; 0: never",
+        free=True,
+    )
+    profile_steps: str = flag(
+        "",
+        "trace these steps for XProf into the run's folder, profile/: first:end, as in 10:13 for 10 to 12",
         free=True,
     )
     resume: bool = flag(True, "resume an existing run; False sets the old folder aside and starts anew", free=True)
@@ -199,8 +206,10 @@ class TrainJob:
     def train_step(self) -> Any:
         """The jitted, guarded step (see `step.make_train_step`)."""
         clip = self.settings.grad_clip
-        config = self.config
-        if self.settings.fp8:  # nothing but training is in float8
+        # nothing but training has fused norms, or is in float8
+        refused = norms_refused(self.config, self.mesh.devices.flat[0], self.settings.fused_norms)
+        config = dataclasses.replace(self.config, fused=not refused)
+        if self.settings.fp8:
             config = dataclasses.replace(config, compute_dtype="float8")
         return make_train_step(config, self.optimizer, self.mesh, clip, self.normalize, guarded=True)
 

@@ -28,6 +28,7 @@ from nanochat_jax.runs import checkpoint, metrics
 from nanochat_jax.runs.saving import Saver
 from nanochat_jax.training import anomalies
 from nanochat_jax.training.job import Batch, Evaluation, Outcome, TrainJob
+from nanochat_jax.training.profile import Profile
 from nanochat_jax.training.shutdown import Interrupted, Stop, stop_on_signals
 from nanochat_jax.training.step import TrainState, strip_padding
 from nanochat_jax.training.watchdog import HungError, Watchdog
@@ -75,6 +76,7 @@ class _Loop:
         self.log = metrics.MetricsLog(log if main else None, sinks)
         self.peak = devices.Peak(_peak_flops() * job.mesh.size) if main else None
         self.saver = Saver(job.run, settings.keep, settings.keep_every, settings.async_save)
+        self.profile = Profile(settings.profile_steps, job.run)
         self.clock = Clock()
         self.pending: _Pending | None = None
         self.compiled: Any = None
@@ -117,6 +119,7 @@ class _Loop:
             self.saver.give_up()
             raise
         finally:
+            self.profile.stop()
             if batches is not None and hasattr(batches, "close"):
                 batches.close()  # pyright: ignore[reportAttributeAccessIssue]
             self.log.close()
@@ -213,6 +216,8 @@ class _Loop:
                 self.compiled = _compile(self.job, self.state, placed, limits, self.progress)
             if not rollout:
                 self.clock.restart()
+        with self.watchdog.busy():
+            self.profile.step_begins(step, self._settle)
         # 3. dispatch, before the step before is known to be accepted: if it is not, the device holds this one back
         given = limits if self.pending is None else _limits_if_accepted(self.pending.numbers["accepted"], limits)
         self.state, numbers = self.compiled(self.state, *placed, given)

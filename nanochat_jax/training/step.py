@@ -95,9 +95,10 @@ def make_train_step(
         loss, grads = _local_gradients(config, mesh, state.params, state.step, inputs, targets, weights / denominator)
 
         # 3. gradients summed over the devices and scattered, then clipped by their global norm
-        grads = zero.scatter_gradients(grads)
-        grads, grad_norm = clip_by_global_norm(grads, grad_clip, sharding.AXES, replicas)
-        loss = jax.lax.psum(loss, sharding.ROW_AXES)
+        with jax.named_scope("exchange"):
+            grads = zero.scatter_gradients(grads)
+            grads, grad_norm = clip_by_global_norm(grads, grad_clip, sharding.AXES, replicas)
+            loss = jax.lax.psum(loss, sharding.ROW_AXES)
 
         # 4. is the step accepted? held: it is not even counted
         limits = jnp.full((2,), jnp.inf) if limits is None else limits
@@ -110,12 +111,14 @@ def make_train_step(
         # 5. the optimizer, on this device's slices; a rejected update is zeroed here, before it is gathered, which
         #    needs no second copy of the parameters
         updates: Any
-        updates, opt_state = optimizer.update(grads, state.opt_state, zero.adamw_slices(state.params))
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, zero.adamw_slices(state.params))
         opt_state = jax.tree.map(choose, opt_state, state.opt_state)
         updates = jax.tree.map(lambda u: jnp.where(accepted, u, 0), updates)
 
         # 6. updates gathered; matrices decay, which depends on the sign of their updates; added to the parameters
-        updates = zero.gather_updates(updates)
+        with jax.named_scope("exchange"):
+            updates = zero.gather_updates(updates)
         updates = optimizer.decay_matrices(config, updates, state.params, state.opt_state.muon.count, accepted)
         params = jax.tree.map(jnp.add, state.params, updates)
         numbers = {"loss": loss, "grad_norm": grad_norm, "weight": total_weight}

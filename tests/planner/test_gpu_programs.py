@@ -6,8 +6,9 @@ from importlib.util import find_spec
 import pytest
 
 from nanochat_jax.planner import hlo
-from tests.gpu_programs import SLOTS, compile_for
+from tests.gpu_programs import ROWS, SLOTS, T, compile_for
 
+PALLAS = "__gpu$xla.gpu.triton"
 pytestmark = pytest.mark.gpu_compile
 if find_spec("jax_cuda12_plugin") is None:
     pytest.skip("needs the CUDA plugin", allow_module_level=True)
@@ -19,6 +20,11 @@ DECODING = {"decode": 2, "decode_deeper": 4, "decode_modern": 4}  # and how many
 def training():
     """The modern recipe on 8 H100s, with 255 tokens a row."""
     return compile_for("h100", 8, ["train_step", "train_step_fsdp", "train_step_float8"])
+
+
+@pytest.fixture(scope="module")
+def small():
+    return compile_for("h100", 1, ["gradients", "norms", "norms_unfused"])
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,28 @@ def test_gradients_of_embeddings_are_added_in_float32(training, name):
 def test_large_products_are_cublas(training):
     text = training["train_step"].text
     assert "__triton_gemm" not in text and len(calls(text, "__cublas$gemm")) + text.count("__cublas$lt$matmul") > 20
+
+
+@pytest.mark.parametrize("name", ["train_step", "train_step_fsdp", "train_step_float8"])
+def test_norms_are_kernels_of_our_own(training, name):
+    """In each of two layers two norms beside the stream and two after rotary embedding, forward and backward."""
+    assert len(calls(training[name].text, PALLAS)) == 2 * 4 * 2
+
+
+def test_fused_norms_are_one_pass_forward_and_one_backward(small):
+    fused, plain = (hlo.count(small[name].text) for name in ("norms", "norms_unfused"))
+    assert len(calls(small["norms"].text, PALLAS)) == 3 * 2
+    # arrays of an activation's size, read and written: beside the stream 2 and 4, mixing 4 and 8, rotary 2 and 3
+    array = ROWS * (T + 1) * 512 * 2
+    assert 23 * array <= fused.bytes < 23.5 * array < plain.bytes
+    assert len(fused.kernels) < len(plain.kernels)
+
+
+def test_logits_are_written_in_bfloat16(small):
+    """Of the loss's arrays (tokens, vocabulary) there are two, the raw logits and their gradient."""
+    types = re.findall(r"= (.+?) (?:fusion|custom-call)\(", small["gradients"].text)
+    logits = [dtype for t in types for dtype in re.findall(rf"(\w+)\[{ROWS * (T + 1)},4096\]", t)]
+    assert logits == ["bf16", "bf16"], logits
 
 
 def test_float8_products_are_float8(training):

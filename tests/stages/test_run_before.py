@@ -67,7 +67,17 @@ def test_what_runs_record_is_what_they_recorded(stage):
     then = json.loads((BEFORE / "identities.json").read_text())[stage]
     defaults = STAGES[stage].DEFAULTS
     newer = {f.name for f in dataclasses.fields(defaults)} - then["settings"].keys()
-    assert newer <= {"recipe", "scalar_lr", "warmup_steps", "scale_rates", "off", "fp8", "require_fast"}
+    assert newer <= {
+        "recipe",
+        "scalar_lr",
+        "warmup_steps",
+        "scale_rates",
+        "off",
+        "fp8",
+        "require_fast",
+        "fused_norms",
+        "profile_steps",
+    }
     job: Any = SimpleNamespace(
         stage=stage,
         settings=dataclasses.replace(defaults, **then["settings"]),

@@ -36,7 +36,8 @@ def gpu(monkeypatch):
 
 
 def config(**overrides):
-    return GPTConfig(sequence_len=64, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=64, **overrides)
+    shape = dict(sequence_len=64, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=64)
+    return GPTConfig(**{**shape, **overrides})
 
 
 def test_on_a_cpu_nothing_is_slow(capsys):
@@ -48,7 +49,7 @@ def test_on_a_cpu_nothing_is_slow(capsys):
 def test_the_fast_way_is_one_line(gpu, capsys):
     announce(config(), gpu(), require_fast=True)
     [line] = capsys.readouterr().out.splitlines()
-    assert all(words in line for words in ("cuDNN", "bfloat16", "8 devices"))
+    assert all(words in line for words in ("cuDNN", "fused norms", "bfloat16", "8 devices"))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,7 @@ def test_the_fast_way_is_one_line(gpu, capsys):
     [
         ({}, dict(attention="xla"), "requested"),
         ({}, dict(compute_dtype="float32"), "float32"),
+        ({}, dict(n_embd=48), "half a head, 24"),
         (dict(capability="7.5", kind="Tesla T4"), {}, "8.0"),
         (dict(flags=False), {}, "latency_hiding_scheduler"),
         (dict(flags=False, number=1, kind="NVIDIA A100-SXM4-80GB"), {}, "triton_gemm"),
@@ -94,3 +96,16 @@ def test_float8_that_would_silently_be_bfloat16_is_slow(gpu, monkeypatch):
     announce(config(), mesh, require_fast=True)
     with pytest.raises(DeviceError, match="triton_gemm"):
         announce(config(), mesh, require_fast=True, fp8=True)
+
+
+def test_fused_norms_are_for_nvidia_gpus_and_can_be_switched_off(gpu, capsys):
+    mesh = gpu()
+    [device] = mesh.devices.flat
+    assert execution.norms_refused(config(), device, wanted=True) == ""
+    announce(config(), mesh, require_fast=False, fused_norms=False)
+    first, slow = capsys.readouterr().out.splitlines()
+    assert "XLA's norms" in first and "(requested)" in slow
+    device.client.platform_version = "rocm 60300"
+    assert "NVIDIA" in execution.norms_refused(config(), device, wanted=True)
+    device.platform = "cpu"
+    assert "NVIDIA" in execution.norms_refused(config(), device, wanted=True)

@@ -21,8 +21,10 @@ from nanochat_jax.training import anomalies, loop
 from nanochat_jax.training.job import Evaluation, Rollout, TrainJob, TrainSettings
 from nanochat_jax.training.loop import TrainingError
 from nanochat_jax.training.optim import OptimHyper
+from nanochat_jax.training.profile import Profile
 from nanochat_jax.training.step import TrainState
 from nanochat_jax.training.watchdog import HungError
+from nanochat_jax.utils.errors import InputError
 from tests.toy_params import on_one_device
 
 
@@ -387,3 +389,15 @@ def test_rollouts_see_the_newest_parameters_and_resume_exactly(tmp_path):
     check_resumed(tmp_path, whole, batches=None, rollout=rollout)
     sessions = [r for r in metrics.read(tmp_path / "cut" / "metrics.jsonl") if r["kind"] == "session"]
     assert [r["step"] for r in sessions] == [0, 6] and all(r["versions"]["jax"] for r in sessions)
+
+
+def test_profiled_steps_leave_a_trace_in_the_runs_folder(tmp_path):
+    fit(job(tmp_path, 4, profile_steps="1:3"), fresh())
+    assert list(tmp_path.rglob("profile/**/*.xplane.pb"))
+    assert [r["step"] for r in numbers(tmp_path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("steps", ["3", "3:3", "4:3", "a:b"])
+def test_what_is_no_span_of_steps_is_refused(tmp_path, steps):
+    with pytest.raises(InputError, match="--profile_steps.*10:13"):
+        Profile(steps, tmp_path)
