@@ -203,6 +203,17 @@ def _do_without_cudnn() -> None:
         fused.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
 
 
+def _tell_pallas_of(card: Card) -> None:
+    """From 0.11 on Pallas asks JAX for the GPU that it writes a kernel for (before, it took any for an H100)."""
+    try:
+        from jax._src.pallas.triton import gpu_info  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError:
+        return
+    major, minor = card.capability
+    info = gpu_info.GpuInfo(gpu_version=None, arch_name=f"{major}.{minor}", compute_capability=10 * major + minor)
+    gpu_info.get_gpu_info = lambda: info
+
+
 def plugin_version() -> str | None:
     """The version of the installed CUDA plugin; None if there is none."""
     for package in ("jax-cuda12-plugin", "jax-cuda13-plugin"):
@@ -228,6 +239,7 @@ def devices(card: Card, gpus: int) -> list:
     if plugin_version() is None:
         raise NoPlugin(f"compiling for a GPU needs the CUDA plugin of JAX ({INSTALL})")
     _do_without_cudnn()
+    _tell_pallas_of(card)
     described = topologies.get_topology_desc(
         card.name, platform="cuda", target_config=text_proto(card), topology=f"1x1x{gpus}"
     )

@@ -291,6 +291,15 @@ def record_code(name, **code):
     path.write_text(json.dumps({**json.loads(path.read_text()), "code": code}))
 
 
+def test_a_traced_run_says_how_to_look_at_its_trace(base):
+    folder = make_run("one", "base", 4, evaluations=False)
+    write(ReportSettings())
+    assert "xprof" not in pages(base)[1]
+    (folder / "profile").mkdir()
+    write(ReportSettings())
+    assert "xprof --logdir=one/profile" in pages(base)[1]
+
+
 def test_every_stage_has_its_code_and_different_code_is_named(base, capsys):
     make_run("b", "base", 4, evaluations=False)
     make_run("m", "mid", 4, parent=child_of("b", 4), evaluations=False)
