@@ -123,8 +123,12 @@ def _norm_gradient(d, y, scale, size):
 # rotary embedding, then the norm of every head
 
 
+def rotary_norm(x: jax.Array, cos: jax.Array, sin: jax.Array, factor: float) -> jax.Array:
+    return _rotary_norm(x, cos, sin, factor)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def rotary_norm(x, cos, sin, factor):
+def _rotary_norm(x, cos, sin, factor):
     return _rotary_fwd(x, cos, sin, factor)[0]
 
 
@@ -141,7 +145,7 @@ def _rotary_bwd(factor, residuals, d):
     return d_x, None, None
 
 
-rotary_norm.defvjp(_rotary_fwd, _rotary_bwd)
+_rotary_norm.defvjp(_rotary_fwd, _rotary_bwd)
 
 
 def _rotary_kernel(x, cos, sin, y, scale, *, factor):
