@@ -28,15 +28,14 @@ setup_environment() {
   base=$(find_python "$extras")
   PY=$venv/bin/python
   stamp=$venv/.nanochat_setup # a line "SOURCES EXTRAS" for everything installed from the current sources
-  sources=$(cat pyproject.toml constraints.txt rustbpe/Cargo.* $(find rustbpe/src -name "*.rs" | sort) | cksum | tr ' ' -)
+  sources=$(cat pyproject.toml constraints*.txt rustbpe/Cargo.* $(find rustbpe/src -name "*.rs" | sort) | cksum | tr ' ' -)
   grep -q "^$sources.* ${extras:-.}" "$stamp" 2>/dev/null && return
   [ -x "$PY" ] || "$base" -m venv "$venv" ||
     die "could not make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"
   echo "Installing into $venv with $("$PY" -V): a few minutes, once ..."
-  # constraints.txt pins what was tested on Python 3.11; on others pip chooses within the ranges of pyproject.toml
-  local constraints=()
-  if "$PY" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then constraints=(-c constraints.txt); fi
-  "$PY" -m pip install --quiet --disable-pip-version-check ${constraints[@]+"${constraints[@]}"} ".${extras:+[$extras]}" ||
+  local constraints=constraints-3.12.txt # jax after 0.10 needs Python 3.12
+  if "$PY" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then constraints=constraints.txt; fi
+  "$PY" -m pip install --quiet --disable-pip-version-check -c "$constraints" ".${extras:+[$extras]}" ||
     die "installing failed; the lines above say why. With no network to fetch Rust, install it first: https://rustup.rs"
   grep -q "^$sources" "$stamp" 2>/dev/null || : >"$stamp"
   echo "$sources . $extras" >>"$stamp"
