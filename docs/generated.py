@@ -9,12 +9,19 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("base", "mid", "sft", "rl")
+DEPTHS = (8, 12, 16, 20, 24)
+# what the table of cards shows: (card, how many)
+NODES = [
+    *((card, 1) for card in ("rtx4060", "rtx3060", "rtx3080", "rtx4070", "rtx4080", "rtx3090", "rtx4090", "rtx5090")),
+    *((card, 1) for card in ("l4", "a10g", "l40s", "a100-80", "h100")),
+    ("h100", 8),
+]
 
 
 def write(folder: Path) -> None:
-    """Writes commands.md and http.md, which pages of reference/ include."""
+    """Writes commands.md, http.md and cards.md, which pages of reference/ include."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("commands.md", _commands()), ("http.md", _http())):
+    for name, text in (("commands.md", _commands()), ("http.md", _http()), ("cards.md", _cards())):
         path = folder / name
         if not path.exists() or path.read_text("utf-8") != text:  # an unchanged page is not read again
             path.write_text(text, "utf-8")
@@ -72,3 +79,27 @@ def _type(field: dict) -> str:
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}))}"
     return field.get("type", "any")
+
+
+def _cards() -> str:
+    """Pretraining by the modern recipe on each node and at each depth: hours, and rows a GPU."""
+    from nanochat_jax.hardware.gpus import CARDS
+
+    lines = [f"| cards | {' | '.join(f'd{depth}' for depth in DEPTHS)} |", "|---|" + "---|" * len(DEPTHS)]
+    for card, count in NODES:
+        name = f"{count} x {CARDS[card].name.removeprefix('NVIDIA ')}"
+        lines.append(f"| {name} | {' | '.join(_fits(card, count, depth) for depth in DEPTHS)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _fits(card: str, count: int, depth: int) -> str:
+    """ "3.8 h (32 rows)": hours at the share of the peak that the plan assumes, by the memory formula."""
+    from nanochat_jax.planner.main import PlanSettings, make
+
+    for remat in ("none", "mlp", "block"):
+        facts = make(PlanSettings(depth=depth, gpu=card, gpus=count, recipe="modern", remat=remat, compile=False))
+        if rows := facts["device_batch_size"]:
+            hours = facts["time"]["base_hours"]
+            long = f"{hours:.1f} h" if hours < 100 else f"{hours / 24:.0f} days"
+            return f"{long} ({rows}{'' if remat == 'none' else f', {remat}'})"
+    return "does not fit"

@@ -51,6 +51,7 @@ _SMALL: dict[str, Any] = dict(
     fpus_per_core=128, shared_per_core=102_400, threads_per_core=1536, link="PCIe 4.0 x16", link_bandwidth=32e9
 )
 _PCIE_5: dict[str, Any] = dict(link="PCIe 5.0 x16", link_bandwidth=64e9)
+_PCIE_X8: dict[str, Any] = dict(link="PCIe 4.0 x8", link_bandwidth=16e9)
 
 CARDS: dict[str, Card] = {
     "h100": Card(
@@ -120,6 +121,10 @@ CARDS: dict[str, Card] = {
         "NVIDIA GeForce RTX 5080", 16_900_000_000, 0.96e12, 112.6e12, price=0.35,
         capability=(12, 0), cores=84, l2_bytes=67_108_864, clock_ghz=2.617, **(_SMALL | _PCIE_5),
     ),
+    "rtx5070": Card(
+        "NVIDIA GeForce RTX 5070", 12_500_000_000, 0.672e12, 61.7e12, price=0.2,
+        capability=(12, 0), cores=48, l2_bytes=50_331_648, clock_ghz=2.512, **(_SMALL | _PCIE_5),
+    ),
     "rtx4090": Card(
         "NVIDIA GeForce RTX 4090", 25_390_000_000, 1.008e12, 165e12, price=0.4,
         capability=(8, 9), cores=128, l2_bytes=75_497_472, clock_ghz=2.52, **_SMALL,
@@ -128,9 +133,25 @@ CARDS: dict[str, Card] = {
         "NVIDIA GeForce RTX 4080", 17_000_000_000, 0.717e12, 97.5e12, price=0.25,
         capability=(8, 9), cores=76, l2_bytes=67_108_864, clock_ghz=2.505, **_SMALL,
     ),
+    "rtx4070": Card(
+        "NVIDIA GeForce RTX 4070", 12_500_000_000, 0.504e12, 58.3e12, price=0.15,
+        capability=(8, 9), cores=46, l2_bytes=37_748_736, clock_ghz=2.475, **_SMALL,
+    ),
+    "rtx4060": Card(
+        "NVIDIA GeForce RTX 4060", 8_300_000_000, 0.272e12, 30.2e12, price=0.1,
+        capability=(8, 9), cores=24, l2_bytes=25_165_824, clock_ghz=2.46, **(_SMALL | _PCIE_X8),
+    ),
     "rtx3090": Card(
         "NVIDIA GeForce RTX 3090", 25_430_000_000, 0.936e12, 71e12, price=0.22,
         capability=(8, 6), cores=82, l2_bytes=6_291_456, clock_ghz=1.695, **_SMALL,
+    ),
+    "rtx3080": Card(
+        "NVIDIA GeForce RTX 3080", 10_500_000_000, 0.76e12, 59.5e12, price=0.15,
+        capability=(8, 6), cores=68, l2_bytes=5_242_880, clock_ghz=1.71, **_SMALL,
+    ),
+    "rtx3070": Card(
+        "NVIDIA GeForce RTX 3070", 8_300_000_000, 0.448e12, 40.6e12, price=0.1,
+        capability=(8, 6), cores=46, l2_bytes=4_194_304, clock_ghz=1.725, **_SMALL,
     ),
     "rtx3060": Card(
         "NVIDIA GeForce RTX 3060", 12_600_000_000, 0.36e12, 25.5e12, price=0.1,
@@ -141,7 +162,7 @@ CARDS: dict[str, Card] = {
 _ALIASES = {
     "a100": "a100-80", "a100-pcie-40gb": "a100-40", "h100-sxm": "h100", "gb200": "b200",
     "rtx-a6000": "a6000", "rtx-pro-6000": "rtxpro6000",
-    "5090": "rtx5090", "5080": "rtx5080", "4090": "rtx4090", "4080": "rtx4080", "3090": "rtx3090", "3060": "rtx3060",
+    **{name.removeprefix("rtx"): name for name in CARDS if re.fullmatch(r"rtx\d{4}", name)},
 }  # fmt: skip
 # Cards that share a name and little else: chips of notebooks, slices of a card.
 _OTHER_CARDS = re.compile(r"\b(laptop|mobile|max-q|mig|d)\b", re.I)
