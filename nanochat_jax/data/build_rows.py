@@ -131,6 +131,9 @@ def _fill(
 # --- rows of documents ------------------------------------------------------------------------------------------------
 
 
+PACKINGS = ("stream", "best_fit")
+
+
 def packing_of(recipe: str, off: str = "") -> str:
     """How a recipe makes rows of documents; off: its parts that are left out, comma-separated."""
     left_out = {part.strip() for part in off.split(",")}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_jax.data.build_rows import build_rows, packing_of
+from nanochat_jax.data.build_rows import PACKINGS, build_rows, packing_of
 from nanochat_jax.data.loader import RowLoader
 from nanochat_jax.data.row_store import RowSet
 from nanochat_jax.data.sources import TextSource, text_source
@@ -46,6 +46,9 @@ class BaseSettings(StageSettings):
     final_lr_frac: float = flag(OptimHyper.final_lr_frac, "learning rate at the very end, as a share")
     scale_rates: bool = flag(
         True, "multiply learning rates and weight decay as the batch and the horizon want it (modern recipe)"
+    )
+    every_packing: bool = flag(
+        False, "at the end, measure bits per byte on held-out rows of every packing, as miniseries do"
     )
     data: str = flag(
         "", "file or folder of your own text (parquet, txt, md, jsonl); default: the downloaded shards", path=True,
@@ -153,15 +156,27 @@ def _train(job: TrainJob, source: TextSource, settings: BaseSettings) -> Outcome
     train_rows, val_rows = make_rows(source, job, settings.eval_tokens, packing_of(settings.recipe, settings.off))
     loader = RowLoader(train_rows, job.rows_per_step, job.settings.seed)
     bits = held_out(job.config, val_rows, job.settings.device_batch_size, job.tokenizer, job.mesh)
-    evaluation = Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, job.settings.eval_every)
+    evaluations = [Evaluation(lambda params: {"val_bpb": bits(params)["val_bpb"]}, job.settings.eval_every)]
+    if settings.every_packing:
+        evaluations.append(Evaluation(_every_packing(source, job, settings.eval_tokens), at_start=False))
     job = dataclasses.replace(
         job,
         identity={"rows": train_rows.key},  # content decides, not where it lies
         batches=lambda step: micro_batches(loader, step, job.accumulation, job.mesh),
-        evaluations=(evaluation,),
+        evaluations=tuple(evaluations),
         sample=greedy_sampler(job.config, job.tokenizer, text_prompts(job.tokenizer), TEXT_TOKENS),
     )
     return train(job)
+
+
+def _every_packing(source: TextSource, job: TrainJob, eval_tokens: int):
+    """An evaluation: {"stream_bpb": bits per byte on held-out rows of that packing, "best_fit_bpb": ...}."""
+    T = job.sequence_len
+    bits = {}
+    for packing in PACKINGS:
+        rows = build_rows(source.val, job.tokenizer, T, split="val", packing=packing, max_rows=-(-eval_tokens // T))
+        bits[packing] = held_out(job.config, rows, job.settings.device_batch_size, job.tokenizer, job.mesh)
+    return lambda params: {f"{packing}_bpb": measure(params)["val_bpb"] for packing, measure in bits.items()}
 
 
 def make_rows(source: TextSource, job: TrainJob, eval_tokens: int, packing: str = "stream") -> tuple[RowSet, RowSet]:

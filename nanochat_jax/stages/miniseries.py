@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat_jax.data.build_rows import PACKINGS
 from nanochat_jax.model.config import RECIPES
 from nanochat_jax.model.parameters import flops_per_token, num_params
 from nanochat_jax.planner.plan import PlanError
@@ -71,14 +72,14 @@ def run(settings: MiniseriesSettings, training: Sequence[str]) -> None:
         _train(settings, depths, off, training)
     rungs = curve.load(settings.name)
     # 3. compare, and write it down
-    worth = curve.multiplier(baseline, rungs) if baseline else None
+    worth = {packing: curve.multiplier(baseline, rungs, packing) for packing in PACKINGS if baseline}
     card = _card(settings, rungs, baseline, worth)
     folder = curve.folder_of(settings.name)
     write_atomic(folder / "report.md", markdown.render(card))
     write_atomic(folder / "report.html", html.render(card))
     print(in_lines([_HEADER, *map(_row, rungs)]))
-    if worth:
-        print(f"compute multiplier over {settings.against}: {worth} ({worth.verdict})")
+    for packing, found in worth.items():
+        print(f"compute multiplier over {settings.against}, {_ROWS[packing]}: {found} ({found.verdict})")
     print(f"written: {folder / curve.CURVE} and {folder / 'report.html'}")
 
 
@@ -115,6 +116,7 @@ def _train(settings: MiniseriesSettings, depths: Sequence[int], off: str, traini
         for seed in range(FIRST_SEED, FIRST_SEED + settings.seeds):
             name = f"{settings.name}-d{depth}-s{seed}"
             own = [f"--recipe={settings.recipe}", f"--depth={depth}", f"--seed={seed}", f"--run_name={name}"]
+            own.append("--every_packing=True")
             arguments = [*training, *own, *([f"--off={off}"] if off else [])]
             todo.append((depth, seed, arguments, _planned_flops(settings.recipe, arguments, vocab_size)))
     try:
@@ -170,6 +172,9 @@ def _finished(folder: Path) -> Rung | None:
     if meta["step"] < meta["identity"]["num_iterations"]:
         return None
     records = metrics.read(folder / "metrics.jsonl")
+    last = {name: value for record in records if record["kind"] == "eval" for name, value in record.items()}
+    if any(f"{packing}_bpb" not in last for packing in PACKINGS):
+        raise PlanError(f"the run {folder.name} was not trained as a rung (--every_packing): choose another --name")
     settings, config = meta["settings"], checkpoint.config_from_dict(meta["config"])
     tokens = meta["step"] * settings["total_batch_size"]
     return Rung(
@@ -182,46 +187,61 @@ def _finished(folder: Path) -> Rung | None:
         tokens=tokens,
         flops=float(flops_per_token(config)) * tokens,
         seconds=sum(r["seconds"] for r in records if r["kind"] == "train"),
-        val_bpb=next(r["val_bpb"] for r in reversed(records) if r["kind"] == "eval"),
+        bpb={packing: last[f"{packing}_bpb"] for packing in PACKINGS},
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the page
 
-_HEADER = ("run", "recipe", "parameters", "tokens", "FLOPs", "seconds", "bits per byte")
+_ROWS = {"stream": "text as it streams", "best_fit": "documents from their start"}
+_HEADER = (
+    "run",
+    "recipe",
+    "parameters",
+    "tokens",
+    "FLOPs",
+    "seconds",
+    *(f"bits per byte, {rows}" for rows in _ROWS.values()),
+)
 
 
 def _row(rung: Rung) -> tuple[str, ...]:
     recipe = rung.recipe + (f" without {rung.off}" if rung.off else "")
     sizes = f"{rung.parameters:,}", f"{rung.tokens:,}", f"{rung.flops:.3g}", f"{rung.seconds:,.0f}"
-    return rung.run, recipe, *sizes, f"{rung.val_bpb:.4f}"
+    return rung.run, recipe, *sizes, *(f"{rung.bpb[packing]:.4f}" for packing in _ROWS)
 
 
-def _series(name: str, rungs: Sequence[Rung], unit: str) -> Series:
+def _series(name: str, rungs: Sequence[Rung], unit: str, packing: str) -> Series:
     """Means over the seeds of every depth, against log10 of FLOPs or seconds, with their range."""
     depths = sorted({rung.depth for rung in rungs})
     at = [[rung for rung in rungs if rung.depth == depth] for depth in depths]
     x = [float(np.mean([np.log10(max(getattr(r, unit), 1e-9)) for r in rung])) for rung in at]
-    y, low, high = ([float(f([r.val_bpb for r in rung])) for rung in at] for f in (np.mean, np.min, np.max))
+    y, low, high = ([float(f([r.bpb[packing] for r in rung])) for rung in at] for f in (np.mean, np.min, np.max))
     return Series(name, x, y, "points", low, high)
 
 
 def _card(
-    settings: MiniseriesSettings, rungs: Sequence[Rung], baseline: Sequence[Rung], worth: curve.Multiplier | None
+    settings: MiniseriesSettings, rungs: Sequence[Rung], baseline: Sequence[Rung], worth: dict[str, curve.Multiplier]
 ) -> ReportCard:
     curves = {settings.name: rungs, **({settings.against: baseline} if baseline else {})}
     plots = [
-        LinePlot(f"bits per byte by {unit}", [_series(n, r, unit) for n, r in curves.items()], f"log10 of {unit}")
+        LinePlot(
+            f"bits per byte by {unit}, {rows}",
+            [_series(n, r, unit, packing) for n, r in curves.items()],
+            f"log10 of {unit}",
+        )
+        for packing, rows in _ROWS.items()
         for unit in ("flops", "seconds")
     ]
     blocks: list[Block] = []
     if worth:
+        found = ", ".join(f"{_ROWS[packing]} {value} ({value.verdict})" for packing, value in worth.items())
         blocks.append(
             Section("Worth", [Paragraph(
-                f"Compute multiplier of {settings.name} over {settings.against}: {worth} ({worth.verdict}). It is the "
+                f"Compute multiplier of {settings.name} over {settings.against}: {found}. It is the "
                 "FLOPs of the baseline for each of the variant's at equal bits per byte; the interval is Student's t "
-                f"over {worth.seeds} seed(s). Small models may order recipes differently from large ones."
+                f"over {worth['stream'].seeds} seed(s). Small models may order recipes differently from large ones."
             )])
         )  # fmt: skip
     blocks.append(Section("Curve", [Plots(plots)]))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from nanochat_jax.data.build_rows import PACKINGS
 from nanochat_jax.report import curve
 from nanochat_jax.report.curve import CurveError, Rung
 from nanochat_jax.runs import checkpoint, metrics
@@ -20,24 +21,39 @@ def rungs(name, worth=1.0, noise=(0.0,), depths=(2, 3, 4, 5), slope=0.1):
         for depth in depths:
             flops = 1e12 * depth**3
             bpb = 3 * (flops * worth * math.exp(shift) / 1e12) ** -slope
-            made.append(Rung(f"{name}-d{depth}-s{seed}", "v1", "", depth, seed, 1, 1, flops, float(depth), bpb))
+            made.append(
+                Rung(
+                    f"{name}-d{depth}-s{seed}",
+                    "v1",
+                    "",
+                    depth,
+                    seed,
+                    1,
+                    1,
+                    flops,
+                    float(depth),
+                    dict.fromkeys(PACKINGS, bpb),
+                )
+            )
     return made
 
 
 @pytest.mark.parametrize("worth", [0.7, 1.0, 1.6])
 def test_the_multiplier_is_what_the_curve_was_made_with(worth):
-    found = curve.multiplier(rungs("a"), rungs("b", worth))
+    found = curve.multiplier(rungs("a"), rungs("b", worth), "stream")
     assert found.value == pytest.approx(worth, rel=1e-6) and found.low is None and "one seed" in found.verdict
 
 
 def test_seeds_give_an_interval_and_a_verdict():
     noise = (-0.02, 0.0, 0.02)
-    found = curve.multiplier(rungs("a", noise=(0, 0, 0)), rungs("b", 1.5, noise))
+    found = curve.multiplier(rungs("a", noise=(0, 0, 0)), rungs("b", 1.5, noise), "stream")
     half = 4.303 * 0.02 / math.sqrt(3)  # Student's t, two degrees of freedom
     assert found.value == pytest.approx(1.5) and found.seeds == 3 and found.verdict == "better"
     assert (found.low, found.high) == pytest.approx((1.5 * math.exp(-half), 1.5 * math.exp(half)), rel=1e-3)
-    assert curve.multiplier(rungs("a", noise=noise), rungs("b", 0.5, noise)).verdict == "worse"
-    assert "holds 1" in curve.multiplier(rungs("a", noise=(0, 0, 0)), rungs("b", 1.01, (-0.1, 0, 0.1))).verdict
+    assert curve.multiplier(rungs("a", noise=noise), rungs("b", 0.5, noise), "stream").verdict == "worse"
+    assert (
+        "holds 1" in curve.multiplier(rungs("a", noise=(0, 0, 0)), rungs("b", 1.01, (-0.1, 0, 0.1)), "stream").verdict
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +67,7 @@ def test_seeds_give_an_interval_and_a_verdict():
 )
 def test_curves_that_cannot_be_compared(baseline, variant, word):
     with pytest.raises(CurveError, match=word):
-        curve.multiplier(baseline, variant)
+        curve.multiplier(baseline, variant, "best_fit")
 
 
 @pytest.fixture
@@ -76,6 +92,7 @@ def trained(tmp_path, monkeypatch):
         bpb = 3.0 - 0.1 * settings.depth - 0.2 * (settings.recipe == "modern")
         (folder / "metrics.jsonl").write_text(
             '{"kind": "train", "step": 0, "seconds": 2.5}\n' + f'{{"kind": "eval", "step": 4, "val_bpb": {bpb}}}\n'
+            f'{{"kind": "eval", "step": 4, "stream_bpb": {bpb}, "best_fit_bpb": {bpb - 0.01}}}\n'
         )
         assert metrics.read(folder / "metrics.jsonl") and checkpoint.steps(folder) == [4]
 
@@ -102,7 +119,8 @@ def test_rungs_are_trained_once_and_compared(trained, capsys):
     page = curve.folder_of("plain") / "report.html"
     assert "plain-d2-s43" in page.read_text() and "<svg" in page.read_text()
     assert miniseries.main(["--name=plain", "--against=plain"]) == 0
-    assert "compute multiplier over plain: 1.00" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "over plain, text as it streams: 1.00" in shown and "over plain, documents from their start: 1.00" in shown
 
 
 @pytest.mark.parametrize(
@@ -138,5 +156,8 @@ def test_a_ladder_is_really_trained(tmp_path, monkeypatch, capfd):
     assert miniseries.main(["--name=m", "--depths=1,2", "--recipe=modern", "--", *flags]) == 0
     out = capfd.readouterr().out
     assert "rung 2 of 2" in out and "left" in out and [r.depth for r in curve.load("m")] == [1, 2]
+    own = [r["val_bpb"] for r in metrics.read(checkpoint.run_dir("m-d1-s42") / "metrics.jsonl") if "val_bpb" in r]
+    found = curve.load("m")[0].bpb
+    assert found["best_fit"] == own[-1] != found["stream"]  # its own packing, and the other
     assert miniseries.main(["--name=m", "--depths=1,2", "--recipe=modern", "--", *flags]) == 0
     assert "rung" not in capfd.readouterr().out  # nothing is trained again
