@@ -5,6 +5,7 @@ measure stands in DIR/check.json, beside what was predicted where there is a pre
 --tiny the same runs on a CPU, small, to try this script.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from nanochat_jax.model.kv_in_place import by_cudnn, formula
 from nanochat_jax.model.layers import look_up as own_look_up
 from nanochat_jax.parallel import sharding
 from nanochat_jax.planner import fit_batch, hlo
+from nanochat_jax.training.execution import norms_refused
 from nanochat_jax.training.optim import OptimHyper, make_optimizer
 from nanochat_jax.training.step import init_state, make_train_step
 from nanochat_jax.utils import flags
@@ -46,6 +48,7 @@ PARTS: list[tuple[list[str], int, str]] = [
     (["decode", "12", "32"], 120, ""),
     (["resume"], 180, ""),
     (["step", "20", "32", "float8"], 150, ""),
+    (["step", "20", "32", "auto", "unfused"], 150, ""),
     (["step", "20", "32"], 150, TRITON),
     (["decode", "12", "32"], 120, GRAPHS),
     (["step", "2", "32"], 60, ""),  # taken from the first: the time of a layer
@@ -184,13 +187,15 @@ def look_up(tiny: bool):
         yield dict(way=name, **errors, ms=1e3 * median_seconds(lambda gradient=gradient: gradient(table, d)))
 
 
-def step(tiny: bool, depth: str, rows: str, dtype: str = "auto"):
+def step(tiny: bool, depth: str, rows: str, dtype: str = "auto", norms: str = "fused"):
     """The training step on random tokens: compile time, time, memory, utilisation, losses; predictions from the text of
     the same program."""
     V, T = (512, 64) if tiny else (65536, 2048)
     width = {} if tiny else dict(n_embd=1280, n_head=10, n_kv_head=10)  # two layers are two of depth 20
     config = gpt.GPTConfig.from_depth(int(depth), V, T, compute_dtype=dtype, **width)
     mesh = sharding.make_mesh(jax.devices()[:1])
+    refused = norms_refused(config, mesh.devices.flat[0], wanted=norms == "fused")
+    config = dataclasses.replace(config, fused=not refused)
     optimizer = make_optimizer(OptimHyper(), 1000, config.n_embd)
     train_step = make_train_step(config, optimizer, mesh, guarded=True)
     state = init_state(config, optimizer, mesh, jax.random.key(0))
