@@ -73,6 +73,7 @@ def test_what_runs_record_is_what_they_recorded(stage):
         "warmup_steps",
         "scale_rates",
         "off",
+        "every_packing",
         "fp8",
         "require_fast",
         "fused_norms",
