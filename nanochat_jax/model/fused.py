@@ -213,11 +213,12 @@ def _view(ref, half):
     """A row (n,), or one half of a row (heads, D) along D, filled up to a power of two; and which entries are real."""
     n = ref.shape[0]
     padded = _power_of_two(n)
-    at, real = [pl.ds(0, padded)], jnp.arange(padded) < n
+    at = (jnp.arange(padded),)  # numbers, since jax 0.12 refuses slices that end beyond the row
     if half is not None:
         width = ref.shape[1] // 2
-        at, real = [*at, pl.ds(half * width, width)], jnp.broadcast_to(real[:, None], (padded, width))
-    return ref.at[tuple(at)], real if padded > n else None
+        columns = half * width + jnp.arange(width)
+        at = tuple(jnp.broadcast_to(x, (padded, width)) for x in (at[0][:, None], columns[None]))
+    return ref.at[at], at[0] < n if padded > n else None
 
 
 def _load(ref, half: int | None = None) -> jax.Array:
